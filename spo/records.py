@@ -1,0 +1,159 @@
+"""The records that travel between stages. All are frozen: a stage returns a new one.
+
+Dimension letters: B prompts, S segments (nodes), T packed tokens, N loss rows, H hidden states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+PROMPT, STOP, LENGTH, SEGMENT = 0, 1, 2, 3
+"""`Forest.finish`: a root; ended by a stop token; cut by the token limit; ended to be branched."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem as the policy sees it."""
+
+    prompt_ids: tuple[int, ...]  # token ids, never re-tokenised afterwards
+    answer: Any  # JSON value that the task's grader understands
+    task: str  # name of the task that grades it
+
+
+@dataclass(frozen=True)
+class Request:
+    """Ask an engine for `n` samples of one prefix; sample i is seeded with `seed + i`."""
+
+    key: int  # unique among the requests in flight
+    prefix_ids: tuple[int, ...]
+    n: int
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    seed: int
+    temperature: float = 1.0  # 0 is greedy
+    priority: int = 0  # lower is served first
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished sample of a request."""
+
+    key: int
+    index: int  # which of the request's n samples
+    token_ids: tuple[int, ...]  # what was sampled, the stop token included
+    logprobs: tuple[float, ...]  # of each sampled token at the request's temperature
+    finish: int  # STOP or LENGTH
+    first_version: int  # weight version that sampled the first token
+    last_version: int  # weight version that sampled the last token
+    error: str | None = None  # why the sample failed; then it holds no tokens
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Trees of token segments under prompts; flat, parents before children, CPU tensors.
+
+    A root holds its prompt's tokens. It saves to one safetensors file, which the viewer, the replay
+    buffer, the integrations and the tests read.
+    """
+
+    token_ids: Tensor  # (T,) int32
+    rollout_logprobs: Tensor  # (T,) fp32, at the sampling temperature; 0 on prompt tokens
+    cu_tokens: Tensor  # (S+1,) int64, node s holds tokens cu_tokens[s]:cu_tokens[s+1]
+    parent: Tensor  # (S,) int32, -1 for a root
+    rewards: Tensor  # (S,) fp32, NaN unless a graded leaf
+    in_value: Tensor  # (S,) bool, counts towards its parent's value
+    trained: Tensor  # (S,) bool, its tokens get gradient
+    finish: Tensor  # (S,) int8, PROMPT, STOP, LENGTH or SEGMENT
+    weight: Tensor  # (S,) int32, trajectories that pass through the node
+    prompt: Tensor  # (S,) int32, index of the tree's prompt in `prompts`
+    born: Tensor  # (S,) int32, weight version that sampled the node; -1 for a root
+    prompts: tuple[Prompt, ...] = ()  # (B,)
+    temperature: float = 1.0  # of the sampling
+
+    @property
+    def num_nodes(self) -> int:
+        return self.parent.numel()
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens that were sampled (each unique token once)."""
+        roots = self.parent < 0
+        return int((self.cu_tokens.diff()[~roots]).sum())
+
+    def tokens(self, node: int) -> list[int]:
+        """Token ids of one node."""
+        return self.token_ids[self.cu_tokens[node] : self.cu_tokens[node + 1]].tolist()
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from the root to `node`, both included."""
+        nodes = [node]
+        while (node := int(self.parent[node])) >= 0:
+            nodes.append(node)
+        return nodes[::-1]
+
+    def path_ids(self, node: int) -> list[int]:
+        """Token ids from the start of the prompt to the end of `node`."""
+        return [t for n in self.path(node) for t in self.tokens(n)]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write to one safetensors file; the prompts travel as JSON in its header."""
+        prompts = json.dumps([dataclasses.asdict(p) for p in self.prompts])
+        header = {"format": "spo.forest.1", "prompts": prompts}
+        header["temperature"] = repr(self.temperature)
+        tensors = {name: getattr(self, name).contiguous() for name in FOREST_TENSORS}
+        save_file(tensors, os.fspath(path), metadata=header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Forest:
+        """Read what `save` wrote. Raises ValueError with the file's name if it is not a forest."""
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                header = file.metadata() or {}
+                if header.get("format") != "spo.forest.1":
+                    raise ValueError(f"{path} is not a forest file of this version")
+                tensors = {name: file.get_tensor(name) for name in FOREST_TENSORS}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable forest file: {error}") from error
+        prompts = tuple(
+            Prompt(tuple(p["prompt_ids"]), p["answer"], p["task"])
+            for p in json.loads(header["prompts"])
+        )
+        return cls(**tensors, prompts=prompts, temperature=float(header["temperature"]))
+
+
+FOREST_TENSORS = tuple(
+    f.name for f in dataclasses.fields(Forest) if f.name not in ("prompts", "temperature")
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A packed micro-batch: every token once, in depth-first order."""
+
+    token_ids: Tensor  # (T,) int64, the packed tokens
+    position_ids: Tensor  # (T,) int64, depth along the path, not the place in the pack
+    visible_until: Tensor  # (T,) int32, key k is visible to query q iff k <= q < visible_until[k]
+    hidden_index: Tensor  # (N,) int64, packed position whose hidden state predicts the row
+    targets: Tensor  # (N,) int64, token ids of the rows
+    old_logprobs: Tensor  # (N,) fp32
+    advantages: Tensor  # (N,) fp32
+    loss_mask: Tensor  # (N,) bool
+    policy_norm: float  # Z of the whole optimiser step, over all micro-batches and ranks
+    ref_logprobs: Tensor | None = None  # (N,) fp32
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A differentiable loss and the detached figures to report with it."""
+
+    loss: Tensor  # () fp32
+    metrics: dict[str, float]
