@@ -27,7 +27,7 @@ class Engine(Protocol):
         """Replace the weights in place and forget every cached prefix."""
 
     def counters(self) -> dict[str, float]:
-        """Totals since the start: steps, running (summed over steps), generated, prefill, cached."""
+        """Totals: steps, running (summed over steps), generated, prefill and cached tokens."""
 
     def close(self) -> None:
         """Free the engine's memory."""

@@ -172,7 +172,7 @@ class HFEngine:
         return out.last_hidden_state
 
     def _sample(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Draw one token per running row by inverse CDF; the noise depends on (seed, depth) only."""
+        """One token per running row by inverse CDF; its noise depends on (seed, depth) alone."""
         requests = [s.request for s in self.running]
         temperature = np.array([r.temperature for r in requests])
         divisor = np.where(temperature > 0, temperature, 1.0).astype(np.float32)
@@ -191,7 +191,7 @@ class HFEngine:
 
     def _finish(self) -> list[Completion]:
         done = []
-        for row in range(len(self.running) - 1, -1, -1):  # from the back: holes are filled by the last
+        for row in range(len(self.running) - 1, -1, -1):  # the last row fills a hole
             sequence = self.running[row]
             request = sequence.request
             stopped = sequence.token_ids[-1] in request.stop_token_ids

@@ -123,16 +123,17 @@ class VLLMEngine:
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         if self._requests:
             raise ValueError(
-                f"load_weights: {len(self._requests)} samples are still in flight; poll until none is"
+                f"load_weights: {len(self._requests)} samples are in flight; poll until none is"
             )
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        weights = {"weights_iterator": iter(named_tensors)}
+        self.engine.collective_rpc("reload_weights", kwargs=weights)
         if self._on_cpu:
             self.engine.apply_model(repack_cpu_linears)
         self.reset_prefix_cache()
         self.version = version
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix. Raises RuntimeError if vLLM did not (requests are running)."""
+        """Forget every cached prefix; RuntimeError if vLLM did not, as while requests run."""
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache: requests are running")
 
