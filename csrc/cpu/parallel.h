@@ -1,0 +1,19 @@
+#pragma once
+// Threads over rows. A pool of our own rather than OpenMP: no second OpenMP runtime beside torch's,
+// nothing to link, and the same behaviour with every compiler. The caller passes the thread count
+// (torch.get_num_threads()), works too, and returns when all rows are done.
+#include <cstdint>
+#include <functional>
+
+namespace spo {
+
+// How many logits rows one thread takes at a time: enough work to outweigh the hand-over.
+inline int64_t rows_per_piece(int64_t vocab) { return vocab < 65536 ? 65536 / (vocab + 1) + 1 : 1; }
+
+// Calls body(begin, end) on disjoint pieces of [0, size) of at most `grain` items, on up to
+// `num_threads` threads. Pieces are handed out as threads come free, so `body` must not let its
+// result depend on who runs it. A call made while another one runs is done by its caller alone.
+void parallel_for(int64_t size, int64_t grain, int32_t num_threads,
+                  const std::function<void(int64_t begin, int64_t end)>& body);
+
+}  // namespace spo

@@ -1,0 +1,87 @@
+// masked_ppo_loss on the CPU: per row one sweep for the log-sum-exp, then the scalar objective,
+// then one sweep that writes dlogits. Rows that carry no loss are never read.
+#include "csrc/cpu/softmax.h"
+#include "csrc/cpu/vec.h"
+#include "csrc/objective.h"
+#include "csrc/ops.h"
+
+namespace spo {
+namespace SPO_ISA {
+
+template <class T>
+static void zero_row(const PolicyLossArgs& a, int64_t row) {
+  if (a.dlogits && !a.dlogits_zeroed)
+    std::memset(row_of<T>(a.dlogits, a.dlogits_layout, row), 0, a.vocab * sizeof(T));
+}
+
+template <class T>
+static void policy_loss_row(const PolicyLossArgs& a, const Objective& objective, int64_t row) {
+  const bool in_kl = a.kl_mask && a.kl_mask[row];
+  // A zero advantage makes the policy term and its gradient 0: such a row needs no logprob.
+  const bool in_policy = a.policy_mask[row] && a.advantages[row] != 0;
+  TokenLoss loss = {};
+  float logprob = 0, entropy = 0;
+  if (!in_policy && !in_kl) {
+    zero_row<T>(a, row);
+  } else {
+    const T* x = row_of<T>(a.logits, a.logits_layout, row);
+    const int64_t id = a.token_ids[row];
+    const float inv_temperature = 1 / a.temperature[row * a.temperature_stride];
+    const RowSums sums = reduce_row(x, a.vocab, inv_temperature, a.entropy != nullptr);
+    logprob = static_cast<float>(row_logprob(sums, to_float(x[id]), inv_temperature));
+    if (a.entropy) entropy = static_cast<float>(row_entropy(sums));
+    if (in_policy) add_policy(objective, logprob, a.old_logprobs[row], a.advantages[row], &loss);
+    if (in_kl) add_kl(objective, logprob, a.ref_logprobs[row], &loss);
+    if (a.dlogits && loss.dlogprob == 0) {
+      zero_row<T>(a, row);
+    } else if (a.dlogits) {
+      T* out = row_of<T>(a.dlogits, a.dlogits_layout, row);
+      const float g = loss.dlogprob * inv_temperature;
+      const float scale = static_cast<float>(-g / sums.sum);
+      // 1 - p of the token itself, without the cancellation of 1 - exp(logprob).
+      const float own = -g * expm1f(logprob);
+      write_row<false>(x, a.vocab, sums.max, inv_temperature, scale, 0, out);
+      from_float(own, out + id);
+    }
+  }
+  a.logprobs[row] = logprob;
+  if (a.entropy) a.entropy[row] = entropy;
+  float* stats = a.stats + 4 * row;
+  stats[0] = loss.policy;
+  stats[1] = loss.kl;
+  stats[2] = loss.clipped;
+  stats[3] = loss.ratio;
+}
+
+template <class T>
+static void policy_loss_range(const PolicyLossArgs& a, int64_t begin, int64_t end) {
+  const Objective objective = {a.clip_eps_low, a.clip_eps_high, a.log_ratio_clamp,
+                               a.kl_estimator, a.scales[0],     a.scales[1]};
+  for (int64_t row = begin; row < end; ++row) policy_loss_row<T>(a, objective, row);
+}
+
+void policy_loss_rows(const PolicyLossArgs& a, int64_t begin, int64_t end) {
+  if (a.dtype == kBFloat16) return policy_loss_range<BFloat16>(a, begin, end);
+  if (a.dtype == kFloat16) return policy_loss_range<Float16>(a, begin, end);
+  policy_loss_range<float>(a, begin, end);
+}
+
+}  // namespace SPO_ISA
+}  // namespace spo
+
+#ifdef SPO_ISA_PORTABLE  // the launcher, compiled once
+#include "csrc/cpu/isa.h"
+#include "csrc/cpu/parallel.h"
+
+namespace spo {
+
+SPO_PER_ISA(void, policy_loss_rows, (const PolicyLossArgs&, int64_t, int64_t))
+
+void policy_loss_cpu(const PolicyLossArgs& args) {
+  const auto rows = policy_loss_rows_for(chosen_isa());
+  parallel_for(args.rows, rows_per_piece(args.vocab), args.num_threads,
+               [&](int64_t begin, int64_t end) { rows(args, begin, end); });
+}
+
+}  // namespace spo
+#endif

@@ -1,0 +1,93 @@
+"""Which backend runs an op: `cuda` and `cpu` (the native extension), `triton`, or `reference`.
+
+A backend has an op if it follows the naming rule: the extension `spo_kernels._C` has the function
+`<op>_cpu` or `<op>_cuda`, the package `spo_kernels.triton` has the module `<op>`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from spo_kernels import _C
+except ImportError as error:  # installed with SPO_BUILD_NATIVE=0, or built for another Python
+    _C = None
+    _NO_NATIVE = f"the native extension spo_kernels._C is not there ({error})"
+
+OPS = ("policy_loss", "logprobs", "segments", "tree", "gae")
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # in the order `choose` tries them
+
+
+def native() -> ModuleType:
+    """The native extension; RuntimeError if it was not built."""
+    if _C is None:
+        raise RuntimeError(_NO_NATIVE)
+    return _C
+
+
+@functools.cache
+def unavailable(op: str, backend: str) -> str:
+    """Why `backend` cannot run `op` in this installation; an empty string if it can."""
+    if backend == "reference":
+        return ""
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if importlib.util.find_spec(f"spo_kernels.triton.{op}") is None:
+            return "this op has no Triton kernel"
+    elif _C is None:
+        return _NO_NATIVE
+    elif backend == "cuda" and not _C.has_cuda:
+        return "the native extension was built without CUDA"
+    elif not hasattr(_C, f"{op}_{backend}"):
+        return f"this op has no {backend} kernel"
+    if backend != "cpu" and not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
+    return ""
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What can run here: for every op and backend "available", or the reason why not."""
+    return {op: {b: unavailable(op, b) or "available" for b in BACKENDS} for op in OPS}
+
+
+def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
+    """The backend that runs `op` on tensors like `tensor`: the one asked for, else the first able.
+
+    Raises ValueError with the reason if `backend` is unknown or cannot run; it never falls back.
+    """
+    if backend is None:
+        return next(b for b in BACKENDS if not _refusal(op, b, tensor))
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, found {backend!r}")
+    if reason := _refusal(op, backend, tensor):
+        raise ValueError(f"backend={backend!r} cannot run {op}: {reason}")
+    return backend
+
+
+def _refusal(op: str, backend: str, tensor: Tensor) -> str:
+    if reason := unavailable(op, backend):
+        return reason
+    if backend == "reference":
+        return ""
+    device = "cpu" if backend == "cpu" else "cuda"
+    if tensor.device.type != device:
+        return f"the tensors are on {tensor.device.type}, it needs {device}"
+    if tensor.dtype == torch.float64:
+        return "float64 runs on the reference only"
+    return ""
+
+
+def fill(args: Any, **fields: Any) -> Any:
+    """Set the fields of a native argument struct; a tensor becomes its address, None a null."""
+    for name, value in fields.items():
+        if isinstance(value, Tensor):
+            value = value.data_ptr()
+        setattr(args, name, 0 if value is None else value)
+    return args
