@@ -70,6 +70,61 @@ static void bind_logprobs(py::module_& m) {
   m.def("logprobs_backward_cpu", &spo::logprobs_backward_cpu, NoGil());
 }
 
+static void bind_segments(py::module_& m) {
+  using Args = spo::SegmentsArgs;
+  py::class_<Args> cls(m, "SegmentsArgs");
+  cls.def(py::init<>());
+  VALUE(tokens), VALUE(seqs), VALUE(log_threshold), VALUE(interval);
+  POINTER(logprobs), POINTER(cu_seqlens), POINTER(cu_segments), POINTER(cu_seq_segments);
+  m.def("segments_cpu", &spo::segments_cpu, NoGil());
+}
+
+static void bind_segment_advantages(py::module_& m) {
+  using Args = spo::SegmentAdvantagesArgs;
+  py::class_<Args> cls(m, "SegmentAdvantagesArgs");
+  cls.def(py::init<>());
+  VALUE(tokens), VALUE(segments), VALUE(seqs);
+  POINTER(values), POINTER(cu_segments), POINTER(cu_seq_segments), POINTER(advantages);
+  m.def("segment_advantages_cpu", &spo::segment_advantages_cpu, NoGil());
+}
+
+static void bind_tree(py::module_& m) {
+  using Args = spo::TreeArgs;
+  py::class_<Args> cls(m, "TreeArgs");
+  cls.def(py::init<>());
+  VALUE(nodes);
+  POINTER(parent), POINTER(rewards), POINTER(in_value), POINTER(values);
+  m.def("tree_cpu", &spo::tree_cpu, NoGil());
+}
+
+static void bind_tree_stats(py::module_& m) {
+  using Args = spo::TreeStatsArgs;
+  py::class_<Args> cls(m, "TreeStatsArgs");
+  cls.def(py::init<>());
+  VALUE(nodes);
+  POINTER(parent), POINTER(values), POINTER(in_value), POINTER(counts), POINTER(variances);
+  m.def("tree_stats_cpu", &spo::tree_stats_cpu, NoGil());
+}
+
+static void bind_tree_advantages(py::module_& m) {
+  using Args = spo::TreeAdvantagesArgs;
+  py::class_<Args> cls(m, "TreeAdvantagesArgs");
+  cls.def(py::init<>());
+  VALUE(nodes), VALUE(leave_one_out), VALUE(scale_by_std), VALUE(eps);
+  POINTER(parent), POINTER(values), POINTER(in_value), POINTER(advantages);
+  m.def("tree_advantages_cpu", &spo::tree_advantages_cpu, NoGil());
+}
+
+static void bind_gae(py::module_& m) {
+  using Args = spo::GaeArgs;
+  py::class_<Args> cls(m, "GaeArgs");
+  cls.def(py::init<>());
+  VALUE(tokens), VALUE(seqs), VALUE(gamma), VALUE(lam);
+  POINTER(rewards), POINTER(values), POINTER(cu_seqlens), POINTER(bootstrap_values);
+  POINTER(advantages), POINTER(returns);
+  m.def("gae_cpu", &spo::gae_cpu, NoGil());
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of spo_kernels; the public functions are in Python.";
   m.attr("has_cuda") = py::bool_(
@@ -82,4 +137,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return spo::isa_name(spo::chosen_isa()); });
   bind_policy_loss(m);
   bind_logprobs(m);
+  bind_segments(m);
+  bind_segment_advantages(m);
+  bind_tree(m);
+  bind_tree_stats(m);
+  bind_tree_advantages(m);
+  bind_gae(m);
 }

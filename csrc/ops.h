@@ -75,9 +75,86 @@ struct LogprobsArgs {
   int32_t num_threads = 1;
 };
 
+// cutpoint_segments: where the segments of B packed sequences start.
+struct SegmentsArgs {
+  int64_t tokens = 0;
+  int64_t seqs = 0;
+  const float* logprobs = nullptr;      // (T,)
+  const int64_t* cu_seqlens = nullptr;  // (B + 1,)
+  float log_threshold = 0;
+  int64_t interval = 1;                // cutpoints in a segment, at least 1
+  int64_t* cu_segments = nullptr;      // (T + 1,), of which M + 1 are written
+  int64_t* cu_seq_segments = nullptr;  // (B + 1,)
+};
+
+// segment_advantages: V(end) - V(start) on every token of M segments in B sequences.
+struct SegmentAdvantagesArgs {
+  int64_t tokens = 0;
+  int64_t segments = 0;
+  int64_t seqs = 0;
+  const float* values = nullptr;             // (M + B,)
+  const int64_t* cu_segments = nullptr;      // (M + 1,)
+  const int64_t* cu_seq_segments = nullptr;  // (B + 1,)
+  float* advantages = nullptr;               // (T,)
+};
+
+// tree_values: bottom-up values of S nodes, parents before children.
+struct TreeArgs {
+  int64_t nodes = 0;
+  const int32_t* parent = nullptr;    // (S,), -1 for a root
+  const float* rewards = nullptr;     // (S,), NaN where not a leaf
+  const uint8_t* in_value = nullptr;  // (S,)
+  float* values = nullptr;            // (S,)
+};
+
+// tree_stats: count and population variance of every node's counted children.
+struct TreeStatsArgs {
+  int64_t nodes = 0;
+  const int32_t* parent = nullptr;    // (S,)
+  const float* values = nullptr;      // (S,)
+  const uint8_t* in_value = nullptr;  // (S,)
+  int32_t* counts = nullptr;          // (S,)
+  float* variances = nullptr;         // (S,), NaN where the count is 0
+};
+
+// tree_advantages: every node's value relative to its parent's or its siblings'.
+struct TreeAdvantagesArgs {
+  int64_t nodes = 0;
+  const int32_t* parent = nullptr;    // (S,)
+  const float* values = nullptr;      // (S,)
+  const uint8_t* in_value = nullptr;  // (S,)
+  bool leave_one_out = false;         // baseline: mean of the other siblings, not the parent
+  bool scale_by_std = false;
+  double eps = 0;
+  float* advantages = nullptr;  // (S,), 0 on roots
+};
+
+// gae: generalised advantage estimation over B packed sequences.
+struct GaeArgs {
+  int64_t tokens = 0;
+  int64_t seqs = 0;
+  const float* rewards = nullptr;           // (T,)
+  const float* values = nullptr;            // (T,)
+  const int64_t* cu_seqlens = nullptr;      // (B + 1,)
+  const float* bootstrap_values = nullptr;  // (B,); null: 0 after every last token
+  double gamma = 1;
+  double lam = 1;
+  float* advantages = nullptr;  // (T,)
+  float* returns = nullptr;     // (T,)
+};
+
 // CPU launchers; each returns when its outputs are written.
 void policy_loss_cpu(const PolicyLossArgs& args);
 void logprobs_cpu(const LogprobsArgs& args);
 void logprobs_backward_cpu(const LogprobsArgs& args);
+
+// These check offsets and parents before they follow them. False (or -1): the input is malformed
+// and the outputs mean nothing; the reference then names the entry. segments_cpu returns M.
+int64_t segments_cpu(const SegmentsArgs& args);
+bool segment_advantages_cpu(const SegmentAdvantagesArgs& args);
+bool tree_cpu(const TreeArgs& args);
+bool tree_stats_cpu(const TreeStatsArgs& args);
+bool tree_advantages_cpu(const TreeAdvantagesArgs& args);
+bool gae_cpu(const GaeArgs& args);
 
 }  // namespace spo
