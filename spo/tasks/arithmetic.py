@@ -1,0 +1,65 @@
+"""Arithmetic chain: `15 - 9 + 6 * 7` read strictly left to right, every result modulo 20.
+
+The worked solutions are correct but impatient: with probability `MERGE` two operations share one
+line. A policy that imitates them picks the habit up and fails where it merges; reinforcement
+learning has to teach it to go step by step.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+
+from spo.tasks.problem import Problem, answer_span, stream, tag
+
+NAME = "arithmetic"
+MODULUS = 20
+OPERATIONS = (4, 6)  # fewest and most operations of a chain
+MERGE = 0.6
+VOCABULARY = (NAME, "+", "-", "*", "=", *map(str, range(MODULUS)))
+
+_INTEGER = re.compile(r"[0-9]{1,9}")
+
+
+def problems(split: str, seed: int) -> Iterator[Problem]:
+    """Distinct chains of 4 to 6 operations; see `stream` for the splits."""
+    return stream(NAME, split, seed, _draw, lambda problem: problem.text)
+
+
+def _draw(rng: random.Random) -> Problem:
+    value = rng.randrange(MODULUS)
+    words = [NAME, str(value)]
+    for _ in range(rng.randint(*OPERATIONS)):
+        operator, operand = rng.choice("+-*"), rng.randint(2, 9)
+        words += [operator, str(operand)]
+        value = _apply(value, operator, operand)
+    return Problem(" ".join(words) + "\n", value)
+
+
+def _apply(left: int, operator: str, right: int) -> int:
+    if operator == "+":
+        return (left + right) % MODULUS
+    return (left - right if operator == "-" else left * right) % MODULUS
+
+
+def solution(problem: Problem, rng: random.Random, merge: float = MERGE) -> str:
+    """A correct worked solution; with probability `merge` a line does two operations at once."""
+    _, first, *rest = problem.text.split()
+    steps = list(zip(rest[::2], map(int, rest[1::2]), strict=True))
+    value, lines = int(first), []
+    while steps:
+        take = 2 if len(steps) > 1 and rng.random() < merge else 1
+        line = str(value)
+        for operator, operand in steps[:take]:
+            line += f" {operator} {operand}"
+            value = _apply(value, operator, operand)
+        lines.append(f"{line} = {value}")
+        del steps[:take]
+    return "\n".join([*lines, tag(str(value))])
+
+
+def grade(text: str, answer: object) -> bool:
+    """True iff the last answer span is the integer `answer`, in ASCII digits."""
+    span = answer_span(text)
+    return span is not None and _INTEGER.fullmatch(span) is not None and int(span) == answer

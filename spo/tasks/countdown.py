@@ -1,0 +1,184 @@
+"""Countdown: reach the target from the given numbers with + - * /, each number used exactly once.
+
+The worked solutions try something, look at the result, and often give up after a wrong attempt: a
+policy that imitates them stops too early; reinforcement learning has to teach it to try again.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import lru_cache
+
+from spo.tasks.problem import Problem, answer_span, stream, tag
+
+NAME = "countdown"
+LARGEST = 20  # of the given numbers
+TARGETS = range(1, 101)
+VALUES = 401  # the worked solutions stay within the integers 0..400
+ATTEMPTS = 4  # at most so many in a worked solution
+WRONG, GIVE_UP = 0.5, 0.55  # that an attempt is wrong; that a wrong attempt is the last one
+VOCABULARY = (NAME, "make", "+", "-", "*", "/", "=", "(", ")", "no", *map(str, range(VALUES)))
+
+_MAX_LENGTH = 400  # characters of an answer; a bound on the evaluator's time
+_TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+
+Step = tuple[int, str, int, int]  # left, operator, right, result
+
+
+def problems(split: str, seed: int, *, numbers: int = 3) -> Iterator[Problem]:
+    """Distinct solvable problems over `numbers` (2 to 4) numbers; see `stream` for the splits."""
+    if not 2 <= numbers <= 4:
+        raise ValueError(f"numbers must be between 2 and 4, got {numbers}")
+    return stream(NAME, split, seed, lambda rng: _draw(rng, numbers), _identity)
+
+
+def _draw(rng: random.Random, count: int) -> Problem:
+    while True:
+        numbers = [rng.randint(1, LARGEST) for _ in range(count)]
+        targets = {plan[-1][3] for plan in plans(tuple(sorted(numbers)))}.intersection(TARGETS)
+        if targets:
+            target = rng.choice(sorted(targets))
+            text = f"{NAME} {' '.join(map(str, numbers))} make {target}\n"
+            return Problem(text, {"numbers": numbers, "target": target})
+
+
+def _identity(problem: Problem) -> str:
+    """The order of the numbers makes no new problem."""
+    return f"{sorted(problem.answer['numbers'])} {problem.answer['target']}"
+
+
+@lru_cache(maxsize=4096)
+def plans(numbers: tuple[int, ...]) -> tuple[tuple[Step, ...], ...]:
+    """Every way to combine all numbers, one operation per step, within the integers 0..400."""
+    if len(numbers) == 1:
+        return ((),)
+    found = {}
+    for i, a in enumerate(numbers):
+        for j, b in enumerate(numbers):
+            if i == j:
+                continue
+            rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+            for step in _steps(a, b):
+                for tail in plans(tuple(sorted([*rest, step[3]]))):
+                    found[(step, *tail)] = None  # a dict keeps the order, so seeds reproduce
+    return tuple(found)
+
+
+def _steps(a: int, b: int) -> Iterator[Step]:
+    if a >= b:  # the order of a sum or product makes no new step
+        yield a, "+", b, a + b
+        if a * b < VALUES:
+            yield a, "*", b, a * b
+        yield a, "-", b, a - b
+    if b > 0 and a % b == 0:
+        yield a, "/", b, a // b
+
+
+def _expression(plan: tuple[Step, ...]) -> str:
+    """The plan as one expression; results that are equal are interchangeable."""
+    ready: dict[int, list[str]] = {}
+    expression = ""
+    for position, (a, operator, b, value) in enumerate(plan):
+        left = ready[a].pop() if ready.get(a) else str(a)
+        right = ready[b].pop() if ready.get(b) else str(b)
+        expression = f"{left} {operator} {right}"
+        if position < len(plan) - 1:
+            ready.setdefault(value, []).append(f"( {expression} )")
+    return expression
+
+
+def solution(
+    problem: Problem, rng: random.Random, wrong: float = WRONG, give_up: float = GIVE_UP
+) -> str:
+    """Attempts, the last of which is the answer; right unless it gave up after a wrong one."""
+    target = problem.answer["target"]
+    every = plans(tuple(sorted(problem.answer["numbers"])))
+    right = [plan for plan in every if plan[-1][3] == target]
+    failing = [plan for plan in every if plan[-1][3] != target]
+    lines, tried = [], 0
+    while True:
+        tried += 1
+        is_wrong = tried < ATTEMPTS and bool(failing) and rng.random() < wrong
+        plan = rng.choice(failing if is_wrong else right)
+        lines += [f"{a} {operator} {b} = {value}" for a, operator, b, value in plan]
+        if not is_wrong or rng.random() < give_up:
+            return "\n".join([*lines, tag(_expression(plan))])
+        lines[-1] += " no"
+
+
+def grade(text: str, answer: object) -> bool:
+    """True iff the last answer span uses each number exactly once and equals the target."""
+    if not isinstance(answer, dict) or not isinstance(numbers := answer.get("numbers"), list):
+        return False
+    tokens = _tokens(answer_span(text) or "")
+    if sorted(t for t in tokens if t.isdecimal()) != sorted(map(str, numbers)):
+        return False
+    return (value := evaluate(tokens)) is not None and value == answer.get("target")
+
+
+def _tokens(expression: str) -> list[str]:
+    """Numbers, operators and brackets of an expression; empty if it holds anything else."""
+    if len(expression) > _MAX_LENGTH:
+        return []
+    tokens, end = [], 0
+    while end < len(expression):
+        match = _TOKEN.match(expression, end)
+        if match is None:
+            return []
+        tokens.append(match[1])
+        end = match.end()
+    return tokens
+
+
+def evaluate(tokens: list[str]) -> Fraction | None:
+    """Exact value of an infix expression; None if it is malformed or divides by zero.
+
+    Two stacks instead of recursion, so that nesting costs no call depth.
+    """
+    values: list[Fraction] = []
+    operators: list[str] = []
+    expect_value = True
+    for token in [*tokens, None]:
+        if token == "(" if expect_value else token in _PRECEDENCE:
+            while not expect_value and _binds(operators, token):
+                if not _reduce(values, operators.pop()):
+                    return None
+            operators.append(token)
+            expect_value = True
+        elif expect_value:
+            if token is None or not token.isdecimal():
+                return None
+            values.append(Fraction(int(token)))
+            expect_value = False
+        else:  # a closing bracket or the end: everything back to the opening one is due
+            while operators and operators[-1] != "(":
+                if not _reduce(values, operators.pop()):
+                    return None
+            if (token == ")") != bool(operators) or token not in (")", None):
+                return None
+            if operators:
+                operators.pop()
+    return values[0]
+
+
+def _binds(operators: list[str], token: str) -> bool:
+    """Whether the operator on the stack is due before `token`."""
+    return bool(operators) and _PRECEDENCE.get(operators[-1], 0) >= _PRECEDENCE[token]
+
+
+def _reduce(values: list[Fraction], operator: str) -> bool:
+    right, left = values.pop(), values.pop()
+    if operator == "/" and right == 0:
+        return False
+    if operator == "+":
+        left += right
+    elif operator == "-":
+        left -= right
+    else:
+        left = left * right if operator == "*" else left / right
+    values.append(left)
+    return True

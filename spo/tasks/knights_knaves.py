@@ -1,0 +1,142 @@
+"""Knights and knaves: knights' statements are true, knaves' are false; who is a knight?
+
+The worked solutions guess everybody's role, check statement by statement, and sometimes give up
+at the first contradiction.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from itertools import product
+
+from spo.tasks.problem import Problem, answer_span, stream, tag
+
+NAME = "knights_knaves"
+PEOPLE = ("Ann", "Bob", "Cat", "Dan", "Eve", "Fay", "Gus", "Hal")
+ROLES = ("knave", "knight")  # index 1, true, tells the truth
+ATTEMPTS = 3  # at most so many guesses in a worked solution
+WRONG, GIVE_UP = 0.5, 0.4  # that a guess is wrong; that a wrong guess is the last one
+VOCABULARY = (NAME, *PEOPLE, *ROLES, "says", "is", "and", "or", ".", "true", "false", "yes", "no")
+VOCABULARY += ("none",)
+
+_MAX_LENGTH = 1000  # characters of an answer
+_WORD = re.compile(r"[a-z]+")
+_ROLE = {"knight": True, "knights": True, "knave": False, "knaves": False}
+_FILLERS = frozenset(("is", "are", "a", "an", "and", "the"))
+
+Atom = tuple[int, bool]  # person, is a knight
+Statement = tuple[str, tuple[Atom, ...]]  # "", "and" or "or"; one or two atoms
+
+
+def problems(split: str, seed: int, *, people: int = 3) -> Iterator[Problem]:
+    """Distinct problems of 2 to 8 people, each with one solution; see `stream` for the splits."""
+    if not 2 <= people <= len(PEOPLE):
+        raise ValueError(f"people must be between 2 and {len(PEOPLE)}, got {people}")
+    return stream(NAME, split, seed, lambda rng: _draw(rng, people), lambda p: p.text)
+
+
+def _draw(rng: random.Random, count: int) -> Problem:
+    while True:
+        statements = [_statement(rng, speaker, count) for speaker in range(count)]
+        found = solve(statements)
+        if len(found) == 1:
+            said = [f"{name} says {_say(s)} ." for name, s in zip(PEOPLE, statements, strict=False)]
+            knights = [name for name, knight in zip(PEOPLE, found[0], strict=False) if knight]
+            answer = {"people": list(PEOPLE[:count]), "knights": knights}
+            return Problem(f"{NAME} {' '.join(said)}\n", answer)
+
+
+def _statement(rng: random.Random, speaker: int, count: int) -> Statement:
+    joint = rng.choice(("", "and", "or"))
+    if not joint:  # about oneself alone it would be empty or a paradox
+        return joint, ((rng.choice([p for p in range(count) if p != speaker]), rng.random() < 0.5),)
+    pair = rng.sample(range(count), 2)
+    return joint, tuple((person, rng.random() < 0.5) for person in pair)
+
+
+def _say(statement: Statement) -> str:
+    joint, atoms = statement
+    return f" {joint} ".join(f"{PEOPLE[person]} is {ROLES[knight]}" for person, knight in atoms)
+
+
+def solve(statements: list[Statement]) -> list[tuple[bool, ...]]:
+    """Every assignment of roles (True is a knight) that agrees with all statements."""
+    return [
+        roles
+        for roles in product((True, False), repeat=len(statements))
+        if all(_holds(s, roles) == role for s, role in zip(statements, roles, strict=True))
+    ]
+
+
+def _holds(statement: Statement, roles: tuple[bool, ...]) -> bool:
+    joint, atoms = statement
+    truths = [roles[person] == knight for person, knight in atoms]
+    return any(truths) if joint == "or" else all(truths)
+
+
+def _parse(text: str) -> list[Statement]:
+    """The statements of a problem's text, in the order of the speakers."""
+    statements = []
+    for sentence in text.removeprefix(NAME).strip().rstrip(" .").split(" . "):
+        words = sentence.split()[2:]  # X is R [joint Y is S]
+        named = zip(words[::4], words[2::4], strict=True)
+        atoms = tuple((PEOPLE.index(name), role == ROLES[1]) for name, role in named)
+        statements.append((words[3] if len(atoms) > 1 else "", atoms))
+    return statements
+
+
+def solution(
+    problem: Problem, rng: random.Random, wrong: float = WRONG, give_up: float = GIVE_UP
+) -> str:
+    """Guess and check; the last guess is the answer, right unless it gave up after a wrong one."""
+    statements = _parse(problem.text)
+    (right,) = solve(statements)
+    lines, tried = [], {right}
+    for attempt in range(ATTEMPTS):
+        roles = right
+        if attempt < ATTEMPTS - 1 and rng.random() < wrong:
+            while roles in tried:
+                roles = tuple(rng.random() < 0.5 for _ in statements)
+            tried.add(roles)
+        lines += _check(statements, roles)
+        if roles == right or rng.random() < give_up:
+            break
+    knights = [name for name, knight in zip(PEOPLE, roles, strict=False) if knight]
+    return "\n".join([*lines, tag(" ".join(knights) or "none")])
+
+
+def _check(statements: list[Statement], roles: tuple[bool, ...]) -> Iterator[str]:
+    """The guess, then a line per speaker up to the first contradiction."""
+    yield " ".join(f"{p} {ROLES[knight]}" for p, knight in zip(PEOPLE, roles, strict=False))
+    for name, statement, role in zip(PEOPLE, statements, roles, strict=False):
+        truths = [("false", "true")[roles[p] == knight] for p, knight in statement[1]]
+        words = f" {statement[0]} ".join(truths)
+        agrees = _holds(statement, roles) == role
+        yield f"{name} {ROLES[role]} says {words} {'yes' if agrees else 'no'}"
+        if not agrees:
+            return
+
+
+def grade(text: str, answer: object) -> bool:
+    """True iff the last answer span names exactly the knights, or gives everybody's role.
+
+    "Ann and Bob", "none", "Ann is a knight, Bob is a knave" are read, in any case and order.
+    """
+    if not isinstance(answer, dict):
+        return False
+    people, knights = answer.get("people"), answer.get("knights")
+    span = answer_span(text)
+    if not _names(people) or not _names(knights) or span is None or len(span) > _MAX_LENGTH:
+        return False
+    people, knights = [p.lower() for p in people], {k.lower() for k in knights}
+    words = [w for w in _WORD.findall(span.lower()) if w not in _FILLERS]
+    if any(w in _ROLE for w in words):
+        names, roles = words[::2], [_ROLE.get(w) for w in words[1::2]]
+        return sorted(names) == sorted(people) and roles == [name in knights for name in names]
+    return words == ["none"] if not knights else sorted(words) == sorted(knights)
+
+
+def _names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)

@@ -1,0 +1,207 @@
+"""Re-create the embedded policy and its tokenizer: `python -m spo.warmup --out DIR`.
+
+A small Llama model learns to imitate the worked solutions of all tasks, imperfect habits included,
+so that reinforcement learning starts from a policy that is right about half of the time. Everything
+follows from the seed; training is in fp32, the weights are stored in bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from spo.tasks import TASKS, prompts
+from spo.tasks.problem import CLOSE, OPEN
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+CONTEXT = 512
+MIXTURE = {"arithmetic": 0.4, "countdown": 0.35, "knights_knaves": 0.25}  # shares of the examples
+POOL = 32  # batches whose examples are sorted by length together, to save padding
+RAMP = 50  # steps in which the learning rate rises; then it falls linearly to zero
+LOG_EVERY = 50  # steps
+MAX_NEW_TOKENS, EVAL_BATCH = 128, 250
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, number or line break; decoding restores the text exactly."""
+    words = dict.fromkeys([PAD, EOS, UNKNOWN, "\n", OPEN, CLOSE])
+    for task in MIXTURE:
+        words.update(dict.fromkeys(TASKS[task].VOCABULARY))
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    # WordPiece puts a space before every word but the first; those around line breaks go again.
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="##", cleanup=False),
+            decoders.Fuse(),
+            decoders.Replace(Regex(" ?\n ?"), "\n"),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """An untrained policy in fp32, 1.9 million parameters, drawn from torch's global seed."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        head_dim=64,
+        intermediate_size=512,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        # Llama rather than Qwen2: for the latter AutoTokenizer puts its own pre-tokenizer in place.
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="eager",  # its backward is the fastest on a CPU at this size
+    )
+    return LlamaForCausalLM(config)
+
+
+def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], int]]:
+    """Endless mixture of (prompt + solution + end, prompt length) over the training splits."""
+    rng = random.Random(seed)
+    streams = {task: TASKS[task].problems("train", seed) for task in MIXTURE}
+    while True:
+        (task,) = rng.choices(list(MIXTURE), list(MIXTURE.values()))
+        problem = next(streams[task])
+        prompt = tokenizer(problem.text)["input_ids"]
+        solution = tokenizer(TASKS[task].solution(problem, rng))["input_ids"]
+        yield [*prompt, *solution, tokenizer.eos_token_id], len(prompt)
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless right-padded `token_ids (N, L)` and `is_solution (N, L)`, equal lengths together."""
+    rng, source = random.Random(seed), examples(tokenizer, seed)
+    while True:
+        pool = sorted(islice(source, POOL * batch_size), key=lambda example: len(example[0]))
+        groups = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        rng.shuffle(groups)
+        for group in groups:
+            token_ids = torch.full((batch_size, len(group[-1][0])), tokenizer.pad_token_id)
+            is_solution = torch.zeros_like(token_ids, dtype=torch.bool)
+            for row, (ids, prompt_length) in enumerate(group):
+                token_ids[row, : len(ids)] = torch.tensor(ids)
+                is_solution[row, prompt_length : len(ids)] = True
+            yield token_ids, is_solution
+
+
+def warm_up(
+    tokenizer: PreTrainedTokenizerFast, *, steps: int, batch_size: int, lr: float, seed: int
+) -> LlamaForCausalLM:
+    """Imitate worked solutions for `steps` AdamW steps; loss on the solutions' tokens only."""
+    torch.manual_seed(seed)
+    model = build_model(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), fused=True)
+    start = time.monotonic()
+    seen, running = 0, 0.0
+    for step, (token_ids, is_solution) in enumerate(
+        islice(batches(tokenizer, seed, batch_size), steps)
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min((step + 1) / RAMP, 1 - step / steps)
+        # Padding stands right of every real token, so the causal mask alone hides it.
+        hidden = model.model(input_ids=token_ids[:, :-1], use_cache=False).last_hidden_state
+        targets = is_solution[:, 1:]
+        logits = model.lm_head(hidden[targets])
+        loss = torch.nn.functional.cross_entropy(logits, token_ids[:, 1:][targets])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += token_ids.numel()
+        running += loss.item()
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+            seconds = time.monotonic() - start
+            mean = running / (step % LOG_EVERY + 1)
+            print(
+                f"step {step + 1}/{steps} loss {mean:.3f} tokens {seen} {seconds:.0f} s", flush=True
+            )
+            running = 0.0
+    return model
+
+
+@torch.no_grad()
+def pass_at_1(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    task: str,
+    *,
+    count: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> float:
+    """Share of the first `count` test problems solved by one sample; temperature 0 is greedy."""
+    torch.manual_seed(seed)
+    tested = list(islice(prompts(task, "test", 0, tokenizer), count))
+    tokenizer.padding_side = "left"
+    right = 0
+    for start in range(0, count, EVAL_BATCH):
+        batch = tested[start : start + EVAL_BATCH]
+        inputs = tokenizer.pad(
+            {"input_ids": [list(p.prompt_ids) for p in batch]}, return_tensors="pt"
+        )
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+        output = model.generate(
+            **inputs,
+            max_new_tokens=MAX_NEW_TOKENS,
+            **(sampling if temperature > 0 else {"do_sample": False}),
+        )
+        texts = tokenizer.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        right += sum(TASKS[task].grade(t, p.answer) for t, p in zip(texts, batch, strict=True))
+    return right / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="spo.warmup", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--eval", type=int, default=500, help="test problems per task")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    tokenizer = build_tokenizer()
+    model = warm_up(
+        tokenizer, steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed
+    )
+    tokenizer.save_pretrained(args.out)
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32)  # what was stored
+    for task in MIXTURE:
+        greedy, sampled = (
+            pass_at_1(model, tokenizer, task, count=args.eval, temperature=t) for t in (0.0, 1.0)
+        )
+        print(f"{task}: Pass@1 {greedy:.3f} greedy, {sampled:.3f} at T = 1, n = {args.eval}")
+
+
+if __name__ == "__main__":
+    main()
