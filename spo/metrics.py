@@ -1,0 +1,135 @@
+"""The figures of a run: one JSON object per line of `metrics.jsonl`, appended as the run goes.
+
+Every line holds `iteration`, `seconds` (since the run began), `generated_tokens` (so far) and
+`stage` ("train" or "eval"); every other key is free. JSON has no NaN and no infinity: both are
+written as null, and null is read as NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from types import TracebackType
+
+STAGES = ("train", "eval")
+
+
+class MetricsWriter:
+    """Appends lines to a metrics file; each is written whole and flushed.
+
+    Opening an existing file first drops a last line that a killed process left broken and, with
+    `resume_at`, every line of that iteration and later, which the resumed run writes again.
+    Raises ValueError with the line's number where another line is broken.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, resume_at: int | None = None) -> None:
+        path = Path(path)
+        if path.exists():
+            _keep_before(path, math.inf if resume_at is None else resume_at)
+        self._file = open(path, "ab")  # O_APPEND, so that a line lands at the end in one piece
+
+    def write(self, line: Mapping[str, object]) -> None:
+        """Append one line. Raises ValueError or TypeError naming the key that is wrong."""
+        _check(line)
+        clean = {
+            key: value if isinstance(value, (str, bool)) else _number(value)
+            for key, value in line.items()
+        }
+        self._file.write(json.dumps(clean, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict]:
+    """Lines of a metrics file in the order written, null as NaN; a broken last line is left out.
+
+    Raises ValueError with the line's number where any other line is broken.
+    """
+    return [
+        {key: math.nan if value is None else value for key, value in line.items()}
+        for _, line in _whole_lines(Path(path))
+    ]
+
+
+def mean_stderr(values: Iterable[float]) -> tuple[float, float]:
+    """Mean of independent samples and its standard error, sqrt(sum((x - mean)^2) / (n (n - 1))).
+
+    For right-or-wrong samples that is sqrt(p (1 - p) / (n - 1)). The error of one sample is NaN.
+    Raises ValueError if there is no sample: a missing result is not a zero.
+    """
+    samples = [float(value) for value in values]
+    n = len(samples)
+    if n == 0:
+        raise ValueError("values must hold at least one sample, found none")
+    mean = math.fsum(samples) / n
+    if n == 1:
+        return mean, math.nan
+    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in samples) / (n * (n - 1)))
+
+
+def _check(line: Mapping[str, object]) -> None:
+    for key in ("iteration", "seconds", "generated_tokens", "stage"):
+        if key not in line:
+            raise ValueError(f"a metrics line must hold {key!r}, found {sorted(line)}")
+    if line["stage"] not in STAGES:
+        raise ValueError(f"stage must be one of {STAGES}, found {line['stage']!r}")
+    for key in ("iteration", "generated_tokens"):
+        value = line[key]
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ValueError(f"{key} must be a whole number, found {value!r}")
+    for key, value in line.items():
+        if not isinstance(value, (str, Real)):
+            raise TypeError(f"metric {key!r} must be a number or a string, found {type(value)}")
+
+
+def _number(value: Real) -> int | float | None:
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if math.isfinite(value) else None
+
+
+def _whole_lines(path: Path) -> list[tuple[bytes, dict]]:
+    """(raw line, parsed line); only the last line may be broken, and then it is left out."""
+    raws = path.read_bytes().splitlines(keepends=True)
+    lines = []
+    for number, raw in enumerate(raws, start=1):
+        try:
+            line = json.loads(raw)
+            whole = raw.endswith(b"\n") and isinstance(line["iteration"], int)
+        except (ValueError, TypeError, KeyError):  # not JSON, not an object, no iteration
+            whole = False
+        if whole:
+            lines.append((raw, line))
+        elif number < len(raws):
+            raise ValueError(f"{path}, line {number} is not a metrics line: {raw[:80]!r}")
+    return lines
+
+
+def _keep_before(path: Path, iteration: float) -> None:
+    """Rewrite the file beside itself and rename, so that a kill leaves the old or the new one."""
+    kept = b"".join(raw for raw, line in _whole_lines(path) if line["iteration"] < iteration)
+    if len(kept) == path.stat().st_size:
+        return
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
