@@ -2,14 +2,23 @@
 
 from spo_kernels.dispatch import backends
 from spo_kernels.gae import gae
+from spo_kernels.logprobs import linear_token_logprobs, token_logprobs
+from spo_kernels.objective import PolicyLoss, policy_mask
+from spo_kernels.policy_loss import linear_masked_ppo_loss, masked_ppo_loss
 from spo_kernels.segments import cutpoint_segments, segment_advantages
 from spo_kernels.tree import tree_advantages, tree_stats, tree_values
 
 __all__ = [
+    "PolicyLoss",
     "backends",
     "cutpoint_segments",
     "gae",
+    "linear_masked_ppo_loss",
+    "linear_token_logprobs",
+    "masked_ppo_loss",
+    "policy_mask",
     "segment_advantages",
+    "token_logprobs",
     "tree_advantages",
     "tree_stats",
     "tree_values",

@@ -84,10 +84,15 @@ def _refusal(op: str, backend: str, tensor: Tensor) -> str:
     return ""
 
 
-def fill(args: Any, **fields: Any) -> Any:
-    """Set the fields of a native argument struct; a tensor becomes its address, None a null."""
+def launch(kernel: str, backend: str, args: Any, **fields: Any) -> Any:
+    """Set the fields of a native argument struct and return what `<kernel>_<backend>` makes of it.
+
+    A tensor becomes its address, None a null pointer. Every tensor must stay alive in the caller.
+    """
     for name, value in fields.items():
         if isinstance(value, Tensor):
             value = value.data_ptr()
         setattr(args, name, 0 if value is None else value)
-    return args
+    if backend == "cpu" and hasattr(args, "num_threads"):
+        args.num_threads = torch.get_num_threads()
+    return getattr(native(), f"{kernel}_{backend}")(args)

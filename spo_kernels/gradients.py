@@ -1,0 +1,53 @@
+"""Autograd of ops that form their gradient in the forward and return it as an output.
+
+The loss is a scalar, so the backward is one multiplication by `grad_output`. It hands
+the gradient over without a copy: nothing else holds it any more, so a leaf takes it as its `.grad`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op(
+    "spo_kernels::scale", mutates_args=("grad",), schema="(Tensor(a!) grad, Tensor factor) -> ()"
+)
+def scale(grad: Tensor, factor: Tensor) -> None:
+    """grad *= factor, a () tensor; on the CPU a factor of 1 costs nothing."""
+    if factor.device.type != "cpu" or factor.item() != 1:
+        grad.mul_(factor)
+
+
+@scale.register_fake
+def _(grad: Tensor, factor: Tensor) -> None:
+    return None
+
+
+def keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...], places: dict[int, int]) -> None:
+    """`setup_context`: output 0 is the loss, `places` maps inputs to outputs with their gradient.
+
+    The tensors are kept as an attribute, not by `save_for_backward`, so that they can be let go.
+    """
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.num_inputs = len(inputs)
+    ctx.formed = {i: output[o].detach() for i, o in places.items() if output[o].numel()}
+
+
+def hand_out(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    """`backward`: the gradients times grad_output."""
+    if ctx.formed is None:
+        raise RuntimeError(
+            "the gradients of this loss were handed out by an earlier backward; "
+            "pass retain_graph=True to every backward but the last"
+        )
+    formed = ctx.formed
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        formed = {i: grad.clone() for i, grad in formed.items()}
+    else:
+        ctx.formed = None
+    for grad in formed.values():
+        scale(grad, grad_output)
+    return tuple(formed.pop(i, None) for i in range(ctx.num_inputs))

@@ -1,0 +1,196 @@
+"""The vocabulary projection of selected rows, in chunks: logits forward, the two products backward.
+
+The logits that reach a row kernel are fp32 unless a lower `logits_dtype` is asked for: rounding
+them to bf16 costs up to 4e-3 in a logprob. A CPU without bf16 matmul instructions multiplies bf16
+several times slower than fp32, so bf16 and fp16 operands are widened, the weight block by block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from spo_kernels import rows
+
+BLOCK_ELEMENTS = 1 << 22  # of the weight widened at a time: 16 MiB, about what a shared cache holds
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_index: Tensor | None
+) -> tuple[int, ...]:
+    """The shape that the per-token arguments must have."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} must hold floating-point numbers, found {tensor.dtype}")
+    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "hidden (..., D) and weight (V, D) must agree in D, "
+            f"found {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), found {tuple(bias.shape)}")
+    if hidden_index is None:
+        return tuple(hidden.shape[:-1])
+    if hidden.ndim != 2:
+        raise ValueError(f"with hidden_index, hidden must be (H, D), found {tuple(hidden.shape)}")
+    if hidden_index.dtype != torch.int64 or hidden_index.ndim != 1:
+        raise TypeError(
+            "hidden_index must be a one-dimensional int64 tensor, "
+            f"found {hidden_index.dtype} of shape {tuple(hidden_index.shape)}"
+        )
+    return tuple(hidden_index.shape)
+
+
+def check_options(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden_index: Tensor | None,
+    logits_dtype: torch.dtype,
+) -> None:
+    """ValueError for tensors on different devices or a `logits_dtype` that is not offered."""
+    rows.check_devices(hidden, weight=weight, bias=bias, hidden_index=hidden_index)
+    if logits_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"logits_dtype must be torch.float32 or torch.bfloat16, found {logits_dtype}"
+        )
+
+
+def needs_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
+    """Which of the three want a gradient."""
+    enabled = torch.is_grad_enabled()
+    return [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+
+
+def refuse_low_precision(logits_dtype: torch.dtype) -> None:
+    """The reference knows fp32 (and fp64) logits only; ValueError for others."""
+    if logits_dtype != torch.float32:
+        raise ValueError(f"the reference backend cannot use logits_dtype={logits_dtype}")
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    """Buffers for dhidden, dweight, dbias; (0,) where no gradient is wanted."""
+    wanted = zip((hidden, weight, bias), needs, strict=True)
+    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in wanted)
+
+
+def select_states(hidden: Tensor, hidden_index: Tensor | None, index: Tensor) -> Tensor:
+    """Rows of `hidden.reshape(-1, D)` that predict the selected tokens `index` (n,)."""
+    if hidden_index is None:
+        return index
+    states = hidden_index[index]
+    if states.numel() and not 0 <= int(states.min()) <= int(states.max()) < hidden.shape[0]:
+        raise ValueError(f"hidden_index must be in [0, {hidden.shape[0]}) where a token is kept")
+    return states
+
+
+def chunks(count: int, vocab: int, dtype: torch.dtype, memory_budget: int) -> Iterator[slice]:
+    """Cut the rows into equal chunks, as few as keep a chunk's logits within the budget (bytes)."""
+    if count == 0:
+        return
+    pieces = math.ceil(count * vocab * dtype.itemsize / max(memory_budget, 1))
+    size = math.ceil(count / min(count, max(pieces, 1)))
+    for begin in range(0, count, size):
+        yield slice(begin, min(begin + size, count))
+
+
+def _blocks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
+    """Rows of the weight to bring to `dtype` at a time: all where it has that dtype already."""
+    vocab, width = weight.shape
+    size = vocab if weight.dtype == dtype else max(1, BLOCK_ELEMENTS // max(width, 1))
+    return [slice(begin, min(begin + size, vocab)) for begin in range(0, vocab, max(size, 1))]
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x (n, D) times weight (V, D) transposed, plus bias: logits (n, V) of `dtype`."""
+    x = x.to(dtype)
+    logits = x.new_empty(x.shape[0], weight.shape[0])
+    for block in _blocks(weight, dtype):
+        torch.mm(x, weight[block].to(dtype).t(), out=logits[:, block])
+    return logits if bias is None else logits.add_(bias)
+
+
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (n, D) to logits (n, V) in differentiable PyTorch, fp32 (fp64 for fp64 x)."""
+    dtype = rows.math_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        bias = None if bias is None else bias.to(dtype)
+        return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+
+
+class HeadGradients:
+    """Gradients of a head, chunk by chunk: dweight and dbias summed over chunks in fp32, dhidden
+    gathered per row and summed at the end over the rows that share a hidden state."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, needs: list[bool]):
+        """`needs`: which of hidden, weight and bias want a gradient."""
+        self.weight, self.bias = weight, bias
+        self.needs_hidden, self.needs_weight, self.needs_bias = needs
+        self.dx: list[Tensor] = []  # (c, D) of each chunk
+        self.dweight: Tensor | None = None  # (V, D)
+        self.dbias: Tensor | None = None  # (V,) fp32
+
+    def add(self, dlogits: Tensor, x: Tensor, only: bool) -> None:
+        """Take in a chunk: dlogits (c, V), x (c, D). `only`: no other chunk comes before or after,
+        so that dweight can be written in its own dtype at once."""
+        if self.needs_hidden:
+            dx = None
+            for block in _blocks(self.weight, dlogits.dtype):
+                part, w = dlogits[:, block], self.weight[block].to(dlogits.dtype)
+                dx = torch.mm(part, w) if dx is None else dx.addmm_(part, w)
+            self.dx.append(dx)
+        if self.needs_weight:
+            self._add_weight(dlogits, x.to(dlogits.dtype), only)
+        if self.needs_bias:
+            dbias = dlogits.sum(0, dtype=torch.float32)
+            self.dbias = dbias if self.dbias is None else self.dbias.add_(dbias)
+
+    def _add_weight(self, dlogits: Tensor, x: Tensor, only: bool) -> None:
+        first = self.dweight is None
+        if first:
+            dtype = self.weight.dtype if only else torch.float32
+            self.dweight = torch.empty(self.weight.shape, dtype=dtype, device=x.device)
+        for block in _blocks(self.weight, dlogits.dtype):
+            part, total = dlogits[:, block].t(), self.dweight[block]
+            if total.dtype == dlogits.dtype and first:
+                torch.mm(part, x, out=total)
+            elif total.dtype == dlogits.dtype:
+                total.addmm_(part, x)
+            elif first:
+                total.copy_(torch.mm(part, x))
+            else:
+                total.add_(torch.mm(part, x))
+
+    def finish(self, hidden: Tensor, states: Tensor, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """dhidden, dweight, dbias like hidden, weight, bias; one that is not needed is empty.
+
+        `states` (n,) names the hidden state of each row taken in; `shared`: with repetitions.
+        """
+        dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
+        if self.needs_hidden:
+            dhidden = hidden.new_zeros(hidden.shape)
+            if self.dx:
+                dx = torch.cat(self.dx) if len(self.dx) > 1 else self.dx[0]
+                if shared:
+                    states, dx = _sum_shared(states, dx.float())
+                dhidden.view(-1, hidden.shape[-1])[states] = dx.to(hidden.dtype)
+        if self.needs_weight:
+            dweight = self.dweight
+            dweight = self.weight.new_zeros(self.weight.shape) if dweight is None else dweight
+            dweight = dweight.to(self.weight.dtype)
+        if self.needs_bias:
+            dbias = self.bias.new_zeros(self.bias.shape) if self.dbias is None else self.dbias
+            dbias = dbias.to(self.bias.dtype)
+        return dhidden, dweight, dbias
+
+
+def _sum_shared(states: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the rows of dx (n, D) that have the same state, in the order they came."""
+    states, order = torch.sort(states, stable=True)
+    states, counts = torch.unique_consecutive(states, return_counts=True)
+    return states, torch.segment_reduce(dx[order], "sum", lengths=counts, axis=0)

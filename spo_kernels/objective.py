@@ -1,0 +1,247 @@
+"""The per-token objective: its arguments, checked and flattened, and its value in PyTorch.
+
+Both policy losses (from logits and from hidden states) share it; csrc/objective.h is its native
+counterpart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spo_kernels import rows
+
+KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}  # values of `KlEstimator` in csrc/ops.h
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """What the policy losses return; everything but `loss` is detached.
+
+    A token is kept if the loss mask and the probability mask both keep it. A kept token whose
+    advantage is 0 counts in `num_kept` and in Z; it carries no gradient and so, unless a KL term
+    needs it, no logprob is computed for it.
+    """
+
+    loss: Tensor  # () differentiable, policy_loss + kl
+    policy_loss: Tensor  # () the clipped objective over its norm
+    kl: Tensor  # () kl_coef times the KL estimate over its norm
+    logprobs: Tensor  # (...) of token_ids at the temperature; 0 where none was computed
+    entropy: Tensor | None  # (...) of the policy, 0 as above; None unless asked for
+    clipfrac: Tensor  # () share of the tokens with a policy gradient term that were clipped
+    ratio_mean: Tensor  # () mean importance ratio of the same tokens
+    num_kept: Tensor  # () int64, number of kept tokens
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The per-token arguments as rows, and the scalars of the objective."""
+
+    ids: Tensor  # (N,) int64
+    old_logprobs: Tensor  # (N,)
+    advantages: Tensor  # (N,)
+    ref_logprobs: Tensor | None  # (N,)
+    temperature: Tensor  # (N,) or (1,)
+    policy_mask: Tensor  # (N,) bool, M
+    kl_mask: Tensor | None  # (N,) bool, K; None without a KL term
+    scales: Tensor  # (2,) 1 / Z and kl_coef / Z_kl, 0 where the norm is 0
+    clip_eps_low: float
+    clip_eps_high: float
+    log_ratio_clamp: float
+    kl_estimator: int
+
+    def has_policy(self) -> Tensor:
+        """(N,) bool: the policy term is not identically 0."""
+        return self.policy_mask & (self.advantages != 0)
+
+    def used(self) -> Tensor:
+        """(N,) bool: the row contributes to the loss, so its logprob is needed."""
+        used = self.has_policy()
+        return used if self.kl_mask is None else used | self.kl_mask
+
+    def check(self, vocab: int) -> None:
+        kept = self.policy_mask if self.kl_mask is None else self.policy_mask | self.kl_mask
+        rows.check_rows(self.ids, self.temperature, kept, vocab)
+
+    def take(self, index: Tensor) -> Tokens:
+        """The rows (n,) named by `index` only."""
+        one = self.temperature.shape[0] == 1
+        return Tokens(
+            self.ids[index],
+            self.old_logprobs[index],
+            self.advantages[index],
+            None if self.ref_logprobs is None else self.ref_logprobs[index],
+            self.temperature if one else self.temperature[index],
+            self.policy_mask[index],
+            None if self.kl_mask is None else self.kl_mask[index],
+            *self.arguments()[7:],
+        )
+
+    def arguments(self) -> tuple:
+        """In the order of the op schemas."""
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+
+
+def policy_mask(
+    old_logprobs: Tensor,  # (...) of the sampling policy
+    loss_mask: Tensor,  # (...) bool
+    prob_threshold: float | None,
+) -> Tensor:  # (...) bool
+    """The tokens that train: M = loss_mask and old probability < prob_threshold (strictly)."""
+    if prob_threshold is None:
+        return loss_mask
+    if not 0 < prob_threshold <= 1:
+        raise ValueError(f"prob_threshold must be in (0, 1] or None, found {prob_threshold}")
+    return loss_mask & (old_logprobs.float() < math.log(prob_threshold))
+
+
+def prepare(
+    name: str,
+    like: Tensor,  # logits or hidden: gives device and precision
+    shape: tuple[int, ...],
+    token_ids: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    loss_mask: Tensor | None,
+    prob_threshold: float | None,
+    ref_logprobs: Tensor | None,
+    temperature: float | Tensor,
+    clip_eps_low: float,
+    clip_eps_high: float,
+    log_ratio_clamp: float,
+    kl_coef: float,
+    kl_estimator: str,
+    kl_scope: str,
+    policy_norm: float | Tensor | None,
+    kl_norm: float | Tensor | None,
+) -> Tokens:
+    """Check the arguments that both public functions share and flatten them.
+
+    `name` is what the caller calls `like`.
+    """
+    rows.check_floating(name, like)
+    rows.check_devices(
+        like,
+        token_ids=token_ids,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        loss_mask=loss_mask,
+        ref_logprobs=ref_logprobs,
+        temperature=temperature,
+        policy_norm=policy_norm,
+        kl_norm=kl_norm,
+    )
+    if kl_estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator must be k1, k2 or k3, found {kl_estimator!r}")
+    if kl_scope not in ("masked", "all"):
+        raise ValueError(f"kl_scope must be 'masked' or 'all', found {kl_scope!r}")
+    if not kl_coef >= 0:
+        raise ValueError(f"kl_coef must be >= 0, found {kl_coef}")
+    if kl_coef > 0 and ref_logprobs is None:
+        raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs")
+    if not (clip_eps_low >= 0 and clip_eps_high >= 0 and log_ratio_clamp > 0):
+        raise ValueError(
+            "need clip_eps_low >= 0, clip_eps_high >= 0 and log_ratio_clamp > 0, "
+            f"found {clip_eps_low}, {clip_eps_high} and {log_ratio_clamp}"
+        )
+    dtype = rows.math_dtype(like)
+    ids = rows.flat_ids("token_ids", token_ids, shape)
+    old = rows.flat_floats("old_logprobs", old_logprobs, shape, dtype)
+    trained = rows.flat_mask("loss_mask", loss_mask, ids, shape)
+    mask = policy_mask(old, trained, prob_threshold)
+    count = mask.sum()
+    norm = count if policy_norm is None else policy_norm
+    with_kl = kl_coef > 0
+    scales = [_scale("policy_norm", 1.0, norm, count, dtype)]
+    scales.append(
+        _scale("kl_norm", kl_coef, norm if kl_norm is None else kl_norm, count, dtype)
+        if with_kl
+        else torch.zeros_like(scales[0])
+    )
+    return Tokens(
+        ids,
+        old,
+        rows.broadcast_floats("advantages", advantages, shape, dtype),
+        rows.flat_floats("ref_logprobs", ref_logprobs, shape, dtype) if with_kl else None,
+        rows.flat_temperature(temperature, like, shape, dtype),
+        mask,
+        (mask if kl_scope == "masked" else trained) if with_kl else None,
+        torch.stack(scales),
+        clip_eps_low,
+        clip_eps_high,
+        log_ratio_clamp,
+        KL_ESTIMATORS[kl_estimator] if with_kl else 0,
+    )
+
+
+def _scale(
+    name: str, coef: float, norm: float | Tensor, like: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """coef / norm as a () tensor, 0 where the norm is 0."""
+    if not isinstance(norm, Tensor):
+        if not 0 <= norm < math.inf:
+            raise ValueError(f"{name} must be a finite count >= 0, found {norm}")
+        return torch.full((), coef / norm if norm else 0.0, dtype=dtype, device=like.device)
+    norm = norm.detach().reshape(()).to(dtype)
+    return torch.where(norm == 0, 0.0, coef / norm)
+
+
+def token_objective(
+    logprobs: Tensor,  # (N,) differentiable
+    tokens: Tokens,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (N,) each
+    """Policy term, KL term (both scaled), clipped (0 or 1) and ratio of every row; 0 where unused.
+
+    The PyTorch counterpart of csrc/objective.h. An unused argument may be NaN, so it is replaced
+    before it enters the arithmetic: masking the result alone would leak NaN into the gradient.
+    """
+    has = tokens.has_policy()
+    old = tokens.old_logprobs.masked_fill(~has, 0)
+    advantages = tokens.advantages.masked_fill(~has, 0)
+    bound = tokens.log_ratio_clamp
+    ratio = torch.exp((logprobs - old).clamp(-bound, bound))
+    free = ratio * advantages
+    held = ratio.clamp(1 - tokens.clip_eps_low, 1 + tokens.clip_eps_high) * advantages
+    policy = -tokens.scales[0] * torch.minimum(free, held)
+    zero = torch.zeros_like(policy)
+    clipped, ratio = (free > held).to(policy.dtype), torch.where(has, ratio, zero)
+    if tokens.kl_mask is None:
+        return torch.where(has, policy, zero), zero, clipped.detach(), ratio.detach()
+    difference = logprobs - torch.where(tokens.kl_mask, tokens.ref_logprobs, 0.0)
+    difference = torch.where(tokens.kl_mask, difference, zero)
+    if tokens.kl_estimator == KL_ESTIMATORS["k1"]:
+        kl = difference
+    elif tokens.kl_estimator == KL_ESTIMATORS["k2"]:
+        kl = difference.square() / 2
+    else:
+        d = (-difference).clamp(-10, 10)
+        kl = torch.expm1(d) - d
+    kl = tokens.scales[1] * kl
+    return torch.where(has, policy, zero), kl, clipped.detach(), ratio.detach()
+
+
+def record(
+    loss: Tensor,  # ()
+    totals: Tensor,  # (4,) sums of what `token_objective` returns
+    logprobs: Tensor,  # (N,)
+    entropy: Tensor | None,  # (N,)
+    tokens: Tokens,
+    shape: tuple[int, ...],
+) -> PolicyLoss:
+    """Assemble what the public functions return."""
+    policy, kl, clipped, ratio = totals.detach().unbind()
+    count = tokens.has_policy().sum().clamp(min=1)
+    return PolicyLoss(
+        loss=loss,
+        policy_loss=policy,
+        kl=kl,
+        logprobs=logprobs.reshape(shape),
+        entropy=None if entropy is None else entropy.reshape(shape),
+        clipfrac=clipped / count,
+        ratio_mean=ratio / count,
+        num_kept=tokens.policy_mask.sum(),
+    )

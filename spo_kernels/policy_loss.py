@@ -1,0 +1,433 @@
+"""Probability-masked PPO loss, from logits or from hidden states.
+
+Reference, op schemas with their fake and autograd, public functions, in that order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spo_kernels import dispatch, gradients, head, objective
+from spo_kernels import rows as _rows
+from spo_kernels.objective import PolicyLoss, Tokens
+
+MEMORY_BUDGET = 1 << 30  # bytes of logits that the head makes at a time
+
+
+def masked_ppo_loss_ref(
+    logits: Tensor,  # (..., V)
+    tokens: Tokens,  # N rows, from `objective.prepare`
+    entropy: bool = False,
+) -> PolicyLoss:
+    """`masked_ppo_loss` in differentiable PyTorch; fp64 throughout for fp64 logits."""
+    shape = logits.shape[:-1]
+    tokens.check(logits.shape[-1])
+    index = tokens.used().nonzero().squeeze(1)
+    # Rows are picked before the view is flattened: flattening a slice would copy all of it.
+    kept = logits[torch.unravel_index(index, shape)] if len(shape) else logits[None][index]
+    return _reference(kept, tokens, index, shape, entropy)
+
+
+def linear_masked_ppo_loss_ref(
+    hidden: Tensor,  # (..., D), or (H, D) with hidden_index
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    hidden_index: Tensor | None,  # (N,) int64
+    tokens: Tokens,  # N rows, from `objective.prepare`
+    shape: tuple[int, ...],
+    entropy: bool = False,
+    max_active: int | None = None,
+) -> PolicyLoss:
+    """`linear_masked_ppo_loss` in differentiable PyTorch: keep rows, project, reference loss."""
+    tokens.check(weight.shape[0])
+    index = _active(tokens, max_active)
+    states = head.select_states(hidden, hidden_index, index)
+    logits = head.linear_ref(hidden.reshape(-1, hidden.shape[-1])[states], weight, bias)
+    return _reference(logits, tokens, index, shape, entropy)
+
+
+def _active(tokens: Tokens, max_active: int | None) -> Tensor:
+    """Indices of the rows to project."""
+    index = tokens.used().nonzero().squeeze(1)
+    if max_active is not None and index.numel() > max_active:
+        raise ValueError(f"max_active={max_active}, but {index.numel()} rows are active")
+    return index
+
+
+def _reference(
+    logits: Tensor,  # (n, V) of the rows `index` only
+    tokens: Tokens,  # N rows
+    index: Tensor,  # (n,) int64
+    shape: tuple[int, ...],
+    entropy: bool,
+) -> PolicyLoss:
+    kept = tokens.take(index)
+    logprobs, row_entropy = _rows.logprobs_of(logits, kept.ids, kept.temperature, entropy)
+    terms = objective.token_objective(logprobs, kept)
+    totals = torch.stack([term.sum() for term in terms])
+    scattered = [
+        None if x is None else x.new_zeros(tokens.ids.shape).index_put((index,), x.detach())
+        for x in (logprobs, row_entropy)
+    ]
+    return objective.record(totals[0] + totals[1], totals, *scattered, tokens, shape)
+
+
+# What every op takes after its own arguments; the fields of `Tokens` in order.
+_TOKENS = (
+    "Tensor ids, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs, Tensor temperature, "
+    "Tensor policy_mask, Tensor? kl_mask, Tensor scales, float clip_eps_low, float clip_eps_high, "
+    "float log_ratio_clamp, int kl_estimator"
+)
+
+
+def _run_rows(
+    backend: str, logits: Tensor, dlogits: Tensor | None, tokens: Tokens, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The row kernel: (totals (4,), logprobs (N,), entropy (N,) or (0,)), and dlogits filled."""
+    n, vocab = tokens.ids.numel(), logits.shape[-1]
+    stats, logprobs = logits.new_empty((n, 4), dtype=torch.float32), tokens.scales.new_empty(n)
+    row_entropy = tokens.scales.new_empty(n if entropy else 0)
+    layout = {}
+    logits, layout["logits_layout"] = _rows.strided_rows(logits)
+    if dlogits is not None:
+        dlogits, layout["dlogits_layout"] = _rows.strided_rows(dlogits)
+    if n:
+        dispatch.launch(
+            "policy_loss",
+            backend,
+            dispatch.native().PolicyLossArgs(),
+            rows=n,
+            vocab=vocab,
+            dtype=_rows.DTYPES.index(logits.dtype),
+            logits=logits,
+            dlogits=dlogits,
+            **layout,
+            token_ids=tokens.ids,
+            old_logprobs=tokens.old_logprobs,
+            advantages=tokens.advantages,
+            ref_logprobs=tokens.ref_logprobs,
+            temperature=tokens.temperature,
+            temperature_stride=int(tokens.temperature.numel() > 1),
+            policy_mask=tokens.policy_mask,
+            kl_mask=tokens.kl_mask,
+            scales=tokens.scales,
+            clip_eps_low=tokens.clip_eps_low,
+            clip_eps_high=tokens.clip_eps_high,
+            log_ratio_clamp=tokens.log_ratio_clamp,
+            kl_estimator=tokens.kl_estimator,
+            logprobs=logprobs,
+            entropy=row_entropy if entropy else None,
+            stats=stats,
+        )
+    return stats.sum(0, dtype=torch.float64).float(), logprobs, row_entropy
+
+
+@torch.library.custom_op(
+    "spo_kernels::policy_loss",
+    mutates_args=(),
+    schema=f"(Tensor logits, bool needs_grad, bool entropy, str backend, {_TOKENS})"
+    " -> (Tensor loss, Tensor totals, Tensor logprobs, Tensor entropy, Tensor dlogits)",
+)
+def _policy_loss(logits, needs_grad, entropy, backend, *arguments):
+    tokens = Tokens(*arguments)
+    tokens.check(logits.shape[-1])
+    dlogits = _new_dlogits(logits, needs_grad)
+    totals, *outputs = _run_rows(backend, logits, dlogits if needs_grad else None, tokens, entropy)
+    return totals[0] + totals[1], totals, *outputs, dlogits
+
+
+@_policy_loss.register_fake
+def _(logits, needs_grad, entropy, backend, ids, *arguments):
+    return *_fake_outputs(logits, ids, entropy), _new_dlogits(logits, needs_grad)
+
+
+def _new_dlogits(logits: Tensor, needs_grad: bool) -> Tensor:
+    return logits.new_empty(logits.shape if needs_grad else (0,))
+
+
+def _fake_outputs(like: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+    n = ids.numel()
+    shapes = ((), (4,), (n,), (n if entropy else 0,))
+    return tuple(like.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _setup_policy_loss(ctx, inputs, output):
+    gradients.keep(ctx, inputs, output, {0: 4})
+
+
+def _setup_linear(ctx, inputs, output):
+    gradients.keep(ctx, inputs, output, {0: 4, 1: 5, 2: 6})
+
+
+_policy_loss.register_autograd(gradients.hand_out, setup_context=_setup_policy_loss)
+
+
+@torch.library.custom_op(
+    "spo_kernels::policy_loss_inplace",
+    mutates_args=("logits",),
+    schema=f"(Tensor(a!) logits, bool entropy, str backend, {_TOKENS})"
+    " -> (Tensor totals, Tensor logprobs, Tensor entropy)",
+)
+def _policy_loss_inplace(logits, entropy, backend, *arguments):
+    tokens = Tokens(*arguments)
+    tokens.check(logits.shape[-1])
+    return _run_rows(backend, logits, logits, tokens, entropy)
+
+
+@_policy_loss_inplace.register_fake
+def _(logits, entropy, backend, ids, *arguments):
+    return _fake_outputs(logits, ids, entropy)[1:]
+
+
+class _InplaceGrad(torch.autograd.Function):
+    """The loss whose dlogits overwrite the logits."""
+
+    @staticmethod
+    def forward(ctx, logits, entropy, backend, *arguments):
+        # A mutating op bumps the version counter: whatever saved the logits before will raise.
+        totals, logprobs, row_entropy = _policy_loss_inplace(logits, entropy, backend, *arguments)
+        ctx.save_for_backward(logits)
+        ctx.mark_non_differentiable(totals, logprobs, row_entropy)
+        return totals[0] + totals[1], totals, logprobs, row_entropy
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        (logits,) = ctx.saved_tensors
+        dlogits = logits.detach()
+        gradients.scale(dlogits, grad_output)
+        return dlogits, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+@torch.library.custom_op(
+    "spo_kernels::linear_policy_loss",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? hidden_index, bool[] needs_grad, "
+    f"bool entropy, ScalarType logits_dtype, int memory_budget, int? max_active, str backend, "
+    f"{_TOKENS}) -> (Tensor loss, Tensor totals, Tensor logprobs, Tensor entropy, Tensor dhidden, "
+    "Tensor dweight, Tensor dbias)",
+)
+def _linear_policy_loss(
+    hidden,
+    weight,
+    bias,
+    hidden_index,
+    needs_grad,
+    entropy,
+    logits_dtype,
+    memory_budget,
+    max_active,
+    backend,
+    *arguments,
+):
+    """Gradients are formed here, chunk by chunk, while the logits of the chunk are at hand."""
+    tokens = Tokens(*arguments)
+    vocab = weight.shape[0]
+    tokens.check(vocab)
+    index = _active(tokens, max_active)
+    states = head.select_states(hidden, hidden_index, index)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    parts = list(head.chunks(index.numel(), vocab, logits_dtype, memory_budget))
+    grads = head.HeadGradients(weight, bias, needs_grad)
+    totals, *outputs = (x.zero_() for x in _fake_outputs(hidden, tokens.ids, entropy)[1:])
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part in parts:
+            x = flat[states[part]]
+            logits = head.project(x, weight, bias, logits_dtype)
+            dlogits = logits if any(needs_grad) else None
+            chunk = tokens.take(index[part])
+            sums, *rows = _run_rows(backend, logits, dlogits, chunk, entropy)
+            totals += sums
+            for whole, values in zip(outputs, rows, strict=True):
+                if whole.numel():
+                    whole[index[part]] = values
+            if dlogits is not None:
+                grads.add(dlogits, x, only=len(parts) == 1)
+        products = grads.finish(hidden, states, shared=hidden_index is not None)
+    return totals[0] + totals[1], totals, *outputs, *products
+
+
+@_linear_policy_loss.register_fake
+def _(hidden, weight, bias, hidden_index, needs_grad, entropy, *others):
+    ids = others[4]
+    grads = head.empty_gradients(hidden, weight, bias, needs_grad)
+    return *_fake_outputs(hidden, ids, entropy), *grads
+
+
+_linear_policy_loss.register_autograd(gradients.hand_out, setup_context=_setup_linear)
+
+
+def masked_ppo_loss(
+    logits: Tensor,  # (..., V) fp32, bf16, fp16 or fp64, raw: not divided by the temperature
+    token_ids: Tensor,  # (...) int32 or int64, logits[i] predicts token_ids[i]
+    old_logprobs: Tensor,  # (...) of the sampling policy, at the temperature
+    advantages: Tensor,  # broadcasts against (...); (B,) against (B, L) is one per sequence
+    *,
+    loss_mask: Tensor | None = None,  # (...) bool, integer or float, non-zero = trained
+    prob_threshold: float | None = 0.9,
+    ref_logprobs: Tensor | None = None,  # (...) of the reference policy, at the temperature
+    temperature: float | Tensor = 1.0,  # a number, or a tensor that broadcasts as advantages does
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float = 0.2,
+    log_ratio_clamp: float = 10.0,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    kl_scope: str = "masked",
+    policy_norm: float | Tensor | None = None,
+    kl_norm: float | Tensor | None = None,
+    entropy: bool = False,
+    inplace_grad: bool = False,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """Clipped policy loss over the tokens that the sampling policy was unsure of, plus a KL term.
+
+    With M = loss_mask and old_logprob < log(prob_threshold), ratio = exp(logprob - old_logprob)
+    clamped to exp(+-log_ratio_clamp), and Z = policy_norm or, if None, the sum of M:
+
+        policy_loss = -sum(M * min(ratio * A, clip(ratio, 1 - eps_low, 1 + eps_high) * A)) / Z
+        kl = kl_coef * sum(K * k(logprob, ref_logprob)) / Z_kl
+        loss = policy_loss + kl
+
+    K is M for `kl_scope="masked"`, the loss mask for "all". With p and q the two logprobs, k1 is
+    p - q, k2 is (p - q)^2 / 2, k3 is exp(d) - d - 1 with d = clamp(q - p, -10, 10), each
+    differentiated as it stands. The norms are counts, numbers or tensors: give the global counts
+    of the optimiser step; `kl_norm=None` is the policy's norm. A norm of 0 gives loss 0 and zero
+    gradients. `prob_threshold=None` trains the whole loss mask.
+
+    One read of the logits and one write of their gradient; logits of dropped tokens are not read
+    (they may be NaN) and get zeros. `entropy=True` adds the entropy as a metric.
+    `inplace_grad=True` writes the gradient over the logits: use them for nothing else.
+
+    Raises TypeError for wrong dtypes; ValueError for wrong shapes or options, for an id outside
+    [0, V) or a temperature that is not positive on a kept token (ids of dropped tokens may be
+    anything), and for a `backend` that cannot run this.
+    """
+    tokens = objective.prepare(
+        "logits",
+        logits,
+        logits.shape[:-1],
+        token_ids,
+        old_logprobs,
+        advantages,
+        loss_mask=loss_mask,
+        prob_threshold=prob_threshold,
+        ref_logprobs=ref_logprobs,
+        temperature=temperature,
+        clip_eps_low=clip_eps_low,
+        clip_eps_high=clip_eps_high,
+        log_ratio_clamp=log_ratio_clamp,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        kl_scope=kl_scope,
+        policy_norm=policy_norm,
+        kl_norm=kl_norm,
+    )
+    chosen = dispatch.choose("policy_loss", logits, backend)
+    shape = logits.shape[:-1]
+    if inplace_grad:
+        _check_inplace(logits, chosen)
+        outputs = _InplaceGrad.apply(logits, entropy, chosen, *tokens.arguments())
+    elif chosen == "reference":
+        return masked_ppo_loss_ref(logits, tokens, entropy)
+    else:
+        needs_grad = torch.is_grad_enabled() and logits.requires_grad
+        outputs = _policy_loss(logits, needs_grad, entropy, chosen, *tokens.arguments())
+    loss, totals, logprobs, row_entropy = outputs[:4]
+    return objective.record(loss, totals, logprobs, row_entropy if entropy else None, tokens, shape)
+
+
+def _check_inplace(logits: Tensor, chosen: str) -> None:
+    if chosen == "reference":
+        raise ValueError("inplace_grad=True needs a native or Triton backend, found the reference")
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        raise ValueError("inplace_grad=True needs logits that require a gradient")
+    same = _rows.strided_rows(logits)[0].data_ptr() == logits.data_ptr()
+    if not same or any(
+        s == 0 and n > 1 for s, n in zip(logits.stride(), logits.shape, strict=True)
+    ):
+        raise ValueError(
+            "inplace_grad=True needs logits with a contiguous last dimension and no repeated rows, "
+            f"found strides {logits.stride()}"
+        )
+
+
+def linear_masked_ppo_loss(
+    hidden: Tensor,  # (..., D), or (H, D) with hidden_index; fp32, bf16, fp16 or fp64
+    weight: Tensor,  # (V, D) of the vocabulary projection
+    token_ids: Tensor,  # (...), or (N,) with hidden_index, as are the other per-token arguments
+    old_logprobs: Tensor,  # (...)
+    advantages: Tensor,  # broadcasts against (...)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    hidden_index: Tensor | None = None,  # (N,) int64, the hidden state that predicts each token
+    loss_mask: Tensor | None = None,
+    prob_threshold: float | None = 0.9,
+    ref_logprobs: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float = 0.2,
+    log_ratio_clamp: float = 10.0,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    kl_scope: str = "masked",
+    policy_norm: float | Tensor | None = None,
+    kl_norm: float | Tensor | None = None,
+    entropy: bool = False,
+    max_active: int | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    memory_budget: int = MEMORY_BUDGET,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """`masked_ppo_loss(hidden @ weight.T + bias, ...)` without the logits of idle tokens.
+
+    Tokens that are dropped, or whose advantage is 0 while no KL term needs them, are removed before
+    the projection: three matrix products over what is left, and the same loss. Several tokens may
+    share a hidden state through `hidden_index`; their gradients are summed in fp32, in order.
+
+    hidden and weight may differ in dtype, as under autocast: products are fp32, or `logits_dtype`
+    if that is torch.bfloat16 (faster where the CPU has bf16 instructions; costs up to 4e-3 in a
+    logprob). At most `memory_budget` bytes of logits exist at a time. More than `max_active` rows
+    to project is a ValueError. Other arguments and errors: see `masked_ppo_loss`.
+    """
+    shape = head.check_head(hidden, weight, bias, hidden_index)
+    head.check_options(hidden, weight, bias, hidden_index, logits_dtype)
+    tokens = objective.prepare(
+        "hidden",
+        hidden,
+        shape,
+        token_ids,
+        old_logprobs,
+        advantages,
+        loss_mask=loss_mask,
+        prob_threshold=prob_threshold,
+        ref_logprobs=ref_logprobs,
+        temperature=temperature,
+        clip_eps_low=clip_eps_low,
+        clip_eps_high=clip_eps_high,
+        log_ratio_clamp=log_ratio_clamp,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        kl_scope=kl_scope,
+        policy_norm=policy_norm,
+        kl_norm=kl_norm,
+    )
+    chosen = dispatch.choose("policy_loss", hidden, backend)
+    if chosen == "reference":
+        head.refuse_low_precision(logits_dtype)
+        return linear_masked_ppo_loss_ref(
+            hidden, weight, bias, hidden_index, tokens, shape, entropy, max_active
+        )
+    loss, totals, logprobs, row_entropy, *_ = _linear_policy_loss(
+        hidden,
+        weight,
+        bias,
+        hidden_index,
+        head.needs_grad(hidden, weight, bias),
+        entropy,
+        logits_dtype,
+        memory_budget,
+        max_active,
+        chosen,
+        *tokens.arguments(),
+    )
+    return objective.record(loss, totals, logprobs, row_entropy if entropy else None, tokens, shape)

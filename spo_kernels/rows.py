@@ -1,0 +1,142 @@
+"""Per-token arguments of the loss and logprob ops: checked, flattened, brought to one dtype.
+
+The public functions take any leading shape (...); the kernels see N rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # position = value of `Dtype` in csrc/ops.h
+
+
+def math_dtype(tensor: Tensor) -> torch.dtype:
+    """What a reference computes in: fp64 for fp64 tensors, fp32 for all others."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """TypeError unless the tensor holds floats that the ops know."""
+    if tensor.dtype not in (*DTYPES, torch.float64):
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, found {tensor.dtype}"
+        )
+
+
+def flat_ids(name: str, ids: Tensor, shape: Sequence[int]) -> Tensor:
+    """Token ids or indices as (N,) int64."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, found {ids.dtype}")
+    _check_shape(name, ids, shape)
+    return ids.reshape(-1).to(torch.int64)
+
+
+def flat_floats(name: str, values: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Per-token numbers of exactly the tokens' shape as (N,), without their graph."""
+    _check_shape(name, values, shape)
+    return values.detach().reshape(-1).to(dtype)
+
+
+def broadcast_floats(name: str, values: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As `flat_floats`, but broadcast first; (B,) against (B, L) means one value per sequence."""
+    values = values.detach()
+    if values.ndim == 1 and len(shape) > 1:
+        if values.shape[0] != shape[0]:
+            raise ValueError(
+                f"{name} of shape {tuple(values.shape)} must hold one value for each of the "
+                f"{shape[0]} sequences of token_ids {tuple(shape)}"
+            )
+        values = values.reshape(-1, *[1] * (len(shape) - 1))
+    if values.ndim > len(shape) or any(
+        size not in (1, want) for size, want in zip(values.shape[::-1], shape[::-1], strict=False)
+    ):
+        raise ValueError(
+            f"{name} of shape {tuple(values.shape)} does not broadcast against token_ids "
+            f"of shape {tuple(shape)}"
+        )
+    return values.expand(shape).reshape(-1).to(dtype)
+
+
+def flat_mask(name: str, mask: Tensor | None, ids: Tensor, shape: Sequence[int]) -> Tensor:
+    """A mask of any dtype as (N,) bool, non-zero = trained; None trains all."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    _check_shape(name, mask, shape)
+    return mask.reshape(-1) != 0
+
+
+def flat_temperature(
+    temperature: float | Tensor, like: Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """One temperature as (1,), or one per token as (N,)."""
+    if isinstance(temperature, Tensor) and temperature.ndim > 0:
+        return broadcast_floats("temperature", temperature, shape, dtype)
+    if isinstance(temperature, Tensor):
+        return temperature.detach().reshape(1).to(dtype)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, found {temperature}")
+    return torch.full((1,), temperature, dtype=dtype, device=like.device)
+
+
+def check_rows(ids: Tensor, temperature: Tensor, kept: Tensor, vocab: int) -> None:
+    """ValueError if a kept row has an id outside the vocabulary or a temperature not above 0."""
+    bad = ((ids < 0) | (ids >= vocab)) & kept
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"token_ids must be in [0, {vocab}) where a token is kept, "
+            f"found {int(ids[row])} at row {row}"
+        )
+    cold = ~(temperature > 0) & kept
+    if cold.any():
+        row = int(cold.nonzero()[0, 0])
+        found = float(temperature.expand(kept.shape)[row])
+        raise ValueError(f"temperature must be positive, found {found} at row {row}")
+
+
+def check_devices(like: Tensor, **tensors: Tensor | float | None) -> None:
+    """ValueError if a tensor is not where `like` is."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.device != like.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
+
+
+def strided_rows(logits: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """Logits (..., V) with the `RowLayout` that walks them; copied only where no layout fits."""
+    if logits.ndim > 3:
+        logits = logits.reshape(-1, *logits.shape[-2:])
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    if logits.ndim == 3:
+        return logits, (max(logits.shape[1], 1), logits.stride(0), logits.stride(1))
+    if logits.ndim == 2:
+        return logits, (1, logits.stride(0), 0)
+    return logits, (1, 0, 0)
+
+
+def logprobs_of(
+    logits: Tensor,  # (N, V)
+    ids: Tensor,  # (N,) int64
+    temperature: Tensor,  # (N,) or (1,)
+    entropy: bool,
+) -> tuple[Tensor, Tensor | None]:  # (N,), (N,)
+    """Logprob of each id and entropy of each row in differentiable PyTorch, -inf logits allowed."""
+    z = logits.to(math_dtype(logits)) / temperature.unsqueeze(1)
+    logprobs = z - torch.logsumexp(z, -1, keepdim=True)
+    chosen = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1)
+    if not entropy:
+        return chosen, None
+    impossible = logprobs == -torch.inf  # p log p is 0 there, in value and in gradient
+    logprobs = logprobs.masked_fill(impossible, 0)
+    return chosen, -(logprobs.exp() * logprobs).masked_fill(impossible, 0).sum(-1)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} like the tokens, found {tuple(tensor.shape)}"
+        )
