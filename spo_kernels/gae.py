@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels.arguments import FLOATS, INTEGERS, check_offsets, check_vector
-from spo_kernels.dispatch import choose, fill, native
+from spo_kernels.dispatch import choose, launch, native
 
 
 def gae_ref(
@@ -59,7 +59,9 @@ def _gae(
     if bootstrap_values is not None:
         bootstrap_values = bootstrap_values.contiguous()
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    args = fill(
+    ok = launch(
+        "gae",
+        backend,
         native().GaeArgs(),
         tokens=rewards.numel(),
         seqs=cu_seqlens.numel() - 1,
@@ -72,7 +74,7 @@ def _gae(
         advantages=advantages,
         returns=returns,
     )
-    if not native().gae_cpu(args):  # malformed: the reference says where
+    if not ok:  # malformed: the reference says where
         return gae_ref(rewards, values, cu_seqlens, **options)
     return advantages, returns
 

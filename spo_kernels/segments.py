@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spo_kernels.arguments import FLOATS, INTEGERS, check_offsets, check_vector
-from spo_kernels.dispatch import choose, fill, native
+from spo_kernels.dispatch import choose, launch, native
 
 
 def cutpoint_segments_ref(
@@ -66,7 +66,9 @@ def _cutpoint_segments(
     # Room for a boundary before every token; what is not written costs no memory.
     cu_segments = cu_seqlens.new_empty(num_tokens + 1)
     cu_seq_segments = torch.empty_like(cu_seqlens)
-    args = fill(
+    num_segments = launch(
+        "segments",
+        backend,
         native().SegmentsArgs(),
         tokens=num_tokens,
         seqs=cu_seqlens.numel() - 1,
@@ -77,7 +79,6 @@ def _cutpoint_segments(
         cu_segments=cu_segments,
         cu_seq_segments=cu_seq_segments,
     )
-    num_segments = native().segments_cpu(args)
     if num_segments < 0:  # malformed: the reference says where
         return cutpoint_segments_ref(logprobs, cu_seqlens, prob_threshold, interval)
     return cu_segments[: num_segments + 1].clone(), cu_seq_segments
@@ -93,12 +94,18 @@ def _(logprobs, cu_seqlens, prob_threshold, interval, backend):
 def _segment_advantages(
     values: Tensor, cu_segments: Tensor, cu_seq_segments: Tensor, num_tokens: int, backend: str
 ) -> Tensor:
+    # Here and not in the public function: under torch.compile M is known when the op runs.
+    boundaries = cu_segments.numel() + cu_seq_segments.numel() - 2
+    if values.numel() != boundaries:
+        raise ValueError(f"values must have M + B = {boundaries} entries, found {values.numel()}")
     if backend == "reference":
         return segment_advantages_ref(values, cu_segments, cu_seq_segments, num_tokens)
     values = values.contiguous()
     cu_segments, cu_seq_segments = cu_segments.contiguous(), cu_seq_segments.contiguous()
     advantages = values.new_empty(num_tokens)
-    args = fill(
+    ok = launch(
+        "segment_advantages",
+        backend,
         native().SegmentAdvantagesArgs(),
         tokens=num_tokens,
         segments=cu_segments.numel() - 1,
@@ -108,7 +115,7 @@ def _segment_advantages(
         cu_seq_segments=cu_seq_segments,
         advantages=advantages,
     )
-    if not native().segment_advantages_cpu(args):  # malformed: the reference says where
+    if not ok:  # malformed: the reference says where
         return segment_advantages_ref(values, cu_segments, cu_seq_segments, num_tokens)
     return advantages
 
@@ -170,9 +177,6 @@ def segment_advantages(
     check_vector("values", values, FLOATS)
     check_vector("cu_segments", cu_segments, INTEGERS, like=values, at_least=1)
     check_vector("cu_seq_segments", cu_seq_segments, INTEGERS, like=values, at_least=1)
-    boundaries = cu_segments.numel() + cu_seq_segments.numel() - 2
-    if values.numel() != boundaries:
-        raise ValueError(f"values must have M + B = {boundaries} entries, found {values.numel()}")
     backend = choose("segments", values, backend)
     if num_tokens is None:
         num_tokens = int(cu_segments[-1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels.arguments import FLOATS, check_vector
-from spo_kernels.dispatch import choose, fill, native
+from spo_kernels.dispatch import choose, launch, native
 
 
 def tree_values_ref(
@@ -135,7 +135,9 @@ def _tree_values(parent: Tensor, rewards: Tensor, in_value: Tensor, backend: str
         return tree_values_ref(parent, rewards, in_value)
     parent, rewards, in_value = parent.contiguous(), rewards.contiguous(), in_value.contiguous()
     values = torch.empty_like(rewards)
-    args = fill(
+    ok = launch(
+        "tree",
+        backend,
         native().TreeArgs(),
         nodes=parent.numel(),
         parent=parent,
@@ -143,7 +145,7 @@ def _tree_values(parent: Tensor, rewards: Tensor, in_value: Tensor, backend: str
         in_value=in_value,
         values=values,
     )
-    if not native().tree_cpu(args):  # malformed: the reference says where
+    if not ok:  # malformed: the reference says where
         return tree_values_ref(parent, rewards, in_value)
     return values
 
@@ -161,7 +163,9 @@ def _tree_stats(
         return tree_stats_ref(parent, values, in_value)
     parent, values, in_value = parent.contiguous(), values.contiguous(), in_value.contiguous()
     counts, variances = torch.empty_like(parent), torch.empty_like(values)
-    args = fill(
+    ok = launch(
+        "tree_stats",
+        backend,
         native().TreeStatsArgs(),
         nodes=parent.numel(),
         parent=parent,
@@ -170,7 +174,7 @@ def _tree_stats(
         counts=counts,
         variances=variances,
     )
-    if not native().tree_stats_cpu(args):  # malformed: the reference says where
+    if not ok:  # malformed: the reference says where
         return tree_stats_ref(parent, values, in_value)
     return counts, variances
 
@@ -196,7 +200,9 @@ def _tree_advantages(
         )
     parent, values, in_value = parent.contiguous(), values.contiguous(), in_value.contiguous()
     advantages = torch.empty_like(values)
-    args = fill(
+    ok = launch(
+        "tree_advantages",
+        backend,
         native().TreeAdvantagesArgs(),
         nodes=parent.numel(),
         parent=parent,
@@ -207,7 +213,7 @@ def _tree_advantages(
         eps=eps,
         advantages=advantages,
     )
-    if not native().tree_advantages_cpu(args):  # malformed: the reference says where
+    if not ok:  # malformed: the reference says where
         return tree_advantages_ref(
             parent, values, in_value, baseline=baseline, scale=scale, eps=eps
         )

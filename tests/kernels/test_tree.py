@@ -137,11 +137,12 @@ def test_nan_reaches_the_siblings_it_is_compared_with_and_no_others(backend, sca
 
 
 def test_values_keep_fp64_between_levels(backend):
-    # Thirds of thirds: rounding every level to fp32 would leave 1/9 + 1/3 + 1/3 off by an ulp.
-    parent = [-1, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    rewards = [NAN] * 4 + [1, 0, 0, 1, 1, 0, 0, 0, 1]
-    values = tree_values(*forest(parent, rewards, [0] + [1] * 12), backend=backend)
-    assert values[0] == torch.tensor(4 / 9, dtype=torch.float32)
+    # 0, 0 and 5/6: the fp32 mean of these, already rounded to fp32, is an ulp off 5/18.
+    parent = [-1] + [0] * 3 + [1] * 6 + [2] * 6 + [3] * 6
+    rewards = [NAN] * 4 + [0] * 12 + [1] * 5 + [0]
+    values = tree_values(*forest(parent, rewards, [0] + [1] * 21), backend=backend)
+    assert values[0] == torch.tensor(5 / 18, dtype=torch.float32)
+    assert values[0] != (values[3].double() / 3).float()
 
 
 def test_empty_forest(backend):
