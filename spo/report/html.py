@@ -104,10 +104,11 @@ def text_pieces(
         while not marked[start] and stop < len(ids) and not marked[stop]:
             stop += 1
         context = (before + ids[:start])[-CONTEXT:]
-        text = _decode_after(decode, context, ids[start:stop])
-        while text.endswith("\ufffd") and stop < len(ids) and stop - start < CONTEXT:
+        last = min(stop + CONTEXT - 1, len(ids))  # a character has at most 4 bytes
+        while (text := _decode_after(decode, context, ids[start:stop])).endswith("\ufffd"):
+            if stop == last:
+                break
             stop += 1
-            text = _decode_after(decode, context, ids[start:stop])
         pieces.append((text, _round(math.exp(logprobs[start]), 3)) if marked[start] else text)
         start = stop
     return pieces

@@ -272,6 +272,8 @@ def test_pieces_join_split_characters_and_keep_word_starts():
     marked = [False, True, False, False, False, True, False, True]
     pieces = text_pieces(utf8, [], ids, marked, logprobs)
     assert pieces == ["a", ("é", 0.5), "🙂", ("b", 0.5)]
+    late = text_pieces(utf8, [], list("long é".encode()), [False] * 6 + [True], logprobs)
+    assert late == ["long é"]  # however long the run that ends inside a character
     assert text_pieces(utf8, list("x🙂".encode())[:-1], ids[6:], [False, True], logprobs) == [
         "🙂", ("b", 0.5),
     ]  # fmt: skip
