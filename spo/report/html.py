@@ -103,7 +103,7 @@ def text_pieces(
         stop = start + 1
         while not marked[start] and stop < len(ids) and not marked[stop]:
             stop += 1
-        context = (before + ids[:start])[-CONTEXT:]
+        context = (before + ids[max(0, start - CONTEXT) : start])[-CONTEXT:]
         last = min(stop + CONTEXT - 1, len(ids))  # a character has at most 4 bytes
         while (text := _decode_after(decode, context, ids[start:stop])).endswith("\ufffd"):
             if stop == last:
