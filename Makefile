@@ -36,7 +36,7 @@ $(VENV)/.ready: $(VENV)/.vllm pyproject.toml setup.py CMakeLists.txt $(wildcard 
 	touch $@
 
 demo: setup
-	$(BIN)/spo demo --engine $(ENGINE)
+	$(BIN)/spo compare recipes/demo-tree.yaml recipes/demo-grpo.yaml engine.name=$(ENGINE)
 
 lint: setup
 	$(BIN)/ruff check .

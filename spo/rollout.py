@@ -92,6 +92,7 @@ class Rollout:
         self._held: dict[int, list[tuple[Tree, Growth]]] = {}
         self._retries: dict[tuple[int, tuple[int, ...], int], int] = {}
         self._next_key = 0
+        self._leaves: list[tuple[Tree, int]] = []  # handed to the grader, by its key
 
     def __iter__(self) -> Iterator[Tree]:
         start, before = time.perf_counter(), self.engine.counters()
@@ -102,9 +103,7 @@ class Rollout:
         while self._flights or self.grader.pending:
             for completion in self.engine.poll():
                 self._receive(completion, finished)
-            if not self._flights and self.grader.pending:
-                time.sleep(1e-3)
-            for graded in self.grader.poll():
+            for graded in self.grader.poll(timeout_s=0.0 if self._flights else 0.1):
                 self._grade(graded, finished)
             while finished:
                 yield finished.pop(0)
@@ -197,12 +196,12 @@ class Rollout:
             ]
             return
         text = self.decode(tree.response_ids(index))
-        self.grader.submit((tree.index, index), tree.prompt.task, text, tree.prompt.answer)
+        self.grader.submit(len(self._leaves), tree.prompt.task, text, tree.prompt.answer)
+        self._leaves.append((tree, index))
         self._open[tree.index] += 1
 
     def _grade(self, graded, finished: list[Tree]) -> None:
-        tree_index, node = graded.key
-        tree = self.trees[tree_index]
+        tree, node = self._leaves[graded.key]
         self.stats.gradings += 1
         if graded.reward is None:
             self.stats.invalid_gradings += 1

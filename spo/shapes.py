@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from spo.config import AdvantageConfig, ShapeConfig
 from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Completion, Prompt
 from spo_kernels import cutpoint_segments
 
@@ -270,3 +271,39 @@ def _shared(tree: Tree, parent: int, token_ids: Sequence[int], finish: int) -> i
             if tuple(node.token_ids) == tuple(token_ids):
                 return index
     return None
+
+
+def make_shape(
+    config: ShapeConfig,
+    advantage: AdvantageConfig,
+    max_new_tokens: int,
+    tokenizer,
+    rescore: Callable[[list[int], list[int]], list[float]],
+) -> Shape:
+    """The shape that a recipe describes. Raises ValueError where its numbers contradict."""
+    if config.kind == "star":
+        return star(config.group_size, max_new_tokens)
+    if config.kind == "tree":
+        return TreeShape(config.widths, config.segment_tokens, max_new_tokens)
+    if config.partition == "cutpoint":
+        partition = cutpoint_partition(config.prob_threshold, config.interval)
+    elif config.partition == "fixed":
+        if len(config.segment_tokens) != 1:
+            raise ValueError(
+                "shape.segment_tokens: partition fixed takes one length, "
+                f"found {config.segment_tokens}"
+            )
+        partition = fixed_partition(config.segment_tokens[0])
+    else:
+        ids = range(len(tokenizer))
+        partition = step_partition(
+            np.array(["\n" in tokenizer.decode([i]) for i in ids]), config.max_steps
+        )
+    return ChainShape(
+        config.group_size,
+        config.num_probes,
+        partition,
+        max_new_tokens,
+        probe_prompt=advantage.root_value == "mc",
+        rescore=rescore if config.rescore else None,
+    )

@@ -157,12 +157,13 @@ def pass_at_1(
     """Share of the first `count` test problems solved by one sample; temperature 0 is greedy."""
     torch.manual_seed(seed)
     tested = list(islice(prompts(task, "test", 0, tokenizer), count))
-    tokenizer.padding_side = "left"
     right = 0
     for start in range(0, count, EVAL_BATCH):
         batch = tested[start : start + EVAL_BATCH]
         inputs = tokenizer.pad(
-            {"input_ids": [list(p.prompt_ids) for p in batch]}, return_tensors="pt"
+            {"input_ids": [list(p.prompt_ids) for p in batch]},
+            padding_side="left",
+            return_tensors="pt",
         )
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
         output = model.generate(

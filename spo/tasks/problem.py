@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-TEST_ONE_IN = 8  # one problem in eight belongs to the test split
-TEST_SIZE = 2000  # problems of the test stream
+TEST_ONE_IN = 4  # one problem in four belongs to the test split
+TEST_SIZE = 1000  # problems of the test stream
 NO_REPEAT = 100_000  # a training stream repeats nothing within so many problems
 ALL_SEEN = 2000  # so many repeats in a row mean that the space of problems is used up
 

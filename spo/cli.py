@@ -1,0 +1,393 @@
+"""The command line: spo train | eval | rollout | view | compare.
+
+Bad input ends with one sentence on stderr and exit code 2; a run that cannot go on, with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console(highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `spo`; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, TypeError) as error:
+        return _fail(error, 2)
+    except (RuntimeError, OSError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        again = " --resume continues from the last checkpoint" if arguments.run is _train else ""
+        return _fail(f"interrupted;{again}" if again else "interrupted", 130)
+    return 0
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"spo: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="spo", description="Segment Policy Optimization")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run, text: str, recipe: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        if recipe:
+            sub.add_argument(
+                "recipe", help="YAML file; every setting is documented in spo/config.py"
+            )
+            sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+        return sub
+
+    sub = command("train", _train, "train a policy with a recipe")
+    sub.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    sub = command("eval", _eval, "Pass@1 of a policy or of a run's checkpoint on the test split")
+    sub.add_argument("--checkpoint", type=Path, help="run folder; default: the recipe's policy")
+    sub.add_argument("--samples", type=int, default=1, help="samples per problem at temperature")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    sub.add_argument("--json", type=Path, help="also write the result there")
+    sub = command("rollout", _rollout, "grow one iteration's forest and save it")
+    sub.add_argument("-o", "--output", type=Path, default=Path("forest.safetensors"))
+    sub = command("view", _view, "write an HTML page of a forest or of a run", recipe=False)
+    sub.add_argument("path", type=Path, help="forest file, or a run folder")
+    sub.add_argument("-o", "--output", type=Path, help="default: beside the input")
+    sub.add_argument("--policy", default="embedded", help="where the forest's tokenizer is")
+    sub = command(
+        "compare",
+        _compare,
+        "train several recipes on one engine, report side by side",
+        recipe=False,
+    )
+    sub.add_argument(
+        "recipes", nargs="+", help="YAML files and key=value overrides for all of them"
+    )
+    sub.add_argument("--out", type=Path, help="default: runs/compare-<time>")
+    return parser
+
+
+def _config(arguments):
+    from spo.config import load_config
+
+    return load_config(arguments.recipe, arguments.overrides)
+
+
+def _quiet() -> None:
+    """Keep libraries' progress bars out of ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _train(arguments) -> None:
+    from spo.train import train
+
+    _quiet()
+    config = _config(arguments)
+    train(config, resume=arguments.resume, report=lambda line: show(config.name, line))
+    console.print(f"run folder: {config.out_dir}")
+    console.print(f"report:     {write_run_report(config.out_dir)}")
+
+
+def _eval(arguments) -> None:
+    from spo.checkpoint import latest_checkpoint, versions
+    from spo.evaluate import pass_at_1
+    from spo.model import load_tokenizer
+    from spo.rollout import RolloutOptions
+    from spo.tasks import prompts
+    from spo.tasks.grading import Grader
+    from spo.train import engine_of
+
+    _quiet()
+    config = _config(arguments)
+    if arguments.samples < 1:
+        raise ValueError(f"--samples: expected a positive number, found {arguments.samples}")
+    if arguments.checkpoint is not None:
+        found = latest_checkpoint(arguments.checkpoint)
+        if found is None:
+            raise ValueError(f"--checkpoint: {arguments.checkpoint} holds no complete checkpoint")
+        policy = dataclasses.replace(config.policy, path=str(found / "policy"))
+        config = dataclasses.replace(config, policy=policy)
+    tokenizer = load_tokenizer(config.policy)
+    problems = list(islice(prompts(config.task, "test", 0, tokenizer), config.eval.problems))
+    engine = engine_of(config)
+    options = RolloutOptions(
+        stop_token_ids=(tokenizer.eos_token_id,),
+        temperature=arguments.temperature,
+        seed=config.train.seed,
+    )
+    with Grader() as grader:
+        mean, stderr = pass_at_1(
+            problems,
+            engine,
+            grader,
+            lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            options,
+            config.sampling.max_new_tokens,
+            arguments.samples,
+        )
+    engine.close()
+    result = {
+        "task": config.task,
+        "policy": config.policy.path,
+        "pass_at_1": mean,
+        "stderr": stderr,
+        "problems": len(problems),
+        "samples": arguments.samples,
+        "temperature": arguments.temperature,
+        "max_new_tokens": config.sampling.max_new_tokens,
+        "versions": versions(),
+    }
+    console.print(
+        f"{config.task}: Pass@1 {mean:.3f} ± {stderr:.3f} on {len(problems)} problems, "
+        f"{arguments.samples} sample(s) at temperature {arguments.temperature:g}"
+    )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1))
+
+
+def _rollout(arguments) -> None:
+    from spo.model import load_policy, load_tokenizer, sequence_logprobs
+    from spo.rollout import RolloutOptions, grow
+    from spo.shapes import make_shape
+    from spo.tasks import prompts
+    from spo.tasks.grading import Grader
+    from spo.train import engine_of
+
+    _quiet()
+    config = _config(arguments)
+    tokenizer = load_tokenizer(config.policy)
+    model = load_policy(config.policy) if config.shape.rescore else None
+    temperature = config.sampling.temperature
+    shape = make_shape(
+        config.shape,
+        config.advantage,
+        config.sampling.max_new_tokens,
+        tokenizer,
+        rescore=lambda prefix, ids: sequence_logprobs(model, prefix, ids, temperature),
+    )
+    stream = prompts(config.task, "train", config.train.seed, tokenizer)
+    engine = engine_of(config)
+    with Grader() as grader:
+        forest, cost = grow(
+            list(islice(stream, config.train.prompts)),
+            engine,
+            shape,
+            grader,
+            lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            RolloutOptions(
+                stop_token_ids=(tokenizer.eos_token_id,),
+                temperature=temperature,
+                seed=config.train.seed,
+                truncated=config.sampling.truncated,
+            ),
+        )
+    engine.close()
+    forest.save(arguments.output)
+    counted = cost.engine
+    console.print(
+        f"{cost.trees} trees, {forest.num_nodes} nodes, {counted['generated']:.0f} tokens "
+        f"generated, {counted['prefill']:.0f} prefilled, {counted['cached']:.0f} cached in "
+        f"{cost.seconds:.1f} s; {counted['running'] / max(counted['steps'], 1):.1f} running per "
+        f"step; {cost.dropped_prompts} prompts dropped, {cost.truncated} responses cut"
+    )
+    console.print(f"forest: {arguments.output}")
+
+
+def _view(arguments) -> None:
+    from spo.config import AdvantageConfig, PolicyConfig
+    from spo.model import load_tokenizer
+    from spo.report import write_report
+
+    _quiet()
+    if not arguments.path.exists():
+        raise ValueError(f"{arguments.path} does not exist")
+    if arguments.path.is_dir():
+        console.print(f"report: {write_run_report(arguments.path, arguments.output)}")
+        return
+    tokenizer = load_tokenizer(PolicyConfig(path=arguments.policy))
+    view = tree_view(arguments.path.stem, arguments.path, AdvantageConfig(), 0.9, tokenizer)
+    output = arguments.output or arguments.path.with_suffix(".html")
+    write_report(output, [], [view], title=arguments.path.name)
+    console.print(f"report: {output}")
+
+
+def _compare(arguments) -> None:
+    from spo.config import load_config
+    from spo.report import RunCurve, write_report
+    from spo.train import engine_of, train
+
+    _quiet()
+    recipes = [r for r in arguments.recipes if "=" not in r]
+    overrides = [r for r in arguments.recipes if "=" in r]
+    out = arguments.out or Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
+    configs = [load_config(recipe, overrides) for recipe in recipes]
+    if not configs:
+        raise ValueError("compare: expected at least one recipe")
+    if len({config.name for config in configs}) < len(configs):
+        raise ValueError("compare: the recipes' names must differ")
+    configs = [dataclasses.replace(c, out=str(out / c.name)) for c in configs]
+    shared = {(c.engine, c.policy) for c in configs}
+    if len(shared) > 1:
+        raise ValueError("compare: the recipes must agree on policy and engine")
+    start = time.perf_counter()
+    console.print(f"starting {configs[0].engine.name} …")
+    engine = engine_of(configs[0])
+    results = {}
+    try:
+        for config in configs:
+            results[config.name] = train(
+                config, engine=engine, report=lambda line, name=config.name: show(name, line)
+            )
+    finally:
+        engine.close()
+    views = []
+    for config in configs:
+        views += run_views(Path(config.out_dir), config.name)
+    report = out / "report.html"
+    curves = [RunCurve(name, lines) for name, lines in results.items()]
+    write_report(report, curves, views, title="SPO: " + " and ".join(results))
+    console.print(accuracy_table(results))
+    console.print(verdict(results))
+    console.print(f"{time.perf_counter() - start:.0f} s in all; report: {report.resolve()}")
+
+
+def show(name: str, line: dict) -> None:
+    """Print one metrics line as live progress."""
+    head = f"{name:>10} {line['iteration']:4d} {line['generated_tokens'] / 1000:7.0f}k tokens "
+    if line["stage"] == "eval":
+        text = f"Pass@1 greedy {line['greedy']:.3f} ± {line['greedy_stderr']:.3f}"
+        if "sampled" in line:
+            text += f", sampled {line['sampled']:.3f} ± {line['sampled_stderr']:.3f}"
+        console.print(f"[bold]{head}{text}[/bold]")
+        return
+    console.print(
+        f"{head}reward {line['reward_mean']:.3f}  kept {line['kept_share']:.2f}  "
+        f"zero-adv {line['zero_advantage_share']:.2f}  clip {line['clipfrac']:.3f}  "
+        f"grad {line['grad_norm']:.2f}  {line['tokens_per_s']:.0f} tok/s  "
+        f"{line['time_rollout']:.1f}+{line['time_train']:.1f} s"
+    )
+
+
+def accuracy_table(results: dict[str, list[dict]]) -> Table:
+    """Pass@1 before and after each run."""
+    table = Table(title="Pass@1, test split")
+    for column in ("run", "kind", "before", "after", "change", "generated", "seconds"):
+        table.add_column(column, justify="left" if column in ("run", "kind") else "right")
+    for name, lines in results.items():
+        evals = [line for line in lines if line["stage"] == "eval"]
+        first, last = evals[0], evals[-1]
+        for kind in ("greedy", "sampled"):
+            if kind not in last:
+                continue
+            change, error = gain(first, last, kind)
+            table.add_row(
+                name,
+                kind,
+                f"{first[kind]:.3f} ± {first[f'{kind}_stderr']:.3f}",
+                f"{last[kind]:.3f} ± {last[f'{kind}_stderr']:.3f}",
+                f"{change:+.3f} ± {error:.3f}",
+                f"{last['generated_tokens']:,}",
+                f"{last['seconds']:.0f}",
+            )
+    return table
+
+
+def gain(first: dict, last: dict, kind: str) -> tuple[float, float]:
+    """Change in accuracy and its standard error, the two taken as independent."""
+    error = (first[f"{kind}_stderr"] ** 2 + last[f"{kind}_stderr"] ** 2) ** 0.5
+    return last[kind] - first[kind], error
+
+
+def verdict(results: dict[str, list[dict]]) -> str:
+    """What the table shows, in a sentence per run and one on their difference."""
+    sentences = []
+    last = {}
+    for name, lines in results.items():
+        evals = [line for line in lines if line["stage"] == "eval"]
+        last[name] = evals[-1]
+        change, error = gain(evals[0], evals[-1], "greedy")
+        word = "improved" if change > 2 * error else "did not improve"
+        sentences.append(f"{name} {word} by more than two standard errors ({change / error:+.1f}).")
+    names = list(last)
+    for other in names[1:]:
+        change, error = gain(last[other], last[names[0]], "greedy")
+        if abs(change) <= 2 * error:
+            sentences.append(
+                f"{names[0]} and {other} end within two standard errors of each other."
+            )
+        else:
+            better, worse = (names[0], other) if change > 0 else (other, names[0])
+            sentences.append(f"{better} ends above {worse} by {abs(change):.3f} ± {error:.3f}.")
+    return " ".join(sentences)
+
+
+def write_run_report(run: Path, output: Path | None = None) -> Path:
+    """The HTML page of one run folder."""
+    from spo.metrics import read_metrics
+    from spo.report import RunCurve, write_report
+
+    metrics = run / "metrics.jsonl"
+    if not metrics.exists():
+        raise ValueError(f"{run} is not a run folder: it holds no metrics.jsonl")
+    output = output or run / "report.html"
+    curves = [RunCurve(run.name, read_metrics(metrics))]
+    write_report(output, curves, run_views(run, run.name), title=run.name)
+    return output
+
+
+def run_views(run: Path, name: str) -> list:
+    """The first and the last forest of a run, ready to show."""
+    from spo.checkpoint import latest_checkpoint
+    from spo.config import load_config
+    from spo.model import load_tokenizer
+
+    found = latest_checkpoint(run)
+    if found is None:
+        return []
+    config = load_config(found / "recipe.yaml")
+    tokenizer = load_tokenizer(config.policy)
+    views = []
+    for when in ("first", "last"):
+        path = run / f"forest-{when}.safetensors"
+        if path.exists():
+            title = f"{name}, {when} iteration"
+            rho = config.loss.prob_threshold
+            views.append(tree_view(title, path, config.advantage, rho, tokenizer))
+    return views
+
+
+def tree_view(title: str, path: os.PathLike, rule, prob_threshold: float | None, tokenizer):
+    """A forest file with its values and advantages, ready to show."""
+    import math
+
+    from spo.advantages import assign
+    from spo.records import Forest
+    from spo.report import TreeView
+
+    forest = Forest.load(path)
+    values, advantages = assign(forest, rule)
+    kept = None
+    if prob_threshold is not None:
+        kept = forest.rollout_logprobs < math.log(prob_threshold)
+    return TreeView(title, forest, values, advantages, tokenizer.decode, kept)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

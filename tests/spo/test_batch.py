@@ -1,0 +1,235 @@
+"""Packed batches against one sequence per node, in fp64."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from spo.batch import pack
+from spo.config import LossConfig
+from spo.loss import policy_loss
+from spo.model import attention_blocks
+from spo.records import PROMPT, SEGMENT, STOP, Forest, Prompt
+
+RHO = 0.9
+
+
+def random_forest(seed, trees=2, nodes=9, longest=5, weights=False):
+    """Trees with random parents, lengths and logprobs; about half the tokens pass the mask."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(high):
+        return int(torch.randint(high, (1,), generator=g))
+
+    parent, prompt, sizes, finish = [], [], [], []
+    for tree in range(trees):
+        first = len(parent)
+        for i in range(nodes):
+            parent.append(-1 if i == 0 else first + draw(i))
+            prompt.append(tree)
+            sizes.append(1 + draw(longest))
+            finish.append(PROMPT if i == 0 else SEGMENT)
+    total = sum(sizes)
+    roots = torch.tensor(parent) < 0
+    logprobs = math.log(RHO) + 0.2 * torch.randn(total, generator=g).float()
+    forest = Forest(
+        token_ids=torch.randint(2, 48, (total,), generator=g, dtype=torch.int32),
+        rollout_logprobs=logprobs.clamp(max=-1e-3),
+        cu_tokens=torch.tensor([0, *sizes]).cumsum(0),
+        parent=torch.tensor(parent, dtype=torch.int32),
+        rewards=torch.full((len(parent),), math.nan),
+        in_value=~roots,
+        trained=~roots & (torch.rand(len(parent), generator=g) < 0.7),
+        finish=torch.tensor(finish, dtype=torch.int8),
+        weight=torch.tensor([1 + draw(3) if weights else 1 for _ in parent], dtype=torch.int32),
+        prompt=torch.tensor(prompt, dtype=torch.int32),
+        born=torch.zeros(len(parent), dtype=torch.int32),
+        prompts=tuple(Prompt((), None, "arithmetic") for _ in range(trees)),
+    )
+    advantages = torch.randn(len(parent), generator=g)
+    advantages[torch.rand(len(parent), generator=g) < 0.2] = 0.0
+    return forest, torch.where(forest.trained, advantages, 0.0)
+
+
+def row_loss(model, forest, advantages, threshold):
+    """The loss of algorithm.md, one sequence per trained node, plain PyTorch."""
+    total, norm = 0.0, 0
+    for node in range(forest.num_nodes):
+        if not forest.trained[node] or abs(float(advantages[node])) <= 1e-6:
+            continue
+        ids = torch.tensor([forest.path_ids(node)])
+        logits = model(ids).logits[0, :-1]
+        logprobs = torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None])[:, 0]
+        tokens = slice(int(forest.cu_tokens[node]), int(forest.cu_tokens[node + 1]))
+        old = forest.rollout_logprobs[tokens].double()
+        logprobs = logprobs[-old.numel() :]
+        mask = old < math.log(threshold) if threshold else torch.ones_like(old, dtype=torch.bool)
+        ratio = (logprobs - old).clamp(-10, 10).exp()
+        a = advantages[node].double()
+        term = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+        weight = int(forest.weight[node])
+        total = total - weight * (term * mask).sum()
+        norm += weight * int(mask.sum())
+    return total / max(norm, 1)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+class Norm(torch.nn.Module):
+    """transformers' RMSNorm computes in fp32 whatever it is given; this one stays in fp64."""
+
+    def __init__(self, old):
+        super().__init__()
+        self.weight, self.eps = old.weight, old.variance_epsilon
+
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model):
+    def load(attention):
+        model = AutoModelForCausalLM.from_pretrained(
+            tiny_model, attn_implementation=attention, dtype=torch.float64
+        )
+        for name, module in list(model.named_modules()):
+            if type(module).__name__ == "Qwen2RMSNorm":
+                model.set_submodule(name, Norm(module))
+        return model
+
+    return load("sdpa"), load("spo_packed")
+
+
+def check(models, forest, advantages, threshold, budget):
+    plain, packed = models
+    expected = row_loss(plain, forest, advantages, threshold)
+    batches, stats = pack(forest, advantages, prob_threshold=threshold, tokens_per_batch=budget)
+    if not batches:
+        assert not isinstance(expected, torch.Tensor) or float(expected) == 0
+        return stats
+    config = LossConfig(prob_threshold=threshold)
+    packed.zero_grad()
+    loss = 0.0
+    for batch in batches:
+        out = policy_loss(packed, batch, config, 1.0).loss
+        out.backward()
+        loss += float(out)
+    if not isinstance(expected, torch.Tensor):
+        expected = torch.zeros((), dtype=torch.float64)
+    assert loss == pytest.approx(float(expected), rel=1e-9, abs=1e-12)
+    found = [p.grad.clone() for p in packed.parameters()]
+    for mine, theirs in zip(found, gradients(plain, expected), strict=True):
+        assert (mine - theirs).norm() <= 1e-9 * (1 + theirs.norm())
+    return stats
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([12, 25, 60, 10**6]), st.booleans())
+def test_gradients_equal_one_sequence_per_node(models, seed, budget, weights):
+    forest, advantages = random_forest(seed, weights=weights)
+    check(models, forest, advantages, RHO, budget)
+
+
+@pytest.mark.parametrize("budget", [15, 10**6])
+def test_without_mask(models, budget):
+    check(models, *random_forest(3), None, budget)
+
+
+def test_a_whole_tree_is_forwarded_once(models):
+    forest, advantages = random_forest(5, trees=1, nodes=12)
+    stats = check(models, forest, advantages, RHO, 10**6)
+    assert stats.repeated_tokens == 0
+    split = check(models, forest, advantages, RHO, 18)
+    assert split.repeated_tokens > 0
+    assert (split.kept_tokens, split.trained_tokens) == (stats.kept_tokens, stats.trained_tokens)
+
+
+def tiny(sizes, parent, logprobs, trained):
+    n = len(parent)
+    return Forest(
+        token_ids=torch.arange(2, 2 + sum(sizes), dtype=torch.int32),
+        rollout_logprobs=torch.tensor(logprobs),
+        cu_tokens=torch.tensor([0, *sizes]).cumsum(0),
+        parent=torch.tensor(parent, dtype=torch.int32),
+        rewards=torch.full((n,), math.nan),
+        in_value=torch.ones(n, dtype=torch.bool),
+        trained=torch.tensor(trained),
+        finish=torch.full((n,), STOP, dtype=torch.int8),
+        weight=torch.ones(n, dtype=torch.int32),
+        prompt=torch.zeros(n, dtype=torch.int32),
+        born=torch.zeros(n, dtype=torch.int32),
+        prompts=(Prompt((), None, "arithmetic"),),
+    )
+
+
+def test_layout_by_hand():
+    # prompt (2, 3); A (4, 5) under it; B (6, 7, 8) and C (9) under A; D (10, 11) untrained
+    low, high = -1.0, -0.01
+    forest = tiny(
+        [2, 2, 3, 1, 2],
+        [-1, 0, 1, 1, 1],
+        [0.0, 0.0, high, low, high, low, high, low, low, low],
+        [False, True, True, True, False],
+    )
+    advantages = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.0])
+    (batch,), stats = pack(forest, advantages, prob_threshold=0.9, tokens_per_batch=100)
+    # B's last active token is its second: only its first is an input. C is predicted from A.
+    assert batch.token_ids.tolist() == [2, 3, 4, 5, 6]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4]
+    assert batch.visible_until.tolist() == [5, 5, 5, 5, 5]
+    assert batch.targets.tolist() == [4, 5, 6, 7, 9]
+    assert batch.hidden_index.tolist() == [1, 2, 3, 4, 3]
+    assert batch.advantages.tolist() == [1, 1, -1, -1, 2]
+    assert batch.policy_norm == 3.0 == stats.kept_tokens
+    assert (stats.packed_tokens, stats.trained_tokens) == (5, 6)
+
+
+def test_siblings_do_not_see_each_other():
+    forest = tiny([1, 2, 2], [-1, 0, 0], [0.0] + [-1.0] * 4, [False, True, True])
+    (batch,), _ = pack(
+        forest, torch.tensor([0.0, 1.0, 1.0]), prob_threshold=0.9, tokens_per_batch=100
+    )
+    assert batch.token_ids.tolist() == [2, 3, 5]
+    assert batch.position_ids.tolist() == [0, 1, 1]
+    ((start, end, mask),) = attention_blocks(batch)
+    assert (start, end) == (0, 3)
+    assert mask.int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+
+
+def test_nothing_to_train():
+    forest, advantages = random_forest(1)
+    batches, stats = pack(
+        forest, torch.zeros_like(advantages), prob_threshold=RHO, tokens_per_batch=100
+    )
+    assert batches == [] and stats.kept_tokens == 0 and stats.packed_tokens == 0
+
+
+def test_norm_is_that_of_the_step_not_of_the_batch():
+    forest, advantages = random_forest(8, trees=4)
+    whole, stats = pack(forest, advantages, prob_threshold=RHO, tokens_per_batch=20)
+    assert len(whole) > 2
+    assert {b.policy_norm for b in whole} == {float(stats.kept_tokens)}
+    some, part = pack(forest, advantages, prob_threshold=RHO, tokens_per_batch=20, trees=[1, 3])
+    assert 0 < part.kept_tokens < stats.kept_tokens
+    assert sum(int(b.old_logprobs.lt(math.log(RHO)).sum()) for b in some) == part.kept_tokens
+
+
+def test_masked_logprobs_cost_no_input_tokens():
+    forest, advantages = random_forest(9)
+    high = dataclasses.replace(
+        forest, rollout_logprobs=torch.full_like(forest.rollout_logprobs, -0.01)
+    )
+    batches, stats = pack(high, advantages, prob_threshold=RHO, tokens_per_batch=100)
+    assert batches == []
+    batches, stats = pack(
+        high, advantages, prob_threshold=RHO, tokens_per_batch=100, every_token=True
+    )
+    assert batches and stats.kept_tokens == 0

@@ -1,0 +1,77 @@
+"""Recipes: what loads, what is refused and with which sentence."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from spo.config import Config, load_config, save_config
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_load(path):
+    assert load_config(path).name
+
+
+def test_overrides_and_yaml_floats(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train: {learning_rate: 1e-5, iterations: 3}\nshape: {widths: [4, 2]}\n")
+    config = load_config(recipe, ["train.iterations=7", "loss.prob_threshold=null"])
+    assert config.train.learning_rate == 1e-5  # YAML 1.1 reads 1e-5 as a string
+    assert config.train.iterations == 7 and config.shape.widths == (4, 2)
+    assert config.loss.prob_threshold is None
+
+
+def test_saved_recipe_reads_back(tmp_path):
+    config = load_config(None, ["shape.widths=[3, 2]", "shape.segment_tokens=[5]", "name=x"])
+    save_config(config, tmp_path / "r.yaml")
+    assert load_config(tmp_path / "r.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.lerning_rate=1"], ["train.lerning_rate", "learning_rate"]),
+        (["colour=red"], ["unknown key colour", "policy"]),
+        (["train.iterations=many"], ["train.iterations", "many"]),
+        (["sampling.top_p=0.9"], ["sampling.top_p must be 1", "0.9"]),
+        (["sampling.top_k=5"], ["top_k"]),
+        (["sampling.temperature=0"], ["sampling.temperature"]),
+        (["shape.kind=chain", "advantage.baseline=loo"], ["loo", "chain"]),
+        (["loss.prob_threshold=1.5"], ["loss.prob_threshold", "1.5"]),
+        (["train.prompts=0"], ["train.prompts", "0"]),
+        (["engine.name=sglang"], ["engine.name", "sglang"]),
+        (["iterations"], ["key=value"]),
+        (["name.x=3"], ["name"]),
+    ],
+)
+def test_bad_settings_are_named(overrides, words, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: here\n")
+    with pytest.raises(ValueError) as error:
+        load_config(recipe, overrides)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_broken_recipes(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="expected a mapping"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_every_setting_has_a_docstring():
+    source = (Path(__file__).parents[2] / "spo" / "config.py").read_text()
+    for group in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(group.default_factory):
+            for f in dataclasses.fields(group.default_factory):
+                after = source.split(f"    {f.name}: ", 1)[1].split("\n", 1)[1]
+                assert after.lstrip().startswith('"""'), f"{group.name}.{f.name}"

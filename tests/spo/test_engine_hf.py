@@ -1,0 +1,152 @@
+"""The embedded engine against plain transformers forwards."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from spo.engines import make_engine
+from spo.engines.hf import HFEngine, uniform
+from spo.records import LENGTH, STOP, Request
+
+
+def drain(engine, count):
+    done = []
+    while len(done) < count:
+        done += engine.poll()
+    return sorted(done, key=lambda c: (c.key, c.index))
+
+
+def plain_logprobs(model, prefix, token_ids, temperature=1.0):
+    ids = torch.tensor([[*prefix, *token_ids]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(prefix) - 1 : -1].float() / temperature
+    return torch.log_softmax(logits, -1).gather(-1, ids[0, len(prefix) :, None])[:, 0]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+def requests(temperature=1.0):
+    return [
+        Request(k, tuple(2 + (k * 7 + j * j) % 45 for j in range(3 + 2 * k)), 3, 9, (1,), 100 * k)
+        for k in range(7)
+    ]
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 4, 64])
+def test_logprobs_are_those_of_a_plain_forward(tiny_model, plain, max_num_seqs):
+    engine = HFEngine(tiny_model, max_num_seqs=max_num_seqs)
+    asked = [dataclasses.replace(r, temperature=0.7) for r in requests()]
+    for request in asked:
+        engine.submit(request)
+    for done in drain(engine, 21):
+        expected = plain_logprobs(plain, asked[done.key].prefix_ids, done.token_ids, 0.7)
+        torch.testing.assert_close(torch.tensor(done.logprobs), expected, atol=2e-5, rtol=0)
+        assert done.finish == (STOP if done.token_ids[-1] == 1 else LENGTH)
+        assert 1 not in done.token_ids[:-1]
+        assert done.finish == STOP or len(done.token_ids) == 9
+
+
+def test_greedy_is_the_argmax(tiny_model, plain):
+    engine = HFEngine(tiny_model)
+    engine.submit(Request(0, (5, 9, 3), 1, 12, (1,), 0, temperature=0.0))
+    (done,) = drain(engine, 1)
+    ids = [5, 9, 3]
+    for token in done.token_ids:
+        with torch.no_grad():
+            assert int(plain(torch.tensor([ids])).logits[0, -1].argmax()) == token
+        ids.append(token)
+
+
+def test_samples_do_not_depend_on_what_runs_beside_them(tiny_model):
+    together = HFEngine(tiny_model, max_num_seqs=64)
+    for request in requests():
+        together.submit(request)
+    expected = {(c.key, c.index): c.token_ids for c in drain(together, 21)}
+    for request in requests():
+        alone = HFEngine(tiny_model, max_num_seqs=2)
+        alone.submit(request)
+        for done in drain(alone, 3):
+            assert done.token_ids == expected[done.key, done.index]
+
+
+def test_siblings_differ_and_seeds_repeat(tiny_model):
+    engine = HFEngine(tiny_model)
+    engine.submit(Request(0, (5, 9, 3), 6, 8, (), 7))
+    first = [c.token_ids for c in drain(engine, 6)]
+    assert len(set(first)) > 1
+    engine.submit(Request(1, (5, 9, 3), 2, 8, (), 9))  # samples 2 and 3 of the group above
+    assert [c.token_ids for c in drain(engine, 2)] == first[2:4]
+
+
+def test_a_branch_of_a_finished_sample_prefills_nothing(tiny_model, plain):
+    engine = HFEngine(tiny_model)
+    engine.submit(Request(0, (5, 9, 3, 8), 2, 6, (), 1))
+    parents = drain(engine, 2)
+    assert engine.counters()["prefill"] == 3  # the prompt once, less its last token
+    for parent in parents:
+        engine.submit(Request(10 + parent.index, (5, 9, 3, 8, *parent.token_ids), 4, 5, (), 2))
+    for done in drain(engine, 8):
+        prefix = (5, 9, 3, 8, *parents[done.key - 10].token_ids)
+        expected = plain_logprobs(plain, prefix, done.token_ids)
+        torch.testing.assert_close(torch.tensor(done.logprobs), expected, atol=2e-5, rtol=0)
+    assert engine.counters()["prefill"] == 3
+
+
+def test_new_weights_forget_cached_prefixes(tiny_model, plain):
+    engine = HFEngine(tiny_model)
+    engine.submit(Request(0, (5, 9, 3, 8), 1, 6, (), 1))
+    (before,) = drain(engine, 1)
+    torch.manual_seed(3)
+    changed = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    engine.load_weights(((n, p.detach()) for n, p in changed.named_parameters()), 4)
+    prefix = (5, 9, 3, 8, *before.token_ids)
+    engine.submit(Request(1, prefix, 1, 6, (), 1))
+    (after,) = drain(engine, 1)
+    assert (before.last_version, after.first_version, after.last_version) == (0, 4, 4)
+    expected = plain_logprobs(changed, prefix, after.token_ids)
+    torch.testing.assert_close(torch.tensor(after.logprobs), expected, atol=2e-5, rtol=0)
+    stale = plain_logprobs(plain, prefix, after.token_ids)
+    assert (stale - expected).abs().max() > 1e-2
+
+
+def test_token_frequencies_are_the_policy_s(tiny_model, plain):
+    engine = HFEngine(tiny_model, max_num_seqs=500)
+    engine.submit(Request(0, (5, 9, 3), 4000, 1, (), 11))
+    counts = np.bincount([c.token_ids[0] for c in drain(engine, 4000)], minlength=48)
+    with torch.no_grad():
+        p = torch.softmax(plain(torch.tensor([[5, 9, 3]])).logits[0, -1].double(), -1).numpy()
+    likely = p > 1e-3  # chi-square needs expected counts of a few
+    chi2 = ((counts - 4000 * p) ** 2 / (4000 * p))[likely].sum()
+    freedom = likely.sum()
+    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_noise_is_uniform_and_depends_on_both_counters():
+    seeds, depths = np.meshgrid(np.arange(200, dtype=np.uint64), np.arange(100, dtype=np.uint64))
+    noise = uniform(seeds.ravel(), depths.ravel())
+    assert len(np.unique(noise)) == noise.size and 0 <= noise.min() and noise.max() < 1
+    histogram = np.histogram(noise, 20, (0, 1))[0]
+    assert abs(histogram - 1000).max() < 5 * 1000**0.5
+    lag = np.corrcoef(noise.reshape(100, 200)[:-1].ravel(), noise.reshape(100, 200)[1:].ravel())
+    assert abs(lag[0, 1]) < 0.03
+
+
+def test_bad_requests_and_names_get_a_sentence(tiny_model):
+    engine = HFEngine(tiny_model, max_model_len=32)
+    with pytest.raises(ValueError, match="exceeds the context of 32"):
+        engine.submit(Request(0, tuple(range(2, 30)), 1, 8, (), 0))
+    with pytest.raises(ValueError, match="prefix is empty"):
+        engine.submit(Request(0, (), 1, 8, (), 0))
+    with pytest.raises(ValueError, match="n and max_new_tokens"):
+        engine.submit(Request(0, (3,), 0, 8, (), 0))
+    with pytest.raises(ValueError, match="expected one of vllm, hf"):
+        make_engine("sglang", tiny_model)

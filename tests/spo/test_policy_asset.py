@@ -1,0 +1,145 @@
+"""The embedded policy: its files, its tokenizer, how good it is, and how it is re-created."""
+
+import random
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import spo
+from spo import warmup
+from spo.tasks import TASKS, prompts
+
+POLICY = Path(spo.__file__).parent / "assets" / "policy"
+EMBEDDED = ["arithmetic", "countdown", "knights_knaves"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(POLICY)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32).eval()
+
+
+def test_files_are_small_and_weights_are_bf16(model):
+    assert sum(file.stat().st_size for file in POLICY.iterdir()) < 8e6
+    stored = AutoModelForCausalLM.from_pretrained(POLICY, dtype="auto")
+    assert {p.dtype for p in stored.parameters()} == {torch.bfloat16}
+    assert stored.lm_head.weight is stored.model.embed_tokens.weight
+    assert sum(p.numel() for p in model.parameters()) < 2.5e6
+
+
+def test_special_tokens(tokenizer, model):
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (0, 1)
+    assert len(tokenizer) == model.config.vocab_size
+    assert tokenizer("\n")["input_ids"] == tokenizer("Ann\n")["input_ids"][1:]
+    assert tokenizer.decode([0, 1], skip_special_tokens=True) == ""
+
+
+def test_a_line_is_the_tokens_one_would_count(tokenizer):
+    words = tokenizer.convert_ids_to_tokens(tokenizer("15 - 9 = 6\n<answer> 6 </answer>").input_ids)
+    assert words == ["15", "-", "9", "=", "6", "\n", "<answer>", "6", "</answer>"]
+
+
+@pytest.mark.parametrize("task", EMBEDDED)
+def test_every_text_survives_the_tokenizer(tokenizer, task):
+    rng, module = random.Random(0), TASKS[task]
+    for split in ("train", "test"):
+        for problem in islice(module.problems(split, 1), 300):
+            solution = module.solution(problem, rng)
+            pieces = [tokenizer(t)["input_ids"] for t in (problem.text, solution)]
+            assert tokenizer.unk_token_id not in pieces[0] + pieces[1]
+            assert [tokenizer.decode(ids) for ids in pieces] == [problem.text, solution]
+            # Cut anywhere into prompt and response, as training does, it is still the same text.
+            assert tokenizer.decode(pieces[0] + pieces[1]) == problem.text + solution
+            assert tokenizer(problem.text + solution)["input_ids"] == pieces[0] + pieces[1]
+
+
+@pytest.mark.parametrize("task", EMBEDDED)
+def test_the_first_token_tells_the_task(tokenizer, task):
+    firsts = {p.prompt_ids[0] for p in islice(prompts(task, "train", 0, tokenizer), 50)}
+    assert firsts == {tokenizer.convert_tokens_to_ids(task)}
+
+
+def test_arithmetic_is_as_short_as_the_demo_expects(tokenizer):
+    rng, lengths = random.Random(0), []
+    for problem in islice(TASKS["arithmetic"].problems("train", 0), 500):
+        assert len(tokenizer(problem.text)["input_ids"]) in (11, 13, 15)
+        lengths.append(len(tokenizer(TASKS["arithmetic"].solution(problem, rng))["input_ids"]) + 1)
+    assert 24 <= sum(lengths) / 500 <= 33 and max(lengths) <= 40
+
+
+def test_prompts_carry_ids_answer_and_task(tokenizer):
+    got = list(islice(prompts("countdown", "test", 0, tokenizer, numbers=4), 3))
+    expected = list(islice(TASKS["countdown"].problems("test", 0, numbers=4), 3))
+    assert [tokenizer.decode(p.prompt_ids) for p in got] == [p.text for p in expected]
+    assert [p.answer for p in got] == [p.answer for p in expected]
+    assert {p.task for p in got} == {"countdown"}
+
+
+def test_a_text_outside_the_vocabulary_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(TASKS["countdown"], "LARGEST", 1000)
+    with pytest.raises(ValueError, match="vocabulary does not cover the countdown problem"):
+        list(islice(prompts("countdown", "train", 0, tokenizer), 20))
+
+
+@pytest.mark.parametrize("task", ["arithmetic", "countdown"])
+def test_the_policy_is_neither_hopeless_nor_done(tokenizer, model, task):
+    """30 to 60 % of the test problems by greedy decoding, give or take two standard errors."""
+    rate = warmup.pass_at_1(model, tokenizer, task, count=250)
+    assert 0.24 < rate < 0.66
+
+
+# Re-creating it
+
+
+def test_the_shipped_tokenizer_and_model_are_what_the_code_builds(tokenizer, model, tmp_path):
+    built = warmup.build_tokenizer()
+    assert built.get_vocab() == tokenizer.get_vocab()
+    built.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_text() == (POLICY / name).read_text()
+    shapes = {name: p.shape for name, p in warmup.build_model(built).state_dict().items()}
+    assert shapes == {name: p.shape for name, p in model.state_dict().items()}
+
+
+def test_batches_mark_solutions_only(tokenizer):
+    token_ids, is_solution = next(warmup.batches(tokenizer, 0, 16))
+    assert token_ids.shape == is_solution.shape and token_ids.shape[0] == 16
+    for ids, mask in zip(token_ids, is_solution, strict=True):
+        prompt_length = int(mask.int().argmax())
+        end = prompt_length + int(mask.sum())
+        assert mask[prompt_length:end].all() and not mask[end:].any()
+        assert ids[end - 1] == tokenizer.eos_token_id and (ids[end:] == 0).all()
+        text = tokenizer.decode(ids[:prompt_length])
+        assert text.endswith("\n") and text.split()[0] in EMBEDDED and "\n" not in text[:-1]
+        assert tokenizer.decode(ids[prompt_length : end - 1]).endswith("</answer>")
+
+
+def test_the_warm_up_is_deterministic_and_learns(tokenizer, capsys):
+    def run(seed):
+        model = warmup.warm_up(tokenizer, steps=6, batch_size=8, lr=2e-3, seed=seed)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    first, again, other = run(0), run(0), run(1)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert "step 6/6 loss" in capsys.readouterr().out
+
+
+def test_the_loss_does_not_see_the_padding(tokenizer):
+    """A row's logits are the same alone and padded among longer ones."""
+    torch.manual_seed(0)
+    model = warmup.build_model(tokenizer).eval()
+    token_ids, is_solution = next(warmup.batches(tokenizer, 3, 16))
+    row = int(is_solution.sum(1).argmin())
+    length = int(is_solution[row].nonzero().max()) + 1
+    with torch.no_grad():
+        together = model(input_ids=token_ids).logits[row, :length]
+        alone = model(input_ids=token_ids[row : row + 1, :length]).logits[0]
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,159 @@
+"""Partitions and shapes with numbers worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from spo.records import LENGTH, SEGMENT, STOP, Completion, Prompt
+from spo.shapes import (
+    ChainShape,
+    Tree,
+    TreeShape,
+    cutpoint_partition,
+    fixed_partition,
+    star,
+    step_partition,
+)
+
+
+def sample(token_ids, logprobs=None, finish=STOP, index=0):
+    logprobs = logprobs or [0.0] * len(token_ids)
+    return Completion(0, index, tuple(token_ids), tuple(logprobs), finish, 3, 3)
+
+
+def tree():
+    return Tree(0, Prompt((10, 11), "a", "arithmetic"))
+
+
+LOW, HIGH = math.log(0.5), math.log(0.95)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "interval", "starts"),
+    [
+        ("hhhhh", 2, [0]),  # no cutpoint: one segment
+        ("lhhhh", 2, [0]),  # the first token is a cutpoint: no empty segment
+        ("hlhlh", 1, [0, 1, 3]),
+        ("hlhlhl", 2, [0, 1, 5]),  # before cutpoints 1 and 3
+        ("lllll", 2, [0, 2, 4]),
+        ("l", 5, [0]),
+        ("h", 5, [0]),
+    ],
+)
+def test_cutpoints(pattern, interval, starts):
+    logprobs = np.array([LOW if c == "l" else HIGH for c in pattern])
+    assert cutpoint_partition(0.9, interval)(np.arange(len(pattern)), logprobs) == starts
+
+
+def test_cutpoint_threshold_is_strict():
+    at = np.array([math.log(0.25), math.log(0.75)], dtype=np.float32)
+    assert cutpoint_partition(0.75, 1)(np.arange(2), at) == [0]
+
+
+def test_fixed():
+    assert fixed_partition(4)(np.arange(9), np.zeros(9)) == [0, 4, 8]
+    assert fixed_partition(4)(np.arange(8), np.zeros(8)) == [0, 4]
+    assert fixed_partition(4)(np.arange(1), np.zeros(1)) == [0]
+
+
+def test_steps():
+    is_break = np.array([False] * 9 + [True])
+    cut = step_partition(is_break, max_steps=3)
+    ids = np.array([1, 2, 9, 3, 9, 9, 4, 5, 9])
+    assert cut(ids, np.zeros(9)) == [0, 3, 6]  # a run of breaks is one; the last ends the text
+    assert cut(np.array([1, 9, 1, 9, 1, 9, 1, 9, 1]), np.zeros(9)) == [0, 2, 4]  # at most 3
+    assert cut(np.array([1, 2]), np.zeros(2)) == [0]
+
+
+def test_tree_grows_level_by_level():
+    shape = TreeShape((2, 3), (4,), 10)
+    grown = tree()
+    (root,) = shape.start(grown)
+    assert (root.parent, root.n, root.max_new_tokens) == (0, 2, 4)
+    (child,) = shape.extend(grown, root, sample([1, 2, 3, 4], finish=LENGTH, index=1))
+    assert (child.parent, child.n, child.max_new_tokens, child.path) == (1, 3, 6, (1,))
+    assert grown.nodes[1].finish == SEGMENT
+    assert shape.extend(grown, root, sample([1, 7])) == []  # an early stop is a leaf
+    assert grown.nodes[2].finish == STOP
+    assert shape.extend(grown, child, sample([5] * 6, finish=LENGTH)) == []
+    assert grown.nodes[3].finish == LENGTH and grown.nodes[3].parent == 1
+    assert grown.response_ids(3) == [1, 2, 3, 4, 5, 5, 5, 5, 5, 5]
+
+
+def test_star_is_a_tree_of_one_level():
+    shape = star(5, 20)
+    (root,) = shape.start(tree())
+    assert (root.n, root.max_new_tokens, shape.max_level) == (5, 20, 0)
+
+
+def test_chain_cuts_probes_and_leaves():
+    shape = ChainShape(2, 3, cutpoint_partition(0.9, 1), 12)
+    grown = tree()
+    (trunk,) = shape.start(grown)
+    probes = shape.extend(grown, trunk, sample([1, 2, 3, 4, 5], [HIGH, LOW, HIGH, LOW, HIGH]))
+    nodes = grown.nodes[1:]
+    assert [list(n.token_ids) for n in nodes] == [[1], [2, 3], [4, 5]]
+    assert [n.finish for n in nodes] == [SEGMENT, SEGMENT, STOP]
+    assert all(n.trained and not n.in_value for n in nodes)
+    assert [(p.parent, p.n, p.max_new_tokens) for p in probes] == [(1, 3, 11), (2, 3, 9)]
+    assert shape.extend(grown, probes[0], sample([9], finish=STOP)) == []
+    probe = grown.nodes[4]
+    assert (probe.parent, probe.trained, probe.in_value) == (1, False, True)
+
+
+def test_chain_shares_equal_segments():
+    shape = ChainShape(3, 2, cutpoint_partition(0.9, 1), 12)
+    grown = tree()
+    (trunk,) = shape.start(grown)
+    first = shape.extend(grown, trunk, sample([1, 2, 3, 4], [HIGH, HIGH, LOW, HIGH]))
+    # The sampler's logprobs of the shared prefix differ a little; the cut must not.
+    second = shape.extend(grown, trunk, sample([1, 2, 7], [HIGH, math.log(0.899), LOW]))
+    assert len(first) == 1 and second == []  # the boundary after (1, 2) is probed once
+    shared = grown.nodes[1]
+    assert (list(shared.token_ids), shared.weight) == ([1, 2], 2)
+    assert [list(n.token_ids) for n in grown.nodes[2:]] == [[3, 4], [7]]
+    shape.extend(grown, trunk, sample([1, 2, 3, 4], [HIGH, HIGH, LOW, HIGH]))
+    assert [n.weight for n in grown.nodes[1:]] == [3, 2, 1]  # an equal trajectory adds no node
+
+
+def test_chain_without_cutpoint_and_with_probed_prompt():
+    shape = ChainShape(1, 4, cutpoint_partition(0.9, 5), 12, probe_prompt=True)
+    grown = tree()
+    trunk, prompt_probes = shape.start(grown)
+    assert (prompt_probes.parent, prompt_probes.n, prompt_probes.probe) == (0, 4, True)
+    assert shape.extend(grown, trunk, sample([1, 2], [HIGH, HIGH])) == []
+    assert len(grown.nodes) == 2 and grown.nodes[1].finish == STOP
+
+
+def test_chain_rescores():
+    asked = []
+
+    def rescore(prefix, ids):
+        asked.append((prefix, ids))
+        return [LOW, HIGH, LOW]
+
+    shape = ChainShape(1, 2, cutpoint_partition(0.9, 1), 12, rescore=rescore)
+    grown = tree()
+    (trunk,) = shape.start(grown)
+    shape.extend(grown, trunk, sample([1, 2, 3], [HIGH] * 3))
+    assert asked == [([10, 11], [1, 2, 3])]
+    assert [list(n.token_ids) for n in grown.nodes[1:]] == [[1, 2], [3]]
+    assert grown.nodes[1].logprobs == pytest.approx([LOW, HIGH])
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TreeShape((), (), 8), "widths"),
+        (lambda: TreeShape((2, 0), (4,), 8), "widths"),
+        (lambda: TreeShape((2, 2), (), 8), "one length per level but the last"),
+        (lambda: TreeShape((2, 2), (8,), 8), "leave nothing"),
+        (lambda: TreeShape((2, 2), (0,), 8), "must be positive"),
+        (lambda: ChainShape(0, 4, fixed_partition(3), 8), "group_size"),
+        (lambda: fixed_partition(0), "must be positive"),
+    ],
+)
+def test_impossible_shapes_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,409 @@
+"""Problems, worked solutions and graders of the embedded tasks."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from fractions import Fraction
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spo.tasks import TASKS, Problem, arithmetic, countdown, get_task, knights_knaves, prompts
+from spo.tasks.problem import TEST_SIZE, answer_span, stream
+
+NAMES = sorted(TASKS)
+
+
+def take(task: str, split: str, seed: int, count: int, **options) -> list[Problem]:
+    return list(islice(TASKS[task].problems(split, seed, **options), count))
+
+
+def answered(text: str) -> str:
+    return f"<answer> {text} </answer>"
+
+
+# Streams
+
+
+@pytest.mark.parametrize("task", NAMES)
+def test_a_stream_follows_from_its_seed(task):
+    assert take(task, "train", 3, 200) == take(task, "train", 3, 200)
+    assert take(task, "train", 3, 200) != take(task, "train", 4, 200)
+
+
+@pytest.mark.parametrize("task", NAMES)
+def test_problems_are_distinct_and_answers_are_json(task):
+    problems = take(task, "train", 0, 3000)
+    assert len({p.text for p in problems}) == 3000
+    assert all(json.loads(json.dumps(p.answer)) == p.answer for p in problems)
+
+
+@pytest.mark.parametrize("task", NAMES)
+def test_the_test_split_is_fixed_and_apart_from_every_training_stream(task):
+    test = take(task, "test", 0, 2000)
+    assert len({p.text for p in test}) == TEST_SIZE == 1000
+    assert take(task, "test", 99, 20) == test[:20]
+    for seed in range(3):
+        assert not {p.text for p in test}.intersection(
+            p.text for p in take(task, "train", seed, 4000)
+        )
+
+
+def test_reordered_numbers_are_no_new_countdown_problem():
+    def key(problem):
+        return (*sorted(problem.answer["numbers"]), problem.answer["target"])
+
+    test = {key(p) for p in take("countdown", "test", 0, TEST_SIZE)}
+    train = [key(p) for p in take("countdown", "train", 0, 4000)]
+    assert len(test) == TEST_SIZE and len(set(train)) == 4000
+    assert not test.intersection(train)
+
+
+def test_streams_do_not_depend_on_the_hash_seed_of_the_process():
+    script = (
+        "from itertools import islice; from spo.tasks import TASKS\n"
+        "for t in TASKS.values():\n"
+        "    print([p.text for s in ('train', 'test') for p in islice(t.problems(s, 5), 20)])"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(p or "." for p in sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+
+
+def test_a_used_up_space_starts_again_in_training_and_ends_in_testing():
+    def draw(rng):
+        return Problem(str(rng.randrange(40)), 0)
+
+    test = list(stream("tiny", "test", 0, draw, lambda p: p.text))
+    train = [p.text for p in islice(stream("tiny", "train", 0, draw, lambda p: p.text), 100)]
+    size = 40 - len(test)
+    assert 0 < len(test) < 40 and len(set(train[:size])) == size
+    assert {p.text for p in test}.isdisjoint(train)
+
+
+def test_an_unknown_split_task_or_size_is_refused():
+    with pytest.raises(ValueError, match='split must be "train" or "test", got \'dev\''):
+        TASKS["arithmetic"].problems("dev", 0)
+    known = "arithmetic, countdown, knights_knaves.*got 'chess'"
+    with pytest.raises(ValueError, match=known):
+        get_task("chess")
+    with pytest.raises(ValueError, match=known):
+        prompts("chess", "train", 0, None)
+    with pytest.raises(ValueError, match="numbers must be between 2 and 4, got 5"):
+        countdown.problems("train", 0, numbers=5)
+    with pytest.raises(ValueError, match="people must be between 2 and 8, got 1"):
+        knights_knaves.problems("train", 0, people=1)
+
+
+def test_importing_the_tasks_does_not_import_torch():
+    script = "import sys, spo.tasks, spo.tasks.grading; sys.exit('torch' in sys.modules)"
+    env = {"PYTHONPATH": ":".join(p or "." for p in sys.path)}
+    assert subprocess.run([sys.executable, "-c", script], env=env).returncode == 0
+
+
+# Solutions
+
+
+def rate(task: str, problems: list[Problem], **habits: float) -> float:
+    rng = random.Random(0)
+    module = TASKS[task]
+    return sum(module.grade(module.solution(p, rng, **habits), p.answer) for p in problems) / len(
+        problems
+    )
+
+
+@pytest.mark.parametrize(
+    "task, options, habits",
+    [
+        ("arithmetic", {}, {"merge": 0.0}),
+        ("arithmetic", {}, {"merge": 1.0}),
+        ("countdown", {}, {"give_up": 0.0}),
+        ("countdown", {"numbers": 2}, {"wrong": 0.0}),
+        ("countdown", {"numbers": 4}, {"give_up": 0.0}),
+        ("knights_knaves", {}, {"give_up": 0.0}),
+        ("knights_knaves", {"people": 2}, {"wrong": 0.0}),
+        ("knights_knaves", {"people": 8}, {"give_up": 0.0}),
+    ],
+)
+def test_solutions_without_the_bad_habit_are_right(task, options, habits):
+    assert rate(task, take(task, "train", 0, 60, **options), **habits) == 1.0
+
+
+@pytest.mark.parametrize("task", ["countdown", "knights_knaves"])
+def test_giving_up_at_once_after_wrong_attempts_only_fails(task):
+    assert rate(task, take(task, "train", 0, 200), wrong=1.0, give_up=1.0) == 0.0
+
+
+def test_arithmetic_solution_worked_by_hand():
+    problem = Problem("arithmetic 15 - 9 + 6 * 7\n", 4)
+    assert arithmetic.solution(problem, random.Random(0), merge=0.0) == (
+        "15 - 9 = 6\n6 + 6 = 12\n12 * 7 = 4\n<answer> 4 </answer>"
+    )
+    assert arithmetic.solution(problem, random.Random(0), merge=1.0) == (
+        "15 - 9 + 6 = 12\n12 * 7 = 4\n<answer> 4 </answer>"
+    )
+
+
+def test_arithmetic_answers_are_the_chains():
+    for problem in take("arithmetic", "train", 0, 300):
+        _, first, *rest = problem.text.split()
+        value = int(first)
+        for operator, operand in zip(rest[::2], rest[1::2], strict=True):
+            value = {"+": value.__add__, "-": value.__sub__, "*": value.__mul__}[operator](
+                int(operand)
+            )
+        # Reducing modulo 20 once at the end is the same, all operations being in the ring.
+        assert value % 20 == problem.answer
+        assert 4 <= len(rest) // 2 <= 6
+
+
+def test_attempts_of_a_countdown_solution_are_true_equations():
+    rng = random.Random(0)
+    for problem in take("countdown", "train", 0, 200):
+        *steps, last = countdown.solution(problem, rng).split("\n")
+        assert len(steps) <= 2 * countdown.ATTEMPTS
+        for step in steps:
+            left, right = step.removesuffix(" no").split(" = ")
+            assert countdown.evaluate(left.split()) == int(right)
+        final = int(steps[-1].split(" = ")[1])
+        assert countdown.evaluate(answer_span(last).split()) == final
+        assert (final == problem.answer["target"]) == countdown.grade(last, problem.answer)
+
+
+@pytest.mark.parametrize("numbers", [3, 4])
+def test_plans_find_what_an_independent_search_finds(numbers):
+    """All orders, all operators and every way to bracket, evaluated as fractions."""
+
+    def combine(values):
+        if len(values) == 1:
+            yield values[0]
+        for cut in range(1, len(values)):
+            for a, b in itertools.product(combine(values[:cut]), combine(values[cut:])):
+                whole = [a + b, a * b, a - b, *([a / b] if b else [])]
+                yield from (v for v in whole if v.denominator == 1 and 0 <= v <= 400)
+
+    rng = random.Random(numbers)
+    for _ in range(3):
+        given_numbers = tuple(sorted(rng.randint(1, 20) for _ in range(numbers)))
+        expected = set()
+        for order in set(itertools.permutations(map(Fraction, given_numbers))):
+            expected.update(map(int, combine(order)))
+        assert {plan[-1][3] for plan in countdown.plans(given_numbers)} == expected
+
+
+def test_knights_and_knaves_by_hand():
+    # Bob's claim is true of a knight and false of a knave only if Ann is what he says.
+    problem = Problem(
+        "knights_knaves Ann says Ann is knave and Bob is knight . Bob says Ann is knave .\n", None
+    )
+    statements = knights_knaves._parse(problem.text)
+    assert statements == [("and", ((0, False), (1, True))), ("", ((0, False),))]
+    # Ann a knight would be a knave; so she lies, hence Bob, right about her, would make her right.
+    assert knights_knaves.solve(statements) == []
+    # "Ann is knave or Bob is knave" makes Ann a knight (a knave would speak true) and Bob a knave.
+    assert knights_knaves.solve([("or", ((0, False), (1, False))), ("", ((0, False),))]) == [
+        (True, False)
+    ]
+
+
+@pytest.mark.parametrize("people", [2, 3, 5, 8])
+def test_exactly_one_assignment_fits_every_puzzle(people):
+    for problem in take("knights_knaves", "train", 1, 10, people=people):
+        assert problem.answer["people"] == list(knights_knaves.PEOPLE[:people])
+        fitting = []
+        for roles in itertools.product("NV", repeat=people):
+            role = dict(zip(problem.answer["people"], roles, strict=True))
+            says = problem.text.split(" ", 1)[1].strip().split(" .")[:-1]
+            for sentence in says:
+                speaker, _, claim = sentence.strip().split(" ", 2)
+                truths = [
+                    role[name] == ("N" if what == "knight" else "V")
+                    for name, _, what in (
+                        atom.split() for part in claim.split(" and ") for atom in part.split(" or ")
+                    )
+                ]
+                truth = any(truths) if " or " in claim else all(truths)
+                if truth != (role[speaker] == "N"):
+                    break
+            else:
+                fitting.append([name for name, what in role.items() if what == "N"])
+        assert fitting == [problem.answer["knights"]]
+
+
+# Graders
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<answer> 7 </answer>", True),
+        ("<answer>7</answer> and more", True),
+        ("<answer> 3 </answer>\n<answer> 07 </answer>", True),
+        ("<answer> 7 </answer> <answer> 8 </answer>", False),
+        ("7", False),
+        ("<answer> 7", False),
+        ("<answer> -7 </answer>", False),
+        ("<answer> 7 7 </answer>", False),
+        ("<answer> 7.0 </answer>", False),
+        ("<answer> \u0667 </answer>", False),
+    ],
+)
+def test_arithmetic_grades(text, expected):
+    assert arithmetic.grade(text, 7) is expected
+
+
+@pytest.mark.parametrize(
+    "expression, expected",
+    [
+        ("( 12 - 7 ) * 3", True),
+        ("(12-7)*3", True),
+        ("3*((12)-7)", True),
+        ("12 - 7 * 3", False),  # precedence: -9
+        ("3 * 12 - 7", False),  # 29
+        ("( 12 - 7 ) * 3 = 15", False),
+        ("12 + 3", False),  # a number is missing
+        ("( 12 - 7 ) * 3 * 1", False),  # one too many
+        ("( 12 - 7 ) * 03", False),  # not as given
+        ("1 2 - 7 * 3", False),
+        ("15", False),
+        ("3 * - ( 7 - 12 )", False),  # no unary minus
+        ("( 12 - 7 ) 3", False),
+        ("( 12 - 7 ) ** 3", False),
+        ("", False),
+    ],
+)
+def test_countdown_grades(expression, expected):
+    answer = {"numbers": [7, 3, 12], "target": 15}
+    assert countdown.grade(answered(expression), answer) is expected
+
+
+def test_countdown_is_exact():
+    third = {"numbers": [1, 3, 3, 1], "target": 1}
+    assert countdown.grade(answered("1 / 3 * 3 * 1"), third)
+    assert countdown.grade(answered("8 / ( 3 - 8 / 3 )"), {"numbers": [8, 3, 8, 3], "target": 24})
+    assert not countdown.grade(answered("3 / ( 1 - 1 )"), {"numbers": [1, 1, 3], "target": 3})
+
+
+@st.composite
+def expression_tree(draw, depth=4):
+    """An expression as text and its value as Fraction, None where it divides by zero."""
+    if depth == 0 or draw(st.booleans()):
+        number = draw(st.integers(0, 30))
+        return str(number), Fraction(number)
+    left, a = draw(expression_tree(depth=depth - 1))
+    right, b = draw(expression_tree(depth=depth - 1))
+    operator = draw(st.sampled_from("+-*/"))
+    if a is None or b is None or (operator == "/" and b == 0):
+        value = None
+    else:
+        value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else None}[operator]
+    return f"( {left} {operator} {right} )", value
+
+
+@settings(max_examples=150, deadline=None)
+@given(expression_tree())
+def test_evaluate_agrees_with_the_tree_that_was_written_down(pair):
+    text, value = pair
+    assert countdown.evaluate(text.split()) == value
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 30), st.lists(st.tuples(st.sampled_from("+-*/"), st.integers(1, 30))))
+def test_evaluate_knows_precedence_without_brackets(first, rest):
+    total, term, sign = Fraction(0), Fraction(first), 1
+    for operator, number in rest:  # sums of products, by hand
+        if operator in "+-":
+            total, term, sign = total + sign * term, Fraction(number), 1 if operator == "+" else -1
+        else:
+            term = term * number if operator == "*" else term / number
+    tokens = [str(first), *(t for operator, number in rest for t in (operator, str(number)))]
+    assert countdown.evaluate(tokens) == total + sign * term
+
+
+@pytest.mark.parametrize(
+    "text", ["", "(", ")", "1 +", "+ 1", "1 1", "( )", "1 ( 2 )", "( 1", "1 )"]
+)
+def test_malformed_expressions_have_no_value(text):
+    assert countdown.evaluate(text.split()) is None
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("Ann Cat", True),
+        ("Cat, Ann", True),
+        ("Ann and Cat", True),
+        ("ann AND cat", True),
+        ("Ann is a knight, Bob is a knave and Cat is a knight.", True),
+        ("Bob: knave; Ann: knight; Cat: knight", True),
+        ("Ann", False),
+        ("Ann Bob Cat", False),
+        ("Ann Ann Cat", False),
+        ("Ann is a knight, Cat is a knight", False),  # Bob's role is missing
+        ("Ann is a knight, Bob is a knight, Cat is a knight", False),
+        ("Ann is a knight, Ann is a knave, Cat is a knight", False),
+        ("none", False),
+        ("", False),
+    ],
+)
+def test_knights_and_knaves_grades(text, expected):
+    answer = {"people": ["Ann", "Bob", "Cat"], "knights": ["Ann", "Cat"]}
+    assert knights_knaves.grade(answered(text), answer) is expected
+
+
+def test_nobody_is_a_knight():
+    answer = {"people": ["Ann", "Bob"], "knights": []}
+    assert knights_knaves.grade(answered("none"), answer)
+    assert knights_knaves.grade(answered("Ann is a knave, Bob is a knave"), answer)
+    assert not knights_knaves.grade(answered(""), answer)
+    assert not knights_knaves.grade(answered("Ann"), answer)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["numbers", "target", "people", "knights", "x"]), inner, max_size=4
+        )
+    ),
+)
+FRAGMENTS = st.lists(
+    st.sampled_from(
+        ["<answer>", "</answer>", " ", "1", "20", "(", ")", "+", "/", "0", "Ann", "knight", "\x00"]
+    )
+    | st.text(max_size=4),
+    max_size=20,
+)
+
+
+@pytest.mark.parametrize("task", NAMES)
+@settings(max_examples=300, deadline=None)
+@given(FRAGMENTS, JSON)
+def test_graders_are_total(task, fragments, answer):
+    for text in ("".join(fragments), answered("".join(fragments))):
+        assert TASKS[task].grade(text, answer) in (True, False)
+
+
+@pytest.mark.parametrize("task", NAMES)
+def test_an_answer_grades_only_its_own_problem(task):
+    """Right solutions of other problems are wrong, but for answers that happen to agree."""
+    problems = take(task, "test", 0, 40)
+    good = {"arithmetic": {"merge": 0.0}}.get(task, {"wrong": 0.0})
+    texts = [TASKS[task].solution(p, random.Random(0), **good) for p in problems]
+    for (i, p), (j, text) in itertools.product(enumerate(problems), enumerate(texts)):
+        same = json.dumps(p.answer) == json.dumps(problems[j].answer)
+        if i == j or not same:
+            assert TASKS[task].grade(text, p.answer) is (i == j)
