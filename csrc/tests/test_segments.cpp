@@ -48,7 +48,7 @@ void test_cutpoints() {
   const Segments none({}, {0}, 1);
   CHECK(none.count == 0 && none.cu_segments == Offsets({0}) &&
         none.cu_seq_segments == Offsets({0}));
-  const Segments strict({std::log(0.9f), kSure}, {0, 2}, 1);
+  const Segments strict({kSure, std::log(0.9f)}, {0, 2}, 1);
   CHECK(strict.count == 1);
 }
 

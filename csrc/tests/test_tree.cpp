@@ -99,6 +99,8 @@ void test_advantages() {
   const Forest star{{-1, 0, 0, 0}, {kNaN, 0.1f, 0.1f, 0.1f}, {0, 1, 1, 1}};
   CHECK(advantages_of(star, {0.1f, 0.1f, 0.1f, 0.1f}, true, true, advantages));
   CHECK(advantages == std::vector<float>(4, 0.0f));
+  CHECK(advantages_of({{-1, 0}, {kNaN, 1}, {0, 1}}, {1, 1}, true, false, advantages));
+  CHECK(advantages == std::vector<float>(2, 0.0f));  // an only child
 }
 
 void test_malformed() {
