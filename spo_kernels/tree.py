@@ -61,7 +61,8 @@ def tree_advantages_ref(
     """`tree_advantages` in PyTorch."""
     _check_parent(parent)
     up, exact = parent.long().clamp(min=0), values.double()
-    counts, sums, variances = _child_moments(parent.long(), exact, in_value)
+    if baseline == "loo" or scale == "std":
+        counts, sums, variances = _child_moments(parent.long(), exact, in_value)
     base = exact[up]
     if baseline == "loo":
         _check_counted(parent, in_value)

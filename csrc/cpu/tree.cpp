@@ -39,12 +39,11 @@ bool sum_children(const Args& args, ChildSums& children) {
 // over the deviations, so that equal values give exactly zero.
 template <typename Args>
 std::vector<double> child_variances(const Args& args, const ChildSums& children) {
-  std::vector<double> means(args.nodes), variances(args.nodes);
-  for (int64_t node = 0; node < args.nodes; ++node) means[node] = children.mean(node);
+  std::vector<double> variances(args.nodes);
   for (int64_t node = 0; node < args.nodes; ++node) {
     const int64_t up = args.parent[node];
     if (up < 0 || !args.in_value[node]) continue;
-    const double deviation = args.values[node] - means[up];
+    const double deviation = args.values[node] - children.mean(up);
     variances[up] += deviation * deviation;
   }
   for (int64_t node = 0; node < args.nodes; ++node) variances[node] /= children.counts[node];
