@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spo.config import Config, save_config
-from spo.records import Forest
-from spo.replay import Replay
+from spo.records import Forest, Replay
 
 
 @dataclass

@@ -135,6 +135,14 @@ FOREST_TENSORS = tuple(
 
 
 @dataclass(frozen=True)
+class Replay:
+    """Trees kept between iterations; `forest.trained` marks the nodes still to train."""
+
+    forest: Forest | None = None  # None: empty
+    advantages: Tensor | None = None  # (S,) fp32
+
+
+@dataclass(frozen=True)
 class Batch:
     """A packed micro-batch: every token once, in depth-first order."""
 

@@ -6,21 +6,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spo.advantages import ZERO_ADVANTAGE
-from spo.records import FOREST_TENSORS, Forest
-
-
-@dataclass(frozen=True)
-class Replay:
-    """Trees that still hold untrained nodes; `forest.trained` marks those."""
-
-    forest: Forest | None = None
-    advantages: Tensor | None = None  # (S,) fp32
+from spo.records import FOREST_TENSORS, Forest, Replay
 
 
 def merge(

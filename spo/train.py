@@ -26,7 +26,7 @@ from spo.model import (
     sequence_logprobs,
     to_device,
 )
-from spo.records import Batch, Completion, Forest, Prompt, Request
+from spo.records import Batch, Completion, Forest, Prompt, Replay, Request
 from spo.rollout import RolloutOptions, grow
 from spo.shapes import make_shape
 from spo.tasks import get_task
@@ -70,7 +70,7 @@ def train(
         weight_decay=config.train.weight_decay,
         betas=(0.9, 0.95),
     )
-    state, buffer = checkpoint.State(), replay.Replay()
+    state, buffer = checkpoint.State(), Replay()
     if found:
         state = checkpoint.load_state(found)
         buffer = checkpoint.load_training(found, optimizer)
@@ -137,10 +137,10 @@ def _iteration(
     config: Config,
     run: _Run,
     state: checkpoint.State,
-    buffer: replay.Replay,
+    buffer: Replay,
     stream: Iterator[Prompt],
     write: Report,
-) -> replay.Replay:
+) -> Replay:
     """One rollout and the optimiser steps on it; `state` moves on by one iteration."""
     start = time.perf_counter()
     prompts = list(islice(stream, config.train.prompts))

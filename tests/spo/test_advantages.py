@@ -30,7 +30,9 @@ def forest(*nodes):
 
 def check(forest, expected, **rule):
     values, advantages = assign(forest, AdvantageConfig(**rule))
-    torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float32), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        advantages, torch.tensor(expected, dtype=torch.float32), atol=1e-6, rtol=0
+    )
     return values
 
 

@@ -1,0 +1,126 @@
+"""The command line as a user types it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from spo.cli import main, verdict
+from spo.records import Forest
+
+SMALL = [
+    "engine.name=hf",
+    "engine.max_model_len=96",
+    "sampling.max_new_tokens=32",
+    "shape.widths=[2,2]",
+    "shape.segment_tokens=[8]",
+    "train.prompts=2",
+    "train.iterations=1",
+    "eval.problems=4",
+    "eval.every=0",
+]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: test\ntask: arithmetic\n")
+    return str(path)
+
+
+def run(*arguments):
+    return main([str(a) for a in arguments])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.lerning_rate=1"], ["unknown key train.lerning_rate"]),
+        (["policy.path=/no/such/model"], ["policy.path", "/no/such/model"]),
+        (["policy.path=nobody/nothing"], ["policy.path", "nobody/nothing"]),
+        (["task=chess"], ["task", "chess", "arithmetic"]),
+        (["engine.max_model_len=24"], ["prompt of", "context of 24"]),
+        (["sampling.top_p=0.95"], ["top_p must be 1"]),
+        (["shape.segment_tokens=[8,8]"], ["segment_tokens"]),
+        (["engine.name=none"], ["engine.name"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_an_exit_code(recipe, tmp_path, capsys, overrides, words):
+    code = run("train", recipe, *SMALL, f"out={tmp_path / 'run'}", *overrides)
+    error = capsys.readouterr().err.strip()
+    assert code != 0
+    assert error.startswith("spo: ") and "\n" not in error and "Traceback" not in error
+    for word in words:
+        assert word in error
+
+
+def test_bad_input_in_a_process_of_its_own(recipe):
+    command = [sys.executable, "-m", "spo.cli", "train", recipe + ".none"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "cannot be read" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_train_eval_view(recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("train", recipe, *SMALL, f"out={out}") == 0
+    page = (out / "report.html").read_text()
+    assert "test" in page and "first iteration" in page
+    result = tmp_path / "eval.json"
+    code = run(
+        "eval", recipe, *SMALL, "--checkpoint", out, "--samples", 2, "--temperature", 1.0,
+        "--json", result,
+    )  # fmt: skip
+    assert code == 0
+    saved = json.loads(result.read_text())
+    assert 0 <= saved["pass_at_1"] <= 1 and saved["problems"] == 4 and saved["samples"] == 2
+    assert run("view", out, "-o", tmp_path / "again.html") == 0
+    assert (tmp_path / "again.html").stat().st_size > 1000
+    assert run("train", recipe, *SMALL, f"out={out}") == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_rollout_and_view(recipe, tmp_path, capsys):
+    file = tmp_path / "forest.safetensors"
+    assert run("rollout", recipe, *SMALL, "-o", file) == 0
+    forest = Forest.load(file)
+    printed = capsys.readouterr().out
+    assert len(forest.prompts) == 2
+    assert f"{forest.num_generated} tokens generated" in " ".join(printed.split())
+    assert run("view", file) == 0
+    assert (tmp_path / "forest.html").exists()
+
+
+def test_view_and_eval_refuse_what_is_not_there(recipe, tmp_path, capsys):
+    assert run("view", tmp_path / "none") == 2
+    (tmp_path / "empty").mkdir()
+    assert run("view", tmp_path / "empty") == 2
+    (tmp_path / "bad.safetensors").write_bytes(b"x" * 100)
+    assert run("view", tmp_path / "bad.safetensors") == 2
+    assert run("eval", recipe, *SMALL, "--checkpoint", tmp_path / "empty") == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 4
+
+
+def test_compare(recipe, tmp_path, capsys):
+    other = tmp_path / "star.yaml"
+    other.write_text("name: star\nshape: {kind: star, group_size: 3}\nadvantage: {scale: std}\n")
+    tree = [s for s in SMALL if not s.startswith("shape")]
+    shaped = tmp_path / "tree.yaml"
+    shaped.write_text("name: tree\nshape: {widths: [2, 2], segment_tokens: [8]}\n")
+    out = tmp_path / "both"
+    assert run("compare", shaped, other, *tree, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "Pass@1, test split" in printed and "two standard errors" in " ".join(printed.split())
+    assert (out / "report.html").exists() and (out / "star" / "checkpoints").exists()
+
+
+def evals(before, after, error=0.01):
+    return [{"stage": "eval", "greedy": x, "greedy_stderr": error} for x in (before, after)]
+
+
+def test_verdict_says_what_the_numbers_say():
+    same = verdict({"A": evals(0.3, 0.9), "B": evals(0.3, 0.89)})
+    assert "A improved" in same and "B improved" in same and "within two standard errors" in same
+    apart = verdict({"A": evals(0.3, 0.31), "B": evals(0.3, 0.6)})
+    assert "A did not improve" in apart and "B ends above A by 0.290" in apart

@@ -1,0 +1,146 @@
+"""vLLM in this process: token ids in and out, exact weight updates, prefix caching.
+
+One engine serves the whole file: it takes vLLM some ten seconds to start.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from spo.engines import make_engine
+from spo.records import LENGTH, Prompt, Request
+from spo.rollout import RolloutOptions, grow
+from spo.shapes import TreeShape
+from spo.tasks.grading import Grader
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"
+)
+CONTEXT = 128
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model):
+    built = make_engine("vllm", tiny_model, max_num_seqs=32, max_model_len=CONTEXT)
+    yield built
+    built.close()
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+def drain(engine, count):
+    done = []
+    while len(done) < count:
+        done += engine.poll()
+    return sorted(done, key=lambda c: (c.key, c.index))
+
+
+def plain_logprobs(model, prefix, token_ids, temperature):
+    ids = torch.tensor([[*prefix, *token_ids]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(prefix) - 1 : -1].float() / temperature
+    return torch.log_softmax(logits, -1).gather(-1, ids[0, len(prefix) :, None])[:, 0]
+
+
+def worst_difference(engine, model, temperature=0.7, seed=5):
+    prefix = tuple(2 + (7 * i) % 45 for i in range(16))
+    engine.submit(Request(0, prefix, 8, 12, (1,), seed, temperature))
+    return max(
+        float((torch.tensor(c.logprobs) - plain_logprobs(model, prefix, c.token_ids, temperature))
+        .abs().max())
+        for c in drain(engine, 8)
+    )  # fmt: skip
+
+
+def test_logprobs_are_those_of_the_policy_at_the_sampling_temperature(engine, plain):
+    assert worst_difference(engine, plain) < 1e-4
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "norm", "q_proj", "o_proj", "down_proj", ""])
+def test_a_weight_update_reaches_every_parameter(engine, plain, tiny_model, part):
+    changed = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in changed.named_parameters():
+            if part in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    version = engine.version + 1
+    engine.load_weights(((n, p.detach()) for n, p in changed.named_parameters()), version)
+    assert worst_difference(engine, changed) < 1e-3
+    assert worst_difference(engine, plain) > 1e-2  # so that the check above can fail
+    engine.load_weights(((n, p.detach()) for n, p in plain.named_parameters()), version + 1)
+    assert worst_difference(engine, plain) < 1e-4
+
+
+def test_weights_wait_for_running_samples(engine, plain):
+    engine.submit(Request(0, (3, 4, 5), 2, 8, (), 1))
+    engine.poll()
+    with pytest.raises(ValueError, match="2 samples are in flight"):
+        engine.load_weights(((n, p.detach()) for n, p in plain.named_parameters()), 9)
+    with pytest.raises(RuntimeError, match="refused to reset"):
+        engine.reset_prefix_cache()
+    drain(engine, 2)
+
+
+def test_full_blocks_of_a_prefix_are_computed_once(engine):
+    engine.reset_prefix_cache()
+    prefix = tuple(2 + (5 * i + 1) % 45 for i in range(65))  # two full blocks of 32 and one token
+    before = engine.counters()
+    engine.submit(Request(0, prefix, 1, 4, (), 1))
+    drain(engine, 1)
+    engine.submit(Request(1, prefix, 3, 4, (), 2))
+    drain(engine, 3)
+    after = engine.counters()
+    assert after["prefill"] - before["prefill"] == 65 + 3
+    assert after["cached"] - before["cached"] == 3 * 64
+    engine.reuse_prefixes = False
+    engine.submit(Request(2, prefix, 1, 4, (), 3))
+    drain(engine, 1)
+    engine.reuse_prefixes = True
+    assert engine.counters()["prefill"] - after["prefill"] == 65
+
+
+def test_seeds_repeat_and_stops_stop(engine):
+    runs = []
+    for _ in range(2):
+        engine.submit(Request(0, (5, 9, 3), 4, 20, (7, 8, 9, 10, 11, 12), 3))
+        runs.append([c.token_ids for c in drain(engine, 4)])
+    assert runs[0] == runs[1] and len(set(runs[0])) > 1
+    for ids in runs[0]:
+        assert len(ids) == 20 or ids[-1] in (7, 8, 9, 10, 11, 12)
+        assert not set(ids[:-1]) & {7, 8, 9, 10, 11, 12}
+
+
+def test_a_forest_s_ids_are_what_vllm_sampled(engine):
+    seen = []
+    poll = engine.poll
+
+    def recording():
+        done = poll()
+        seen.extend(done)
+        return done
+
+    engine.poll = recording
+    prompts = [
+        Prompt(tuple(2 + (i + 3 * j) % 45 for j in range(33)), 7, "arithmetic") for i in (0, 1)
+    ]
+    shape = TreeShape((3, 2), (32,), 48)
+    with Grader() as grader:
+        options = RolloutOptions(stop_token_ids=(1,), seed=4)
+        forest, stats = grow(prompts, engine, shape, grader, str, options)
+    engine.poll = poll
+    nodes = [n for n in range(forest.num_nodes) if forest.parent[n] >= 0]
+    assert sorted(tuple(forest.tokens(n)) for n in nodes) == sorted(c.token_ids for c in seen)
+    assert stats.engine["generated"] == forest.num_generated
+    assert (forest.finish[forest.rewards.isnan() & (forest.parent >= 0)] != LENGTH).all()
+    assert stats.engine["cached"] > 0
+
+
+def test_a_request_beyond_the_context_is_refused(engine):
+    with pytest.raises(ValueError, match=f"exceeds the context of {CONTEXT}"):
+        engine.submit(Request(0, tuple([5] * 120), 1, 20, (), 0))

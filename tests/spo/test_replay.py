@@ -1,0 +1,99 @@
+"""The replay buffer: what is drawn, what stays, what is dropped."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_batch import random_forest
+
+from spo.records import Prompt, Replay
+from spo.replay import concat, merge, select
+
+
+def forest(seed, born=0, trees=3):
+    grown, advantages = random_forest(seed, trees=trees, weights=True)
+    prompts = tuple(Prompt((seed, i), seed, "arithmetic") for i in range(trees))
+    born = torch.full_like(grown.born, born)
+    return dataclasses.replace(grown, prompts=prompts, born=born), advantages
+
+
+def trees_of(f):
+    """Every tree as (prompt, nodes); a node as its path and its own figures."""
+    return [
+        (
+            prompt,
+            [
+                (f.path_ids(n), f.rollout_logprobs[f.cu_tokens[n] : f.cu_tokens[n + 1]].tolist())
+                + (int(f.weight[n]), int(f.born[n]), bool(f.in_value[n]))
+                for n in (f.prompt == i).nonzero()[:, 0].tolist()
+            ],
+        )
+        for i, prompt in enumerate(f.prompts)
+    ]
+
+
+def test_concat_and_select_keep_trees_whole():
+    a, _ = forest(1)
+    b, _ = forest(2, trees=2)
+    both = concat([a, b])
+    assert trees_of(both) == trees_of(a) + trees_of(b)
+    some = select(both, torch.tensor([True, False, False, False, True]))
+    assert trees_of(some) == [trees_of(a)[0], trees_of(b)[1]]
+
+
+def step(new, buffer, version, nodes=2, age=8, seed=0):
+    return merge(*new, buffer, version=version, nodes_per_prompt=nodes, max_age=age, seed=seed)
+
+
+def eligible(f, advantages):
+    return f.trained & (advantages.abs() > 1e-6)
+
+
+def test_off_passes_the_forest_through():
+    new = forest(1)
+    chosen, advantages, left = step(new, Replay(), 0, nodes=0)
+    assert chosen is new[0] and advantages is new[1] and left == Replay()
+
+
+def test_draws_at_most_n_per_prompt_and_keeps_the_rest():
+    new = forest(3)
+    able = eligible(*new)
+    chosen, advantages, left = step(new, Replay(), 0, nodes=2)
+    for tree in range(3):
+        mine = chosen.prompt == tree
+        assert int(chosen.trained[mine].sum()) == min(2, int(able[mine].sum()))
+    assert not (chosen.trained & ~able).any()
+    assert int(left.forest.trained.sum()) == int(able.sum()) - int(chosen.trained.sum())
+    assert torch.equal(advantages, new[1])
+
+
+def test_every_node_trains_exactly_once():
+    first, second = forest(4), forest(5)
+    total = int(eligible(*first).sum()) + int(eligible(*second).sum())
+    chosen, _, buffer = step(first, Replay(), 0, nodes=1, age=50)
+    trained = int(chosen.trained.sum())
+    chosen, credit, buffer = step(second, buffer, 1, nodes=1, age=50)
+    trained += int(chosen.trained.sum())
+    empty = dataclasses.replace(second[0], trained=torch.zeros_like(second[0].trained))
+    for version in range(2, 12):
+        chosen, credit, buffer = step((empty, second[1]), buffer, version, nodes=1, age=50)
+        assert (credit[chosen.trained].abs() > 1e-6).all()
+        trained += int(chosen.trained.sum())
+    assert trained == total and buffer.forest is None
+
+
+def test_old_nodes_are_dropped():
+    _, _, buffer = step(forest(6, born=0), Replay(), 0, nodes=1, age=2)
+    assert buffer.forest is not None
+    new = forest(7, born=2)
+    chosen, _, _ = step(new, buffer, 2, nodes=100, age=2)
+    assert set(chosen.born[chosen.trained].tolist()) == {2}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_same_seed_same_draw(seed):
+    first, _, _ = step(forest(8), Replay(), 0, seed=seed)
+    second, _, _ = step(forest(8), Replay(), 0, seed=seed)
+    assert torch.equal(first.trained, second.trained)
+    other, _, _ = step(forest(8), Replay(), 0, seed=seed + 10)
+    assert not torch.equal(first.trained, other.trained)
