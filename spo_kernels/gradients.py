@@ -32,6 +32,7 @@ def keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...], places: dict[int, 
     The tensors are kept as an attribute, not by `save_for_backward`, so that they can be let go.
     """
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else autograd fills zeros as large as the gradients
     ctx.num_inputs = len(inputs)
     ctx.formed = {i: output[o].detach() for i, o in places.items() if output[o].numel()}
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spo_kernels import rows
+from spo_kernels import memory, rows
 
 BLOCK_ELEMENTS = 1 << 22  # of the weight widened at a time: 16 MiB, about what a shared cache holds
 
@@ -109,7 +109,7 @@ def _blocks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x (n, D) times weight (V, D) transposed, plus bias: logits (n, V) of `dtype`."""
     x = x.to(dtype)
-    logits = x.new_empty(x.shape[0], weight.shape[0])
+    logits = memory.empty((x.shape[0], weight.shape[0]), dtype, x.device)
     for block in _blocks(weight, dtype):
         torch.mm(x, weight[block].to(dtype).t(), out=logits[:, block])
     return logits if bias is None else logits.add_(bias)
@@ -154,7 +154,7 @@ class HeadGradients:
         first = self.dweight is None
         if first:
             dtype = self.weight.dtype if only else torch.float32
-            self.dweight = torch.empty(self.weight.shape, dtype=dtype, device=x.device)
+            self.dweight = memory.empty(self.weight.shape, dtype, x.device)
         for block in _blocks(self.weight, dlogits.dtype):
             part, total = dlogits[:, block].t(), self.dweight[block]
             if total.dtype == dlogits.dtype and first:
@@ -181,7 +181,8 @@ class HeadGradients:
                 dhidden.view(-1, hidden.shape[-1])[states] = dx.to(hidden.dtype)
         if self.needs_weight:
             dweight = self.dweight
-            dweight = self.weight.new_zeros(self.weight.shape) if dweight is None else dweight
+            if dweight is None:
+                dweight = memory.zeros(self.weight.shape, self.weight.dtype, self.weight.device)
             dweight = dweight.to(self.weight.dtype)
         if self.needs_bias:
             dbias = self.bias.new_zeros(self.bias.shape) if self.dbias is None else self.dbias

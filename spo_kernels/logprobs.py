@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels import dispatch, head
+from spo_kernels import dispatch, head, memory
 from spo_kernels import rows as _rows
 
 MEMORY_BUDGET = 1 << 30  # bytes of logits that the head makes at a time
@@ -128,7 +128,7 @@ def _(logits, ids, mask, temperature, entropy, backend):
 def _logprobs_backward(logits, ids, mask, temperature, entropy, backend, *saved_and_grads):
     names = (*_NAMES, "grad_logprobs", "grad_entropy")
     buffers = dict(zip(names, saved_and_grads, strict=True))
-    dlogits = logits.new_empty(logits.shape)
+    dlogits = memory.empty(logits.shape, logits.dtype, logits.device)
     _native_rows(
         "logprobs_backward",
         backend,
@@ -149,6 +149,7 @@ def _(logits, *others):
 
 def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
     ctx.inputs = tuple(None if isinstance(x, Tensor) else x for x in inputs)
     ctx.is_tensor = tuple(isinstance(x, Tensor) for x in inputs)
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *output)
@@ -163,14 +164,19 @@ def _restore(ctx) -> tuple[list[Any], tuple[Tensor, ...]]:
     return inputs, tuple(saved)
 
 
-def _grads(inputs_entropy: bool, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple:
-    return grad_logprobs.contiguous(), grad_entropy.contiguous() if inputs_entropy else None
+def _row_grads(
+    logprobs: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the two results as the kernels take them; None stands for zero."""
+    if grad_logprobs is None:
+        grad_logprobs = torch.zeros_like(logprobs)
+    return grad_logprobs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()
 
 
 def _logprobs_grad(ctx, grad_logprobs, grad_entropy, *_):
     inputs, output = _restore(ctx)
-    entropy = inputs[4]
-    dlogits = _logprobs_backward(*inputs, *output, *_grads(entropy, grad_logprobs, grad_entropy))
+    grads = _row_grads(output[0], grad_logprobs, grad_entropy)
+    dlogits = _logprobs_backward(*inputs, *output, *grads)
     return dlogits, *[None] * (len(inputs) - 1)
 
 
@@ -265,7 +271,7 @@ def _(hidden, weight, bias, hidden_index, needs_grad, *others):
 
 def _linear_logprobs_grad(ctx, grad_logprobs, grad_entropy, *_):
     inputs, output = _restore(ctx)
-    grads = _grads(inputs[10], grad_logprobs, grad_entropy)
+    grads = _row_grads(output[0], grad_logprobs, grad_entropy)
     products = _linear_logprobs_backward(*inputs, *output, *grads)
     needed = (x if need else None for x, need in zip(products, inputs[4], strict=True))
     return *needed, *[None] * (len(inputs) - 3)

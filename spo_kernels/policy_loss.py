@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spo_kernels import dispatch, gradients, head, objective
+from spo_kernels import dispatch, gradients, head, memory, objective
 from spo_kernels import rows as _rows
 from spo_kernels.objective import PolicyLoss, Tokens
 
@@ -82,7 +82,12 @@ _TOKENS = (
 
 
 def _run_rows(
-    backend: str, logits: Tensor, dlogits: Tensor | None, tokens: Tokens, entropy: bool
+    backend: str,
+    logits: Tensor,  # (..., V)
+    dlogits: Tensor | None,  # (..., V), may be logits itself
+    tokens: Tokens,  # N rows
+    entropy: bool,
+    zeroed: bool = False,  # dlogits is zero already
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The row kernel: (totals (4,), logprobs (N,), entropy (N,) or (0,)), and dlogits filled."""
     n, vocab = tokens.ids.numel(), logits.shape[-1]
@@ -102,6 +107,7 @@ def _run_rows(
             dtype=_rows.DTYPES.index(logits.dtype),
             logits=logits,
             dlogits=dlogits,
+            dlogits_zeroed=zeroed,
             **layout,
             token_ids=tokens.ids,
             old_logprobs=tokens.old_logprobs,
@@ -132,18 +138,18 @@ def _run_rows(
 def _policy_loss(logits, needs_grad, entropy, backend, *arguments):
     tokens = Tokens(*arguments)
     tokens.check(logits.shape[-1])
-    dlogits = _new_dlogits(logits, needs_grad)
-    totals, *outputs = _run_rows(backend, logits, dlogits if needs_grad else None, tokens, entropy)
+    shape = logits.shape if needs_grad else (0,)
+    dlogits = memory.zeros(shape, logits.dtype, logits.device)
+    totals, *outputs = _run_rows(
+        backend, logits, dlogits if needs_grad else None, tokens, entropy, zeroed=True
+    )
     return totals[0] + totals[1], totals, *outputs, dlogits
 
 
 @_policy_loss.register_fake
 def _(logits, needs_grad, entropy, backend, ids, *arguments):
-    return *_fake_outputs(logits, ids, entropy), _new_dlogits(logits, needs_grad)
-
-
-def _new_dlogits(logits: Tensor, needs_grad: bool) -> Tensor:
-    return logits.new_empty(logits.shape if needs_grad else (0,))
+    dlogits = logits.new_empty(logits.shape if needs_grad else (0,))
+    return *_fake_outputs(logits, ids, entropy), dlogits
 
 
 def _fake_outputs(like: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, ...]:
@@ -189,6 +195,7 @@ class _InplaceGrad(torch.autograd.Function):
         totals, logprobs, row_entropy = _policy_loss_inplace(logits, entropy, backend, *arguments)
         ctx.save_for_backward(logits)
         ctx.mark_non_differentiable(totals, logprobs, row_entropy)
+        ctx.set_materialize_grads(False)
         return totals[0] + totals[1], totals, logprobs, row_entropy
 
     @staticmethod
