@@ -1,0 +1,249 @@
+// The row kernels against double-precision loops, for every instruction set this host can run.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "csrc/cpu/isa.h"
+#include "csrc/ops.h"
+#include "csrc/tests/check.h"
+
+namespace {
+
+using spo::Dtype;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// Buffers of any dtype, read and written as doubles.
+class Buffer {
+ public:
+  Buffer(Dtype dtype, int64_t size) : dtype_(dtype), bytes_(size * width() + kGuard, 0xff) {}
+  void* data() { return bytes_.data(); }
+  int64_t width() const { return dtype_ == spo::kFloat32 ? 4 : 2; }
+
+  void set(int64_t i, float x) {
+    if (dtype_ == spo::kFloat32) return write(i, x);
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (dtype_ == spo::kBFloat16) return write(i, static_cast<uint16_t>(bits >> 16));
+    // Truncation is enough: a test reads back what was stored.
+    const uint32_t sign = bits >> 16 & 0x8000, exponent = bits >> 23 & 0xff;
+    if (exponent == 0xff) return write(i, static_cast<uint16_t>(sign | (x != x ? 0x7e00 : 0x7c00)));
+    if (exponent < 113) return write(i, static_cast<uint16_t>(sign));
+    write(i, static_cast<uint16_t>(sign | ((exponent - 112) << 10) | (bits >> 13 & 0x3ff)));
+  }
+
+  double get(int64_t i) const {
+    if (dtype_ == spo::kFloat32) return read<float>(i);
+    const uint16_t half = read<uint16_t>(i);
+    if (dtype_ == spo::kBFloat16) {
+      const uint32_t bits = uint32_t{half} << 16;
+      float x;
+      std::memcpy(&x, &bits, 4);
+      return x;
+    }
+    const int exponent = half >> 10 & 31, mantissa = half & 1023;
+    const double sign = half & 0x8000 ? -1 : 1;
+    if (exponent == 31) return mantissa ? kNan : sign * kInf;
+    return sign *
+           (exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24));
+  }
+
+  // Half a unit in the last place of x, the error of one rounding.
+  double rounding(double x) const {
+    if (dtype_ == spo::kFloat32) return 0;
+    return dtype_ == spo::kBFloat16 ? std::abs(x) * 0x1p-8 : std::abs(x) * 0x1p-11 + 0x1p-25;
+  }
+
+  bool guard_untouched() const {
+    return std::all_of(bytes_.end() - kGuard, bytes_.end(), [](uint8_t b) { return b == 0xff; });
+  }
+
+ private:
+  static constexpr int64_t kGuard = 64;
+  template <class T>
+  void write(int64_t i, T x) {
+    std::memcpy(bytes_.data() + i * sizeof(T), &x, sizeof(T));
+  }
+  template <class T>
+  T read(int64_t i) const {
+    T x;
+    std::memcpy(&x, bytes_.data() + i * sizeof(T), sizeof(T));
+    return x;
+  }
+  Dtype dtype_;
+  std::vector<uint8_t> bytes_;
+};
+
+struct RowOracle {
+  double logprob, entropy;
+  std::vector<double> p;
+};
+
+RowOracle oracle(const Buffer& x, int64_t offset, int64_t vocab, int64_t id, double temperature) {
+  double m = -kInf, sum = 0, entropy = 0;
+  for (int64_t j = 0; j < vocab; ++j) m = std::max(m, x.get(offset + j) / temperature);
+  for (int64_t j = 0; j < vocab; ++j) sum += std::exp(x.get(offset + j) / temperature - m);
+  RowOracle out{x.get(offset + id) / temperature - m - std::log(sum), 0, {}};
+  for (int64_t j = 0; j < vocab; ++j) {
+    const double logp = x.get(offset + j) / temperature - m - std::log(sum);
+    out.p.push_back(std::exp(logp));
+    if (out.p.back() > 0) entropy -= out.p.back() * logp;
+  }
+  out.entropy = entropy;
+  return out;
+}
+
+// Logits of four kinds: plain, shifted far up, shifted far down, with -inf entries.
+void fill_logits(Buffer* x, int64_t rows, int64_t vocab, bool half, std::mt19937* random) {
+  std::normal_distribution<float> normal(0, 3);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float shift = i % 4 == 1 ? 1e4f : i % 4 == 2 ? -1e4f : 0;
+    for (int64_t j = 0; j < vocab; ++j) {
+      const bool gone = i % 4 == 3 && j % 3 == 1;
+      x->set(i * vocab + j, gone ? -kInf : normal(*random) + shift * (half ? 0.5f : 1));
+    }
+  }
+}
+
+void test_policy_loss(Dtype dtype, int64_t vocab, int32_t threads, bool inplace) {
+  const int64_t rows = 11;
+  std::mt19937 random(static_cast<uint32_t>(vocab));
+  std::normal_distribution<float> normal(0, 1);
+  Buffer logits(dtype, rows * vocab), original(dtype, rows * vocab), grads(dtype, rows * vocab);
+  fill_logits(&logits, rows, vocab, dtype == spo::kFloat16, &random);
+  std::vector<int64_t> ids(rows);
+  std::vector<float> old(rows), advantages(rows), ref(rows), temperature(rows),
+      logprobs(rows, kNan);
+  std::vector<float> entropy(rows, kNan), stats(4 * rows, kNan), scales = {0.25f, 0.05f};
+  std::vector<uint8_t> policy_mask(rows), kl_mask(rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    ids[i] = i % 4 == 3 ? 0 : random() % vocab;
+    temperature[i] = 0.5f + 0.25f * (i % 5);
+    const RowOracle row = oracle(logits, i * vocab, vocab, ids[i], temperature[i]);
+    old[i] = static_cast<float>(row.logprob) + 0.3f * normal(random);
+    ref[i] = static_cast<float>(row.logprob) + 0.3f * normal(random);
+    advantages[i] = i == 5 ? 0 : normal(random);
+    policy_mask[i] = i != 2 && i != 8;
+    kl_mask[i] = i != 5 && i != 8;
+  }
+  for (int64_t j = 0; j < vocab; ++j) {  // rows 5 and 8 carry no loss: they must not be read
+    logits.set(5 * vocab + j, kNan);
+    logits.set(8 * vocab + j, kNan);
+  }
+  ids[8] = -100;
+  for (int64_t i = 0; i < rows * vocab; ++i) original.set(i, static_cast<float>(logits.get(i)));
+
+  spo::PolicyLossArgs a;
+  a.rows = rows, a.vocab = vocab, a.dtype = dtype;
+  a.logits = logits.data(), a.dlogits = inplace ? logits.data() : grads.data();
+  a.logits_layout = a.dlogits_layout = {1, vocab, 0};
+  a.token_ids = ids.data(), a.old_logprobs = old.data(), a.advantages = advantages.data();
+  a.ref_logprobs = ref.data(), a.temperature = temperature.data(), a.temperature_stride = 1;
+  a.policy_mask = policy_mask.data(), a.kl_mask = kl_mask.data(), a.scales = scales.data();
+  a.clip_eps_low = 0.2f, a.clip_eps_high = 0.3f, a.log_ratio_clamp = 10;
+  a.kl_estimator = spo::kK3;
+  a.logprobs = logprobs.data(), a.entropy = entropy.data(), a.stats = stats.data();
+  a.num_threads = threads;
+  spo::policy_loss_cpu(a);
+
+  const Buffer& out = inplace ? logits : grads;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (i == 5 || i == 8) {
+      CHECK_NEAR(logprobs[i], 0, 0, "dropped logprob");
+      for (int64_t j = 0; j < vocab; ++j) CHECK_NEAR(out.get(i * vocab + j), 0, 0, "dropped row");
+      continue;
+    }
+    const RowOracle row = oracle(original, i * vocab, vocab, ids[i], temperature[i]);
+    CHECK_NEAR(logprobs[i], row.logprob, 4e-6 + 1e-7 * std::abs(row.logprob), "logprob");
+    CHECK_NEAR(entropy[i], row.entropy, 4e-6, "entropy");
+    double g = 0, policy = 0, kl = 0;
+    if (policy_mask[i]) {
+      const double ratio = std::exp(row.logprob - old[i]);
+      const double held = std::min(std::max(ratio, 1 - 0.2), 1 + 0.3);
+      const bool clipped = ratio * advantages[i] > held * advantages[i];
+      policy = -0.25 * (clipped ? held : ratio) * advantages[i];
+      if (!clipped) g -= 0.25 * ratio * advantages[i];
+    }
+    if (kl_mask[i]) {
+      const double d = ref[i] - row.logprob;
+      kl = 0.05 * (std::exp(d) - d - 1);
+      g += 0.05 * (1 - std::exp(d));
+    }
+    CHECK_NEAR(stats[4 * i], policy, 1e-5 * std::abs(policy) + 1e-7, "policy term");
+    CHECK_NEAR(stats[4 * i + 1], kl, 1e-5 * std::abs(kl) + 1e-6, "KL term");
+    for (int64_t j = 0; j < vocab; ++j) {
+      const double want = g / temperature[i] * ((j == ids[i]) - row.p[j]);
+      const double bound = 1e-6 + 1e-5 * std::abs(want) + 1.01 * out.rounding(want);
+      CHECK_NEAR(out.get(i * vocab + j), want, bound, "dlogits");
+    }
+  }
+  CHECK(logits.guard_untouched() && grads.guard_untouched());
+}
+
+void test_logprobs(Dtype dtype, int64_t vocab) {
+  const int64_t rows = 8;
+  std::mt19937 random(static_cast<uint32_t>(vocab) + 1);
+  Buffer logits(dtype, rows * vocab), grads(dtype, rows * vocab);
+  fill_logits(&logits, rows, vocab, dtype == spo::kFloat16, &random);
+  std::vector<int64_t> ids(rows);
+  for (int64_t i = 0; i < rows; ++i) ids[i] = random() % vocab / 3 * 3;  // never a -inf entry
+  std::vector<uint8_t> mask(rows, 1);
+  mask[6] = 0, ids[6] = 1 << 30;
+  const float temperature = 0.7f;
+  std::vector<float> logprobs(rows, kNan), entropy(rows, kNan), row_max(rows), logsum(rows);
+  std::vector<float> g(rows, 0.5f), h(rows, -0.25f);
+
+  spo::LogprobsArgs a;
+  a.rows = rows, a.vocab = vocab, a.dtype = dtype, a.logits = logits.data();
+  a.logits_layout = a.dlogits_layout = {1, vocab, 0};
+  a.token_ids = ids.data(), a.mask = mask.data(), a.temperature = &temperature;
+  a.logprobs = logprobs.data(), a.entropy = entropy.data();
+  a.row_max = row_max.data(), a.row_logsum = logsum.data();
+  spo::logprobs_cpu(a);
+  a.grad_logprobs = g.data(), a.grad_entropy = h.data(), a.dlogits = grads.data();
+  spo::logprobs_backward_cpu(a);
+  for (int64_t i = 0; i < rows; ++i) {
+    if (!mask[i]) {
+      CHECK_NEAR(logprobs[i], 0, 0, "masked logprob");
+      for (int64_t j = 0; j < vocab; ++j) CHECK_NEAR(grads.get(i * vocab + j), 0, 0, "masked row");
+      continue;
+    }
+    const RowOracle row = oracle(logits, i * vocab, vocab, ids[i], temperature);
+    CHECK_NEAR(logprobs[i], row.logprob, 4e-6 + 1e-7 * std::abs(row.logprob), "logprob");
+    CHECK_NEAR(entropy[i], row.entropy, 4e-6, "entropy");
+    for (int64_t j = 0; j < vocab; ++j) {
+      const double p = row.p[j];
+      double want = 0.5 * ((j == ids[i]) - p);
+      if (p > 0) want += 0.25 * p * (std::log(p) + row.entropy);
+      want /= temperature;
+      const double bound = 2e-6 + 1e-5 * std::abs(want) + 1.01 * grads.rounding(want);
+      CHECK_NEAR(grads.get(i * vocab + j), want, bound, "dlogits");
+    }
+  }
+  CHECK(grads.guard_untouched());
+}
+
+}  // namespace
+
+int main() {
+  for (spo::Isa isa : {spo::Isa::kPortable, spo::Isa::kAvx2, spo::Isa::kAvx512}) {
+    if (!spo::isa_runs_here(isa)) {
+      std::fprintf(stderr, "%s: not on this processor, skipped\n", spo::isa_name(isa));
+      continue;
+    }
+    setenv("SPO_CPU_ISA", spo::isa_name(isa), 1);
+    for (Dtype dtype : {spo::kFloat32, spo::kBFloat16, spo::kFloat16}) {
+      for (int64_t vocab : {1, 7, 8, 33, 64, 1003, 1024, 2050, 5000}) {
+        for (bool inplace : {false, true}) test_policy_loss(dtype, vocab, 1, inplace);
+        test_policy_loss(dtype, vocab, 3, false);
+        test_logprobs(dtype, vocab);
+      }
+    }
+  }
+  return spo::check::finish("test_rows");
+}

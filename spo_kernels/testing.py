@@ -1,0 +1,87 @@
+"""The error rule and the input makers that tests and benchmarks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Part of the oracle's largest magnitude that an error may reach whatever PyTorch's own error is.
+SLACK = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 1e-12}
+
+
+def assert_as_good_as_torch(
+    name: str,
+    got: Tensor,  # from a kernel
+    torch_result: Tensor,  # the same from PyTorch on the same inputs
+    oracle: Tensor,  # the same from the reference on fp64 copies of the inputs
+) -> None:
+    """error(got) <= 2 error(torch_result) + a small bound, element-wise maxima, NaN where it is."""
+    assert got.shape == oracle.shape, f"{name}: shape {got.shape}, expected {oracle.shape}"
+    if got.numel() == 0:
+        return
+    error = (got.double() - oracle).abs()
+    nan = oracle.isnan()
+    assert torch.equal(got.isnan(), nan), f"{name}: NaN at other places than the oracle"
+    error = error.masked_fill(nan, 0).masked_fill(got == oracle, 0)  # equal infinities
+    own = (torch_result.double() - oracle).abs()
+    own = own.masked_fill(nan, 0).masked_fill(torch_result == oracle, 0).max().item()
+    finite = oracle[oracle.isfinite()].abs()
+    scale = finite.max().item() if finite.numel() else 0.0
+    bound = 2 * own + SLACK[got.dtype] * scale
+    worst = int(error.argmax())
+    assert error.max().item() <= bound, (
+        f"{name}: error {error.max().item():.3g} > {bound:.3g} (2 x PyTorch's {own:.3g} + "
+        f"{bound - 2 * own:.3g}); worst element {worst}: got {got.reshape(-1)[worst].item():.9g}, "
+        f"oracle {oracle.reshape(-1)[worst].item():.9g}"
+    )
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Arguments of `masked_ppo_loss` with N rows; all on one device."""
+
+    logits: Tensor  # (N, V)
+    token_ids: Tensor  # (N,) int64
+    old_logprobs: Tensor  # (N,) fp32
+    advantages: Tensor  # (N,) fp32
+    loss_mask: Tensor  # (N,) bool
+    ref_logprobs: Tensor  # (N,) fp32
+
+
+def loss_inputs(
+    rows: int,
+    vocab: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    kept: float = 0.5,  # expected share of tokens that the probability mask keeps
+    seed: int = 0,
+    temperature: float = 1.0,  # what old and reference logprobs are near to
+    spread: float = 2.0,  # standard deviation of the logits
+    device: str = "cpu",
+) -> LossInputs:
+    """Random arguments in which ratios fall inside, below and above the clip range."""
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(rows, vocab, generator=g) * spread).to(dtype)
+    ids = torch.randint(vocab, (rows,), generator=g)
+    z = (logits.double() / temperature).log_softmax(-1) if rows else logits.double()
+    logprobs = z.gather(1, ids[:, None]).squeeze(1).float()
+    old = logprobs + 0.3 * torch.randn(rows, generator=g)
+    old = torch.where(torch.rand(rows, generator=g) < kept, old.clamp(max=-0.2), -0.01)
+    inputs = LossInputs(
+        logits=logits,
+        token_ids=ids,
+        old_logprobs=old,
+        advantages=torch.randn(rows, generator=g),
+        loss_mask=torch.rand(rows, generator=g) < 0.9,
+        ref_logprobs=logprobs + 0.3 * torch.randn(rows, generator=g),
+    )
+    return LossInputs(*(getattr(inputs, f).to(device) for f in inputs.__dataclass_fields__))
+
+
+def poison(tensor: Tensor, rows: Tensor) -> Tensor:
+    """A copy with NaN in the given rows."""
+    tensor = tensor.clone()
+    tensor[rows] = float("nan")
+    return tensor
