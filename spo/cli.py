@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "recipes", nargs="+", help="YAML files and key=value overrides for all of them"
     )
     sub.add_argument("--out", type=Path, help="default: runs/compare-<time>")
+    sub.add_argument("--json", type=Path, help="also write every evaluation there")
     return parser
 
 
@@ -229,6 +230,7 @@ def _view(arguments) -> None:
 
 
 def _compare(arguments) -> None:
+    from spo.checkpoint import versions
     from spo.config import load_config
     from spo.report import RunCurve, write_report
     from spo.train import engine_of, train
@@ -265,6 +267,12 @@ def _compare(arguments) -> None:
     write_report(report, curves, views, title="SPO: " + " and ".join(results))
     console.print(accuracy_table(results))
     console.print(verdict(results))
+    if arguments.json is not None:
+        evals = {n: [x for x in lines if x["stage"] == "eval"] for n, lines in results.items()}
+        seconds = time.perf_counter() - start
+        record = {"runs": evals, "engine": configs[0].engine.name, "seconds": seconds}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(record | {"versions": versions()}, indent=1))
     console.print(f"{time.perf_counter() - start:.0f} s in all; report: {report.resolve()}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
@@ -80,9 +81,9 @@ def _load(auto, config: PolicyConfig, path: str | None = None, **options):
     name = path or model_folder(config.path)
     try:
         return auto.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"policy.path: {config.path} cannot be loaded ({reason})") from error
+        raise ValueError(f"policy.path: {name} cannot be loaded ({reason})") from error
 
 
 def attention_blocks(batch: Batch) -> list[tuple[int, int, Tensor]]:

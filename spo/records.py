@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+FOREST_FORMAT = "spo.forest.1"
+
 PROMPT, STOP, LENGTH, SEGMENT = 0, 1, 2, 3
 """`Forest.finish`: a root; ended by a stop token; cut by the token limit; ended to be branched."""
 
@@ -105,28 +107,31 @@ class Forest:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write to one safetensors file; the prompts travel as JSON in its header."""
-        prompts = json.dumps([dataclasses.asdict(p) for p in self.prompts])
-        header = {"format": "spo.forest.1", "prompts": prompts}
-        header["temperature"] = repr(self.temperature)
+        header = {
+            "format": FOREST_FORMAT,
+            "prompts": [dataclasses.asdict(p) for p in self.prompts],
+            "temperature": self.temperature,
+        }
         tensors = {name: getattr(self, name).contiguous() for name in FOREST_TENSORS}
-        save_file(tensors, os.fspath(path), metadata=header)
+        # One key only: safetensors writes several in no fixed order, and equal forests must make
+        # equal files.
+        save_file(tensors, os.fspath(path), metadata={"spo": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Forest:
         """Read what `save` wrote. Raises ValueError with the file's name if it is not a forest."""
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
-                header = file.metadata() or {}
-                if header.get("format") != "spo.forest.1":
+                header = json.loads((file.metadata() or {}).get("spo", "{}"))
+                if header.get("format") != FOREST_FORMAT:
                     raise ValueError(f"{path} is not a forest file of this version")
                 tensors = {name: file.get_tensor(name) for name in FOREST_TENSORS}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable forest file: {error}") from error
         prompts = tuple(
-            Prompt(tuple(p["prompt_ids"]), p["answer"], p["task"])
-            for p in json.loads(header["prompts"])
+            Prompt(tuple(p["prompt_ids"]), p["answer"], p["task"]) for p in header["prompts"]
         )
-        return cls(**tensors, prompts=prompts, temperature=float(header["temperature"]))
+        return cls(**tensors, prompts=prompts, temperature=header["temperature"])
 
 
 FOREST_TENSORS = tuple(

@@ -28,7 +28,7 @@ SMALL = [
     "shape.segment_tokens=[8]",
     "train.prompts=4",
     "train.minibatches=2",
-    "train.learning_rate=1e-3",
+    "train.learning_rate=1e-4",
     "train.iterations=3",
     "eval.every=2",
     "eval.problems=8",
@@ -163,7 +163,7 @@ def test_damaged_checkpoints_get_a_sentence(reference, tmp_path):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(ValueError) as error:
             train(config(out, "train.iterations=4"), resume=True)
-        assert name.split("/")[-1].split(".")[0] in str(error.value) or "policy" in str(error.value)
+        assert name.split("/")[0] in str(error.value) and "iter-000003" in str(error.value)
 
 
 def test_non_finite_gradients_never_reach_the_weights(tmp_path, monkeypatch):

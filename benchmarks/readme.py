@@ -1,0 +1,93 @@
+"""Write README's figures from the committed results: `python benchmarks/readme.py`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+START, END = "<!-- figures -->", "<!-- /figures -->"
+
+
+def demo() -> str:
+    """Pass@1 before and after, from `spo compare … --json`."""
+    record = json.loads((RESULTS / "demo.json").read_text())
+    rows = ["| `make demo` | Pass@1 before | after | sampled (T = 1) before | after | tokens | s |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for name, evals in record["runs"].items():
+        cells = [
+            f"{line[kind]:.3f} ± {line[f'{kind}_stderr']:.3f}"
+            for kind in ("greedy", "sampled")
+            for line in (evals[0], evals[-1])
+        ]
+        last = evals[-1]
+        rows.append(
+            f"| {name} | {' | '.join(cells)} | {last['generated_tokens'] / 1000:.0f}k "
+            f"| {last['seconds']:.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def rollouts() -> str:
+    """Ways to grow the same trees, from `rollout_tree.py --json`."""
+    record = json.loads((RESULTS / "rollout_tree.json").read_text())
+    settings, runs = record["settings"], record["runs"]
+    bound = record["prefill_lower_bound"]
+
+    def median(way: str, key: str) -> float:
+        return statistics.median(r[key] for r in runs if r["way"] == way)
+
+    names = {
+        "naive": "every prefix recomputed",
+        "level": "prefixes cached, a barrier per level",
+        "group": "prefixes cached, a barrier per sibling group",
+        "ours": "prefixes cached, no barrier (ours)",
+    }
+    rows = ["| rollout of the same trees | tokens/s | × | prefill / lower bound | hit rate |"]
+    rows.append("|---|---|---|---|---|")
+    for way, name in names.items():
+        rows.append(
+            f"| {name} | {median(way, 'tokens_per_s'):.0f} "
+            f"| {median('naive', 'seconds') / median(way, 'seconds'):.2f} "
+            f"| {median(way, 'prefill') / bound:.2f} | {median(way, 'hit_rate'):.2f} |"
+        )
+    widths = "-".join(map(str, settings["widths"]))
+    rows.append("")
+    rows.append(
+        f"{settings['trees']} trees {widths}, prompts of {settings['prompt']} tokens, segments of "
+        f"{settings['segment']}, {settings['parameters'] / 1e6:.0f}M parameters, vLLM on CPU, "
+        f"medians of {settings['repeats']}."
+    )
+    return "\n".join(rows)
+
+
+def losses() -> str:
+    """Fused losses against PyTorch, from `bench_policy_loss.py --json`."""
+    records = json.loads((RESULTS / "policy_loss.json").read_text())
+    rows = [
+        "| masked loss, forward + backward, ms | eager | eager, kept rows | spo_kernels | × eager |",
+        "|---|---|---|---|---|",
+    ]
+    for shape in dict.fromkeys(r["shape"] for r in records):
+        eager, compact, ours = (r["ms"] for r in records if r["shape"] == shape)
+        rows.append(f"| {shape} | {eager:.0f} | {compact:.0f} | {ours:.1f} | {eager / ours:.1f} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    where = json.loads((RESULTS / "policy_loss.json").read_text())[0]
+    body = (
+        f"Measured on {where['threads']} cores of an {where['device']} processor without AVX-512, "
+        f"torch {where['torch']} (`benchmarks/results/cpu/`):"
+    )
+    text = (ROOT / "README.md").read_text()
+    head, rest = text.split(START)
+    tail = rest.split(END)[1]
+    figures = "\n\n".join(["", body, losses(), rollouts(), demo(), ""])
+    (ROOT / "README.md").write_text(head + START + figures + END + tail)
+
+
+if __name__ == "__main__":
+    main()
