@@ -16,8 +16,7 @@ from spo.tasks.problem import Problem, answer_span, stream, tag
 
 NAME = "countdown"
 LARGEST = 20  # of the given numbers
-TARGETS = range(1, 101)
-VALUES = 401  # the worked solutions stay within the integers 0..400
+VALUES = 101  # the worked solutions stay within the integers 0..100
 ATTEMPTS = 4  # at most so many in a worked solution
 WRONG, GIVE_UP = 0.5, 0.55  # that an attempt is wrong; that a wrong attempt is the last one
 VOCABULARY = (NAME, "make", "+", "-", "*", "/", "=", "(", ")", "no", *map(str, range(VALUES)))
@@ -30,30 +29,28 @@ Step = tuple[int, str, int, int]  # left, operator, right, result
 
 
 def problems(split: str, seed: int, *, numbers: int = 3) -> Iterator[Problem]:
-    """Distinct solvable problems over `numbers` (2 to 4) numbers; see `stream` for the splits."""
+    """Distinct solvable problems over `numbers` (2 to 4) numbers; see `stream` for the splits.
+
+    The numbers come in descending order, so reordering makes no new problem.
+    """
     if not 2 <= numbers <= 4:
         raise ValueError(f"numbers must be between 2 and 4, got {numbers}")
-    return stream(NAME, split, seed, lambda rng: _draw(rng, numbers), _identity)
+    return stream(NAME, split, seed, lambda rng: _draw(rng, numbers), lambda p: p.text)
 
 
 def _draw(rng: random.Random, count: int) -> Problem:
     while True:
-        numbers = [rng.randint(1, LARGEST) for _ in range(count)]
-        targets = {plan[-1][3] for plan in plans(tuple(sorted(numbers)))}.intersection(TARGETS)
+        numbers = sorted((rng.randint(1, LARGEST) for _ in range(count)), reverse=True)
+        targets = {plan[-1][3] for plan in plans(tuple(numbers))} - {0}
         if targets:
             target = rng.choice(sorted(targets))
             text = f"{NAME} {' '.join(map(str, numbers))} make {target}\n"
             return Problem(text, {"numbers": numbers, "target": target})
 
 
-def _identity(problem: Problem) -> str:
-    """The order of the numbers makes no new problem."""
-    return f"{sorted(problem.answer['numbers'])} {problem.answer['target']}"
-
-
 @lru_cache(maxsize=4096)
 def plans(numbers: tuple[int, ...]) -> tuple[tuple[Step, ...], ...]:
-    """Every way to combine all numbers, one operation per step, within the integers 0..400."""
+    """Every way to combine all numbers, one operation per step, within the integers 0..100."""
     if len(numbers) == 1:
         return ((),)
     found = {}
@@ -63,14 +60,15 @@ def plans(numbers: tuple[int, ...]) -> tuple[tuple[Step, ...], ...]:
                 continue
             rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
             for step in _steps(a, b):
-                for tail in plans(tuple(sorted([*rest, step[3]]))):
+                for tail in plans(tuple(sorted([*rest, step[3]], reverse=True))):
                     found[(step, *tail)] = None  # a dict keeps the order, so seeds reproduce
     return tuple(found)
 
 
 def _steps(a: int, b: int) -> Iterator[Step]:
     if a >= b:  # the order of a sum or product makes no new step
-        yield a, "+", b, a + b
+        if a + b < VALUES:
+            yield a, "+", b, a + b
         if a * b < VALUES:
             yield a, "*", b, a * b
         yield a, "-", b, a - b
@@ -96,7 +94,7 @@ def solution(
 ) -> str:
     """Attempts, the last of which is the answer; right unless it gave up after a wrong one."""
     target = problem.answer["target"]
-    every = plans(tuple(sorted(problem.answer["numbers"])))
+    every = plans(tuple(problem.answer["numbers"]))
     right = [plan for plan in every if plan[-1][3] == target]
     failing = [plan for plan in every if plan[-1][3] != target]
     lines, tried = [], 0

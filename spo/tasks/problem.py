@@ -11,7 +11,7 @@ from typing import Any
 TEST_ONE_IN = 4  # one problem in four belongs to the test split
 TEST_SIZE = 1000  # problems of the test stream
 NO_REPEAT = 100_000  # a training stream repeats nothing within so many problems
-ALL_SEEN = 2000  # so many repeats in a row mean that the space of problems is used up
+ALL_SEEN = 100  # so many repeats in a row mean that the space of problems is used up
 
 OPEN, CLOSE = "<answer>", "</answer>"
 
