@@ -4,8 +4,8 @@
     pytest benchmarks/bench_policy_loss.py --benchmark-only
 
 Rivals: PyTorch eager as trainers write it (all rows, log_softmax over the whole vocabulary), and
-the fair rival, the same with the dropped rows removed first. Byte model from logits: one read and one
-write of the logits. From hidden states: the logits of the kept rows, read and written once.
+the fair rival, the same with the dropped rows removed first. Byte model from logits: one read and
+one write of the logits. From hidden states: the logits of the kept rows, read and written once.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def losses() -> str:
     """Fused losses against PyTorch, from `bench_policy_loss.py --json`."""
     records = json.loads((RESULTS / "policy_loss.json").read_text())
     rows = [
-        "| masked loss, forward + backward, ms | eager | eager, kept rows | spo_kernels | × eager |",
+        "| masked loss, ms forward + backward | eager | kept rows | spo_kernels | × eager |",
         "|---|---|---|---|---|",
     ]
     for shape in dict.fromkeys(r["shape"] for r in records):

@@ -125,6 +125,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     console = Console(highlight=False)
+    console.width = max(console.width, 110)
     depth = len(arguments.widths)
     total = arguments.segment * depth
     shape = TreeShape(tuple(arguments.widths), (arguments.segment,) * (depth - 1), total)
