@@ -6,6 +6,7 @@ the gradient over without a copy: nothing else holds it any more, so a leaf take
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -29,12 +30,17 @@ def _(grad: Tensor, factor: Tensor) -> None:
 def keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...], places: dict[int, int]) -> None:
     """`setup_context`: output 0 is the loss, `places` maps inputs to outputs with their gradient.
 
-    The tensors are kept as an attribute, not by `save_for_backward`, so that they can be let go.
+    The gradients are kept as an attribute, not by `save_for_backward`, so that they can be let go.
     """
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else autograd fills zeros as large as the gradients
     ctx.num_inputs = len(inputs)
-    ctx.formed = {i: output[o].detach() for i, o in places.items() if output[o].numel()}
+    ctx.formed = {
+        i: output[o].detach()
+        for i, o in places.items()
+        if inputs[i] is not None and inputs[i].shape == output[o].shape  # else it was not wanted
+    }
+    ctx.holders = [weakref.ref(output[o]) for o in places.values()]
 
 
 def hand_out(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -45,10 +51,12 @@ def hand_out(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, 
             "pass retain_graph=True to every backward but the last"
         )
     formed = ctx.formed
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        formed = {i: grad.clone() for i, grad in formed.items()}
+    traced = any(type(grad) is not Tensor for grad in formed.values())
+    held = any(holder() is not None for holder in ctx.holders)  # by who called the op directly
+    if traced or held or torch._C._autograd._get_current_graph_task_keep_graph():
+        formed = {i: grad * grad_output for i, grad in formed.items()}
     else:
         ctx.formed = None
-    for grad in formed.values():
-        scale(grad, grad_output)
+        for grad in formed.values():
+            scale(grad, grad_output)
     return tuple(formed.pop(i, None) for i in range(ctx.num_inputs))

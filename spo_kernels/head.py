@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spo_kernels import memory, rows
 
-BLOCK_ELEMENTS = 1 << 22  # of the weight widened at a time: 16 MiB, about what a shared cache holds
+BLOCK_ELEMENTS = 1 << 22  # of the weight widened at a time: 16 MiB of fp32, to stay in the cache
 
 
 def check_head(
@@ -99,19 +99,25 @@ def chunks(count: int, vocab: int, dtype: torch.dtype, memory_budget: int) -> It
         yield slice(begin, min(begin + size, count))
 
 
-def _blocks(weight: Tensor, dtype: torch.dtype) -> list[slice]:
-    """Rows of the weight to bring to `dtype` at a time: all where it has that dtype already."""
+def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in `dtype`: whole if it has that dtype, else block by block in one buffer."""
     vocab, width = weight.shape
-    size = vocab if weight.dtype == dtype else max(1, BLOCK_ELEMENTS // max(width, 1))
-    return [slice(begin, min(begin + size, vocab)) for begin in range(0, vocab, max(size, 1))]
+    if weight.dtype == dtype:
+        yield slice(0, vocab), weight
+        return
+    size = max(1, BLOCK_ELEMENTS // max(width, 1))
+    buffer = memory.empty((min(size, vocab), width), dtype, weight.device)
+    for begin in range(0, vocab, size):
+        block = slice(begin, min(begin + size, vocab))
+        yield block, buffer[: block.stop - begin].copy_(weight[block])
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x (n, D) times weight (V, D) transposed, plus bias: logits (n, V) of `dtype`."""
     x = x.to(dtype)
     logits = memory.empty((x.shape[0], weight.shape[0]), dtype, x.device)
-    for block in _blocks(weight, dtype):
-        torch.mm(x, weight[block].to(dtype).t(), out=logits[:, block])
+    for block, w in _blocks(weight, dtype):
+        torch.mm(x, w.t(), out=logits[:, block])
     return logits if bias is None else logits.add_(bias)
 
 
@@ -140,8 +146,8 @@ class HeadGradients:
         so that dweight can be written in its own dtype at once."""
         if self.needs_hidden:
             dx = None
-            for block in _blocks(self.weight, dlogits.dtype):
-                part, w = dlogits[:, block], self.weight[block].to(dlogits.dtype)
+            for block, w in _blocks(self.weight, dlogits.dtype):
+                part = dlogits[:, block]
                 dx = torch.mm(part, w) if dx is None else dx.addmm_(part, w)
             self.dx.append(dx)
         if self.needs_weight:
@@ -155,16 +161,20 @@ class HeadGradients:
         if first:
             dtype = self.weight.dtype if only else torch.float32
             self.dweight = memory.empty(self.weight.shape, dtype, x.device)
-        for block in _blocks(self.weight, dlogits.dtype):
-            part, total = dlogits[:, block].t(), self.dweight[block]
-            if total.dtype == dlogits.dtype and first:
-                torch.mm(part, x, out=total)
-            elif total.dtype == dlogits.dtype:
-                total.addmm_(part, x)
-            elif first:
-                total.copy_(torch.mm(part, x))
+        total = self.dweight
+        if total.dtype == dlogits.dtype:
+            if first:
+                torch.mm(dlogits.t(), x, out=total)
             else:
-                total.add_(torch.mm(part, x))
+                total.addmm_(dlogits.t(), x)
+            return
+        vocab, width = total.shape
+        size = max(1, BLOCK_ELEMENTS // max(width, 1))
+        buffer = memory.empty((min(size, vocab), width), dlogits.dtype, x.device)
+        for begin in range(0, vocab, size):
+            piece = total[begin : begin + size]
+            part = torch.mm(dlogits[:, begin : begin + size].t(), x, out=buffer[: len(piece)])
+            piece.copy_(part) if first else piece.add_(part)
 
     def finish(self, hidden: Tensor, states: Tensor, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
         """dhidden, dweight, dbias like hidden, weight, bias; one that is not needed is empty.

@@ -35,6 +35,6 @@ def _on_cpu(
     allocate: Callable[..., np.ndarray], shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
-    buffer = torch.from_numpy(allocate(size + ALIGNMENT, np.uint8))
-    start = -buffer.data_ptr() % ALIGNMENT
-    return buffer[start : start + size].view(dtype).view(tuple(shape))
+    buffer = allocate(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return torch.from_numpy(buffer[start : start + size]).view(dtype).view(tuple(shape))

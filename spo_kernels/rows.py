@@ -1,6 +1,6 @@
 """Per-token arguments of the loss and logprob ops: checked, flattened, brought to one dtype.
 
-The public functions take any leading shape (...); the kernels see N rows.
+The public functions take any leading shape (...); the kernels see N contiguous rows.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def flat_ids(name: str, ids: Tensor, shape: Sequence[int]) -> Tensor:
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, found {ids.dtype}")
     _check_shape(name, ids, shape)
-    return ids.reshape(-1).to(torch.int64)
+    return ids.reshape(-1).to(torch.int64).contiguous()
 
 
 def flat_floats(name: str, values: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Per-token numbers of exactly the tokens' shape as (N,), without their graph."""
     _check_shape(name, values, shape)
-    return values.detach().reshape(-1).to(dtype)
+    return values.detach().reshape(-1).to(dtype).contiguous()
 
 
 def broadcast_floats(name: str, values: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -58,7 +58,7 @@ def broadcast_floats(name: str, values: Tensor, shape: Sequence[int], dtype: tor
             f"{name} of shape {tuple(values.shape)} does not broadcast against token_ids "
             f"of shape {tuple(shape)}"
         )
-    return values.expand(shape).reshape(-1).to(dtype)
+    return values.expand(shape).reshape(-1).to(dtype).contiguous()
 
 
 def flat_mask(name: str, mask: Tensor | None, ids: Tensor, shape: Sequence[int]) -> Tensor:

@@ -1,0 +1,324 @@
+"""linear_masked_ppo_loss against the fp64 reference and against masked_ppo_loss on its logits."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import tensor
+
+import spo_kernels
+from spo_kernels import head, linear_masked_ppo_loss, masked_ppo_loss
+from spo_kernels.testing import assert_as_good_as_torch, loss_inputs, poison
+
+FAST = "cpu"
+needs_native = pytest.mark.skipif(
+    spo_kernels.backends()["policy_loss"][FAST] != "available",
+    reason="the native extension is not built",
+)
+BACKENDS = [pytest.param(FAST, marks=needs_native), "reference"]
+
+
+def make(rows, vocab, width, dtype=torch.float32, *, states=None, kept=0.4, seed=0, **options):
+    """Tensors of a head, and per-token arguments whose old logprobs are near the head's own."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {
+        "hidden": torch.randn(states or rows, width, generator=g).to(dtype),
+        "weight": (2 * torch.randn(vocab, width, generator=g) / width**0.5).to(dtype),
+        "bias": torch.randn(vocab, generator=g).to(dtype),
+    }
+    index = None if states is None else torch.randint(states, (rows,), generator=g)
+    x = tensors["hidden"].double() if index is None else tensors["hidden"][index].double()
+    logits = x @ tensors["weight"].double().T + tensors["bias"].double()
+    tokens = loss_inputs(rows, vocab, kept=kept, seed=seed)
+    chosen = logits.log_softmax(-1).gather(1, tokens.token_ids[:, None]).squeeze(1).float()
+    old = torch.where(tokens.old_logprobs < math.log(0.9), (chosen + 0.2).clamp(max=-0.2), -0.01)
+    arguments = {
+        "token_ids": tokens.token_ids,
+        "old_logprobs": old,
+        "advantages": tokens.advantages,
+        "loss_mask": tokens.loss_mask,
+        "hidden_index": index,
+        **options,
+    }
+    return tensors, arguments
+
+
+def evaluate(tensors, arguments, backend, dtype=None, factor=1.0, frozen=(), function=None):
+    leaves = {
+        name: x.detach().to(dtype or x.dtype).clone().requires_grad_(name not in frozen)
+        for name, x in tensors.items()
+    }
+    out = (function or linear_masked_ppo_loss)(**leaves, **arguments, backend=backend)
+    (out.loss * factor).backward()
+    return out, {name: x.grad for name, x in leaves.items()}
+
+
+def compare(tensors, arguments, **options):
+    same, same_grads = evaluate(tensors, arguments, "reference", **options)
+    oracle, oracle_grads = evaluate(tensors, arguments, None, dtype=torch.float64, **options)
+    got, grads = evaluate(tensors, arguments, FAST, **options)
+    for name in ("loss", "policy_loss", "kl", "clipfrac", "ratio_mean", "logprobs", "entropy"):
+        triple = [getattr(record, name) for record in (got, same, oracle)]
+        if triple[0] is not None:
+            summed = 1.0 if triple[0].ndim == 0 else 0.0
+            assert_as_good_as_torch(name, *triple, scale=summed)
+    assert got.num_kept == oracle.num_kept
+    for name, grad in grads.items():
+        assert grad.dtype == tensors[name].dtype
+        assert_as_good_as_torch("d" + name, grad, same_grads[name], oracle_grads[name])
+    return got, grads
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "vocab", "width"), [(1, 7, 3), (33, 1003, 17), (65, 32000, 64), (3, 151936, 16)]
+)
+def test_against_oracle(dtype, rows, vocab, width):
+    compare(*make(rows, vocab, width, dtype, entropy=True), factor=3.0)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory_budget": 4 * 211 * 5},  # chunks of five rows
+        {"memory_budget": 1},  # chunks of one row
+        {"temperature": 0.5},
+        {"prob_threshold": None, "policy_norm": 12},
+        {"clip_eps_low": 0.01, "clip_eps_high": 0.02, "log_ratio_clamp": 0.1},
+    ],
+)
+def test_options(dtype, options):
+    plain = {k: v for k, v in options.items() if k != "memory_budget"}
+    tensors, arguments = make(57, 211, 12, dtype, **plain)
+    same, same_grads = evaluate(tensors, arguments, "reference")
+    oracle, oracle_grads = evaluate(tensors, arguments, None, dtype=torch.float64)
+    got, grads = evaluate(tensors, {**arguments, **options}, FAST)
+    assert_as_good_as_torch("loss", got.loss, same.loss, oracle.loss, scale=1.0)
+    for name in grads:
+        assert_as_good_as_torch("d" + name, grads[name], same_grads[name], oracle_grads[name])
+
+
+@needs_native
+@pytest.mark.parametrize("scope", ["masked", "all"])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl(scope, estimator):
+    tensors, arguments = make(40, 101, 8)
+    arguments.update(ref_logprobs=arguments["old_logprobs"] - 0.3, kl_coef=0.2)
+    arguments.update(kl_scope=scope, kl_estimator=estimator, kl_norm=9.0)
+    compare(tensors, arguments)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_budget", [1 << 30, 4 * 211 * 7])
+def test_shared_states(dtype, memory_budget):
+    """Many tokens from few states: the sum over a state's tokens is the gradient of the state."""
+    tensors, arguments = make(90, 211, 12, dtype, states=11, kept=0.8)
+    _, grads = evaluate(tensors, {**arguments, "memory_budget": memory_budget}, FAST)
+    _, same = evaluate(tensors, arguments, "reference")
+    _, oracle = evaluate(tensors, arguments, None, dtype=torch.float64)
+    for name in grads:
+        assert_as_good_as_torch("d" + name, grads[name], same[name], oracle[name])
+    _, again = evaluate(tensors, {**arguments, "memory_budget": memory_budget}, FAST)
+    assert all(torch.equal(grads[name], again[name]) for name in grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_logits_in(backend):
+    """The head is the logits op after a projection, on (B, L) tokens with one advantage each."""
+    tensors, arguments = make(12, 50, 6, entropy=True)
+    shaped = {k: v.view(3, 4) for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+    arguments = {**arguments, **shaped, "advantages": tensor([1.0, -2.0, 0.5])}
+    tensors["hidden"] = tensors["hidden"].view(3, 4, 6)
+
+    def by_logits(hidden, weight, bias, hidden_index, backend, **arguments):
+        return masked_ppo_loss(hidden @ weight.T + bias, **arguments, backend=backend)
+
+    got, grads = evaluate(tensors, arguments, backend)
+    want, want_grads = evaluate(tensors, arguments, backend, function=by_logits)
+    for name in ("loss", "logprobs", "entropy", "ratio_mean", "clipfrac", "num_kept"):
+        torch.testing.assert_close(getattr(got, name), getattr(want, name))
+    torch.testing.assert_close(grads, want_grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_idle_rows_are_never_projected(backend):
+    """Dropped tokens and those with A = 0: their states may hold NaN; they count as Z says."""
+    tensors, arguments = make(40, 60, 5)
+    arguments["advantages"][::3] = 0
+    kept = arguments["loss_mask"] & (arguments["old_logprobs"] < math.log(0.9))
+    used = kept & (arguments["advantages"] != 0)
+    assert 0 < used.sum() < kept.sum() < 40
+    want, want_grads = evaluate(tensors, arguments, backend)
+    dirty = {**tensors, "hidden": poison(tensors["hidden"], ~used)}
+    got, grads = evaluate(dirty, {**arguments, "max_active": int(used.sum())}, backend)
+    assert got.num_kept == kept.sum()
+    torch.testing.assert_close(got.loss, want.loss, rtol=0, atol=0)
+    torch.testing.assert_close(grads, want_grads, rtol=0, atol=0)
+    assert (grads["hidden"][~used] == 0).all() and (got.logprobs[~used] == 0).all()
+    with pytest.raises(ValueError, match=f"but {int(used.sum())} rows are active"):
+        evaluate(tensors, {**arguments, "max_active": int(used.sum()) - 1}, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [0, 6])
+def test_nothing_kept(backend, rows):
+    tensors, arguments = make(rows, 9, 4)
+    arguments["loss_mask"] = torch.zeros(rows, dtype=torch.bool)
+    tensors["hidden"].fill_(math.nan)
+    out, grads = evaluate(tensors, arguments, backend)
+    assert out.loss == 0 and out.loss.requires_grad and out.num_kept == 0
+    for name, grad in grads.items():
+        assert torch.equal(grad, torch.zeros_like(tensors[name])), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "frozen", [("weight",), ("weight", "bias"), ("hidden",), ("hidden", "bias")]
+)
+def test_frozen_tensors_get_no_gradient(backend, frozen):
+    tensors, arguments = make(20, 31, 4)
+    _, want = evaluate(tensors, arguments, backend)
+    _, grads = evaluate(tensors, arguments, backend, frozen=frozen)
+    for name, grad in grads.items():
+        if name in frozen:
+            assert grad is None
+        else:
+            torch.testing.assert_close(grad, want[name])
+
+
+@needs_native
+def test_frozen_weight_skips_its_product(monkeypatch):
+    monkeypatch.setattr(head.HeadGradients, "_add_weight", lambda *_: pytest.fail("was computed"))
+    evaluate(*make(20, 31, 4), FAST, frozen=("weight",))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_grad(backend):
+    tensors, arguments = make(20, 31, 4)
+    with torch.no_grad():
+        out = linear_masked_ppo_loss(**tensors, **arguments, backend=backend)
+    assert not out.loss.requires_grad
+    torch.testing.assert_close(out.loss, evaluate(tensors, arguments, backend)[0].loss.detach())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixed_dtypes_under_autocast(backend):
+    """bf16 states with an fp32 master weight; the head stays in fp32, the gradients keep dtypes."""
+    tensors, arguments = make(30, 64, 8)
+    tensors["hidden"] = tensors["hidden"].bfloat16()
+    oracle, oracle_grads = evaluate(tensors, arguments, None, dtype=torch.float64)
+
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def under_autocast(**arguments):
+        return linear_masked_ppo_loss(**arguments)
+
+    got, grads = evaluate(tensors, arguments, backend, function=under_autocast)
+    assert got.loss.dtype == torch.float32
+    assert_as_good_as_torch("logprobs", got.logprobs, oracle.logprobs, oracle.logprobs)
+    for name, grad in grads.items():
+        assert grad.dtype == tensors[name].dtype
+        assert_as_good_as_torch("d" + name, grad, oracle_grads[name], oracle_grads[name])
+
+
+@needs_native
+def test_low_precision_logits():
+    """logits_dtype=bfloat16 rounds the logits and nothing else: fp32 logprobs of rounded logits."""
+    tensors, arguments = make(30, 64, 8, torch.bfloat16)
+    got, grads = evaluate(tensors, {**arguments, "logits_dtype": torch.bfloat16}, FAST)
+    fp32, fp32_grads = evaluate(tensors, arguments, FAST)
+    assert not torch.equal(got.logprobs, fp32.logprobs)
+    torch.testing.assert_close(got.logprobs, fp32.logprobs, rtol=0, atol=0.05)
+    torch.testing.assert_close(grads, fp32_grads, rtol=0.05, atol=0.02)
+    with pytest.raises(ValueError, match="reference backend cannot use logits_dtype"):
+        evaluate(tensors, {**arguments, "logits_dtype": torch.bfloat16}, "reference")
+
+
+@needs_native
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(0, 24),
+    vocab=st.integers(1, 120),
+    width=st.integers(1, 20),
+    states=st.one_of(st.none(), st.integers(1, 6)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    kept=st.floats(0, 1),
+    threshold=st.one_of(st.none(), st.floats(0.05, 1)),
+    seed=st.integers(0, 1000),
+)
+def test_fuzz(rows, vocab, width, states, dtype, kept, threshold, seed):
+    tensors, arguments = make(
+        rows, vocab, width, dtype, states=states, kept=kept, seed=seed, prob_threshold=threshold
+    )
+    compare(tensors, arguments)
+
+
+def test_gradcheck_of_reference():
+    tensors, arguments = make(5, 6, 3, torch.float64, states=3, kept=0.9)
+
+    def loss(hidden, weight, bias):
+        return linear_masked_ppo_loss(hidden, weight, bias=bias, **arguments).loss
+
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+@needs_native
+@pytest.mark.parametrize("states", [None, 4])
+def test_opcheck(states):
+    tensors, arguments = make(8, 19, 5, states=states)
+    mask = arguments["loss_mask"] & (arguments["old_logprobs"] < math.log(0.9))
+    tokens = (arguments["token_ids"], arguments["old_logprobs"], arguments["advantages"], None)
+    tokens += (torch.ones(1), mask, None, tensor([0.25, 0.0]), 0.2, 0.2, 10.0, 0)
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    sizes = ([True, True, True], True, torch.float32, 1 << 20, None, FAST)
+    op = torch.ops.spo_kernels.linear_policy_loss.default
+    torch.library.opcheck(op, (*leaves, arguments["hidden_index"], *sizes, *tokens))
+
+
+@needs_native
+def test_compiles_into_one_graph():
+    tensors, arguments = make(12, 40, 6, kept=0.6)
+
+    def step(hidden, weight, bias):
+        out = linear_masked_ppo_loss(hidden.tanh(), weight, bias=bias, **arguments)
+        return out.loss * 0.5
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_() for x in tensors.values()]
+        loss = function(*leaves)
+        loss.backward()
+        results.append([loss.detach(), *(x.grad for x in leaves)])
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": torch.zeros(9, 5)}, ValueError, "must agree in D"),
+        ({"bias": torch.zeros(8)}, ValueError, r"bias must have shape \(9,\)"),
+        ({"hidden": torch.zeros(4, 6, dtype=torch.int64)}, TypeError, "hidden must hold floating"),
+        ({"hidden_index": torch.zeros(4)}, TypeError, "hidden_index must be a one-dimensional"),
+        ({"hidden_index": torch.full((4,), 4)}, ValueError, r"hidden_index must be in \[0, 4\)"),
+        ({"hidden_index": torch.zeros(3, dtype=torch.int64)}, ValueError, r"shape \(3,\)"),
+        ({"token_ids": torch.full((4,), 9)}, ValueError, r"\[0, 9\)"),
+        ({"logits_dtype": torch.float16}, ValueError, "logits_dtype must be"),
+        ({"backend": "triton"}, ValueError, "backend='triton' cannot run policy_loss"),
+    ],
+)
+def test_errors(change, error, message):
+    arguments = {
+        "hidden": torch.zeros(4, 6),
+        "weight": torch.zeros(9, 6),
+        "token_ids": torch.zeros(4, dtype=torch.int64),
+        "old_logprobs": torch.full((4,), -1.0),
+        "advantages": torch.ones(4),
+    }
+    with pytest.raises(error, match=message):
+        linear_masked_ppo_loss(**{**arguments, **change})

@@ -1,0 +1,482 @@
+"""masked_ppo_loss: hand-worked numbers, then every backend here against the fp64 reference."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import tensor
+
+import spo_kernels
+from spo_kernels import masked_ppo_loss
+from spo_kernels.testing import assert_as_good_as_torch, loss_inputs, poison
+
+FAST = "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+needs_native = pytest.mark.skipif(
+    spo_kernels.backends()["policy_loss"][FAST] != "available",
+    reason="the native extension is not built",
+)
+BACKENDS = [pytest.param(FAST, marks=needs_native), "reference"]
+
+
+def evaluate(inputs, backend, *, dtype=None, factor=1.0, **options):
+    """Loss record and dlogits; `dtype` casts the logits first (fp64 gives the oracle)."""
+    logits = inputs.logits.detach().to(dtype or inputs.logits.dtype).clone().requires_grad_()
+    out = masked_ppo_loss(
+        logits,
+        inputs.token_ids,
+        inputs.old_logprobs,
+        inputs.advantages,
+        backend=backend,
+        **{"loss_mask": inputs.loss_mask, **options},
+    )
+    (out.loss * factor).backward()
+    return out, logits.grad
+
+
+def compare(inputs, *, oracle_inputs=None, factor=1.0, **options):
+    """The CPU kernel against the oracle, judged by the reference in the same dtype."""
+    same, same_grad = evaluate(oracle_inputs or inputs, "reference", factor=factor, **options)
+    oracle, oracle_grad = evaluate(
+        oracle_inputs or inputs, None, dtype=torch.float64, factor=factor, **options
+    )
+    got, got_grad = evaluate(inputs, FAST, factor=factor, **options)
+    assert got_grad.dtype == inputs.logits.dtype
+    for name in ("loss", "policy_loss", "kl", "clipfrac", "ratio_mean", "logprobs", "entropy"):
+        triple = [getattr(record, name) for record in (got, same, oracle)]
+        if triple[0] is not None:
+            assert triple[0].dtype == torch.float32
+            summed = 1.0 if triple[0].ndim == 0 else 0.0  # terms of order one that may cancel
+            assert_as_good_as_torch(name, *triple, scale=summed)
+    assert got.num_kept == oracle.num_kept
+    assert_as_good_as_torch("dlogits", got_grad, same_grad, oracle_grad)
+    return got, got_grad
+
+
+# Two tokens of a vocabulary of two with equal logits: every logprob is log(1/2).
+HAND = {
+    "logits": torch.zeros(3, 2),
+    "token_ids": tensor([0, 1, 0]),
+    "old_logprobs": tensor([math.log(0.5), math.log(0.25), math.log(0.95)]),
+    "advantages": tensor([1.0, 2.0, 5.0]),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_by_hand(backend):
+    logits = HAND["logits"].clone().requires_grad_()
+    out = masked_ppo_loss(
+        logits,
+        HAND["token_ids"],
+        HAND["old_logprobs"],
+        HAND["advantages"],
+        backend=backend,
+        entropy=True,
+    )
+    out.loss.backward()
+    # Ratios 1 and 2, the second clipped to 1.2; the third token was sampled at p >= 0.9.
+    assert out.loss.item() == pytest.approx(-(1.0 + 2.4) / 2)
+    assert out.num_kept == 2
+    assert out.clipfrac.item() == 0.5
+    assert out.ratio_mean.item() == pytest.approx(1.5)
+    torch.testing.assert_close(out.logprobs, tensor([math.log(0.5), math.log(0.5), 0.0]))
+    torch.testing.assert_close(out.entropy, tensor([math.log(2), math.log(2), 0.0]))
+    # d(-ratio A / 2)/dlogprob = -1/2 on the first row only, times (onehot - p).
+    torch.testing.assert_close(logits.grad, tensor([[-0.25, 0.25], [0.0, 0.0], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("estimator", "value", "slope"),
+    [
+        ("k1", -math.log(2), 1.0),
+        ("k2", math.log(2) ** 2 / 2, -math.log(2)),
+        ("k3", 2 - math.log(2) - 1, 1 - 2),
+    ],
+)
+def test_kl_by_hand(backend, estimator, value, slope):
+    """A policy logprob of log(1/2) against a reference logprob of 0; advantage 0: the KL alone."""
+    logits = torch.zeros(1, 2, requires_grad=True)
+    out = masked_ppo_loss(
+        logits,
+        tensor([0]),
+        tensor([-1.0]),
+        tensor([0.0]),
+        ref_logprobs=tensor([0.0]),
+        kl_coef=0.5,
+        kl_estimator=estimator,
+        kl_norm=4,
+        backend=backend,
+    )
+    out.loss.backward()
+    assert out.kl.item() == pytest.approx(0.5 / 4 * value)
+    torch.testing.assert_close(logits.grad, 0.5 / 4 * slope * tensor([[0.5, -0.5]]))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 7), (33, 7), (17, 1003), (9, 32000), (3, 151936)])
+def test_against_oracle(dtype, rows, vocab):
+    compare(loss_inputs(rows, vocab, dtype, seed=rows), entropy=True)
+
+
+OPTIONS = {
+    "no mask": {"prob_threshold": None},
+    "threshold": {"prob_threshold": 0.3},
+    "cold": {"temperature": 0.1},
+    "hot": {"temperature": 5.0},
+    "clips": {"clip_eps_low": 0.05, "clip_eps_high": 0.4},
+    "clamp": {"log_ratio_clamp": 0.1},
+    "k1": {"kl_coef": 0.3, "kl_estimator": "k1"},
+    "k2": {"kl_coef": 0.3, "kl_estimator": "k2"},
+    "k3": {"kl_coef": 0.3, "kl_estimator": "k3"},
+    "KL over all": {"kl_coef": 0.3, "kl_scope": "all"},
+    "norms": {"kl_coef": 0.3, "policy_norm": 40, "kl_norm": tensor(7.5)},
+    "tensor norm": {"kl_coef": 0.3, "policy_norm": tensor(40)},
+    "entropy": {"entropy": True},
+}
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(option, dtype):
+    options = OPTIONS[option]
+    temperature = options.get("temperature", 1.0)
+    inputs = loss_inputs(41, 517, dtype, temperature=temperature, seed=5)
+    if "kl_coef" in options:
+        options = {**options, "ref_logprobs": inputs.ref_logprobs}
+    got, _ = compare(inputs, factor=3.0, **options)
+    assert got.num_kept > 0 and got.loss != 0
+
+
+@needs_native
+def test_temperature_per_token():
+    inputs = loss_inputs(24, 99)
+    temperature = torch.linspace(0.3, 3, 24)
+    compare(inputs, temperature=temperature, entropy=True)
+    # One temperature per sequence of eight tokens.
+    shaped = dataclasses.replace(
+        inputs, **{f: getattr(inputs, f).view(3, 8, *getattr(inputs, f).shape[1:]) for f in FIELDS}
+    )
+    got, grad = evaluate(shaped, FAST, temperature=tensor([0.5, 1.0, 2.0]))
+    want, want_grad = evaluate(
+        inputs, FAST, temperature=tensor([0.5, 1.0, 2.0]).repeat_interleave(8)
+    )
+    assert torch.equal(got.logprobs.flatten(), want.logprobs)
+    assert torch.equal(grad.view(24, 99), want_grad)
+
+
+FIELDS = ("logits", "token_ids", "old_logprobs", "advantages", "loss_mask", "ref_logprobs")
+
+
+@needs_native
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_offsets(shift):
+    inputs = loss_inputs(9, 1003)
+    compare(dataclasses.replace(inputs, logits=inputs.logits + shift), entropy=True)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_impossible_tokens(dtype):
+    """-inf logits: no probability, no gradient, no part in the entropy; a chosen one is clamped."""
+    inputs = loss_inputs(9, 101, dtype, kept=1.0)
+    logits = inputs.logits.clone()
+    logits[:, ::3] = -math.inf
+    ids = inputs.token_ids // 3 * 3 + 1
+    ids[4] = 0
+    inputs = dataclasses.replace(inputs, logits=logits, token_ids=ids.clamp(max=100))
+    got, grad = compare(inputs, entropy=True, prob_threshold=None)
+    assert (grad[:, ::3] == 0).all()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropped_rows_hold_nan(dtype):
+    inputs = loss_inputs(37, 1003, dtype, kept=0.3)
+    inputs = dataclasses.replace(inputs, advantages=inputs.advantages.clone())
+    inputs.advantages[::5] = 0
+    used = inputs.loss_mask & (inputs.old_logprobs < math.log(0.9)) & (inputs.advantages != 0)
+    dirty = dataclasses.replace(
+        inputs,
+        logits=poison(inputs.logits, ~used),
+        token_ids=inputs.token_ids.masked_fill(~inputs.loss_mask, -100),
+        advantages=poison(inputs.advantages, ~inputs.loss_mask),
+        ref_logprobs=poison(inputs.ref_logprobs, ~used),
+    )
+    got, grad = compare(dirty, oracle_inputs=inputs, entropy=True)
+    assert 0 < used.sum() < 37
+    assert (grad[~used] == 0).all()
+    assert (got.logprobs[~used] == 0).all() and (got.entropy[~used] == 0).all()
+    # The reference withstands the same.
+    ref, ref_grad = evaluate(dirty, "reference")
+    assert torch.isfinite(ref_grad).all() and torch.isfinite(ref.loss)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.1, "kl_scope": "all"}])
+def test_nothing_kept(backend, rows, options):
+    """Z = 0: loss 0, zero gradients, no NaN, though the logits hold nothing else."""
+    inputs = loss_inputs(rows, 11)
+    if options:
+        options = {**options, "ref_logprobs": inputs.ref_logprobs}
+        inputs = dataclasses.replace(inputs, old_logprobs=torch.zeros(rows))
+    else:
+        inputs = dataclasses.replace(
+            inputs,
+            logits=torch.full_like(inputs.logits, math.nan),
+            loss_mask=torch.zeros(rows, dtype=torch.bool),
+        )
+    out, grad = evaluate(inputs, backend, **options)
+    assert out.loss == 0 and out.num_kept == 0 and out.clipfrac == 0 and out.ratio_mean == 0
+    assert torch.equal(grad, torch.zeros(rows, 11))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_a_kept_row_is_seen(backend):
+    inputs = loss_inputs(6, 300, kept=1.0)
+    inputs = dataclasses.replace(
+        inputs, logits=poison(inputs.logits, tensor([2])), loss_mask=torch.ones(6)
+    )
+    out, grad = evaluate(inputs, backend)
+    assert out.loss.isnan() and out.logprobs.isnan().tolist() == [i == 2 for i in range(6)]
+    assert grad.isnan().all(1).tolist() == [i == 2 for i in range(6)]
+
+
+@needs_native
+def test_views():
+    """A shifted slice, a transposed batch, a strided vocabulary and four leading dimensions."""
+    base = loss_inputs(40, 96)
+    shaped = {f: getattr(base, f).view(5, 8, *getattr(base, f).shape[1:]) for f in FIELDS}
+    views = {
+        "shifted": {f: x[:, :-1] for f, x in shaped.items()},
+        "transposed": {f: x.transpose(0, 1) for f, x in shaped.items()},
+        "deep": {f: x.view(5, 2, 2, 2, *x.shape[2:])[:, :, :, :1] for f, x in shaped.items()},
+    }
+    wide = base.logits.repeat_interleave(2, 1).view(5, 8, 192)[..., ::2]
+    views["strided"] = {**shaped, "logits": wide}
+    for name, view in views.items():
+        inputs = dataclasses.replace(base, **view)
+        dense = dataclasses.replace(base, **{f: x.contiguous() for f, x in view.items()})
+        leaf = inputs.logits.detach().requires_grad_()  # keeps the strides
+        out = masked_ppo_loss(
+            leaf, *(getattr(inputs, f) for f in FIELDS[1:4]), loss_mask=inputs.loss_mask
+        )
+        out.loss.backward()
+        want, want_grad = evaluate(dense, FAST)
+        assert torch.equal(out.loss, want.loss), name
+        assert torch.equal(leaf.grad, want_grad), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_advantages_broadcast(backend):
+    base = loss_inputs(12, 31)
+    inputs = dataclasses.replace(
+        base, **{f: getattr(base, f).view(3, 4, -1).squeeze(-1) for f in FIELDS}
+    )
+    inputs = dataclasses.replace(inputs, logits=base.logits.view(3, 4, 31))
+    each = tensor([0.5, -1.0, 2.0])
+    grads = []
+    for advantages in (each, each[:, None], each[:, None].expand(3, 4)):
+        grads.append(evaluate(dataclasses.replace(inputs, advantages=advantages), backend)[1])
+    assert torch.equal(grads[0], grads[2]) and torch.equal(grads[1], grads[2])
+    square = dataclasses.replace(
+        base, **{f: getattr(inputs, f)[:, :3] for f in FIELDS if f != "advantages"}, advantages=each
+    )
+    got = evaluate(square, backend)[1]
+    want = evaluate(dataclasses.replace(square, advantages=each[:, None].expand(3, 3)), backend)[1]
+    assert torch.equal(got, want)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inplace_grad(dtype):
+    inputs = loss_inputs(13, 257, dtype)
+    want, want_grad = evaluate(inputs, FAST, factor=2.0)
+    leaf = inputs.logits.clone().requires_grad_()
+    logits = leaf * 1
+    out = masked_ppo_loss(
+        logits,
+        *(getattr(inputs, f) for f in FIELDS[1:4]),
+        loss_mask=inputs.loss_mask,
+        inplace_grad=True,
+    )
+    (out.loss * 2.0).backward()
+    assert torch.equal(leaf.grad, want_grad)
+    assert torch.equal(out.loss, want.loss)
+    assert logits.data_ptr() != leaf.data_ptr() and torch.equal(logits, want_grad)
+
+
+@needs_native
+def test_inplace_grad_guards_other_uses():
+    inputs = loss_inputs(4, 16)
+    logits = inputs.logits.clone().requires_grad_() * 1
+    saved = logits.square().sum()
+    arguments = [getattr(inputs, f) for f in FIELDS[1:4]]
+    loss = masked_ppo_loss(logits, *arguments, inplace_grad=True).loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + saved).backward()
+    with pytest.raises(ValueError, match="require a gradient"):
+        masked_ppo_loss(inputs.logits, *arguments, inplace_grad=True)
+    repeated = inputs.logits[:1].clone().requires_grad_().expand(4, 16)
+    with pytest.raises(ValueError, match="no repeated rows"):
+        masked_ppo_loss(repeated, *arguments, inplace_grad=True)
+
+
+@needs_native
+def test_backward_twice():
+    inputs = loss_inputs(4, 16, kept=1.0)
+    logits = inputs.logits.clone().requires_grad_()
+    loss = masked_ppo_loss(logits, *(getattr(inputs, f) for f in FIELDS[1:4])).loss
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, logits, tensor(-0.5), retain_graph=True)
+    (third,) = torch.autograd.grad(loss, logits)
+    assert first.abs().sum() > 0
+    assert torch.equal(third, first) and torch.equal(second, first * -0.5)
+
+
+@needs_native
+def test_deterministic_for_any_thread_count():
+    inputs = loss_inputs(67, 3001)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(evaluate(inputs, FAST, entropy=True))
+    finally:
+        torch.set_num_threads(threads)
+    for out, grad in results[1:]:
+        assert torch.equal(grad, results[0][1]) and torch.equal(out.loss, results[0][0].loss)
+
+
+@needs_native
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(0, 20),
+    vocab=st.integers(1, 300),
+    dtype=st.sampled_from(DTYPES),
+    kept=st.floats(0, 1),
+    threshold=st.one_of(st.none(), st.floats(0.05, 1)),
+    temperature=st.floats(0.1, 5),
+    kl_coef=st.sampled_from([0.0, 0.2]),
+    estimator=st.sampled_from(["k1", "k2", "k3"]),
+    scope=st.sampled_from(["masked", "all"]),
+    entropy=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_fuzz(
+    rows, vocab, dtype, kept, threshold, temperature, kl_coef, estimator, scope, entropy, seed
+):
+    inputs = loss_inputs(rows, vocab, dtype, kept=kept, seed=seed, temperature=temperature)
+    compare(
+        inputs,
+        prob_threshold=threshold,
+        temperature=temperature,
+        kl_coef=kl_coef,
+        kl_estimator=estimator,
+        kl_scope=scope,
+        ref_logprobs=inputs.ref_logprobs,
+        entropy=entropy,
+    )
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_gradcheck_of_reference(estimator):
+    inputs = loss_inputs(6, 5, torch.float64, kept=0.8)
+
+    def loss(logits):
+        return masked_ppo_loss(
+            logits,
+            *(getattr(inputs, f) for f in FIELDS[1:4]),
+            ref_logprobs=inputs.ref_logprobs,
+            kl_coef=0.3,
+            kl_estimator=estimator,
+            temperature=0.8,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, inputs.logits.requires_grad_())
+
+
+@needs_native
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_opcheck(needs_grad):
+    inputs = loss_inputs(5, 23)
+    mask = inputs.old_logprobs < math.log(0.9)
+    tokens = (
+        inputs.token_ids,
+        inputs.old_logprobs,
+        inputs.advantages,
+        inputs.ref_logprobs,
+        torch.ones(1),
+        mask,
+        mask,
+        tensor([0.2, 0.1]),
+        0.2,
+        0.2,
+        10.0,
+        3,
+    )
+    logits = inputs.logits.clone().requires_grad_(needs_grad)
+    ops = torch.ops.spo_kernels
+    torch.library.opcheck(ops.policy_loss.default, (logits, needs_grad, True, FAST, *tokens))
+    torch.library.opcheck(
+        ops.policy_loss_inplace.default, (inputs.logits.clone(), True, FAST, *tokens)
+    )
+    torch.library.opcheck(ops.scale.default, (inputs.logits.clone(), tensor(2.0)))
+
+
+@needs_native
+def test_compiles_into_one_graph():
+    inputs = loss_inputs(6, 50, kept=0.7)
+    arguments = [getattr(inputs, f) for f in FIELDS[1:4]]
+
+    def step(scaled):
+        out = masked_ppo_loss(scaled * 1.5, *arguments, entropy=True)
+        return out.loss * 2, out.entropy
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        logits = inputs.logits.clone().requires_grad_()
+        loss, entropy = function(logits)
+        loss.backward()
+        results.append((loss.detach(), entropy, logits.grad))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"token_ids": torch.zeros(4)}, TypeError, "token_ids must be int32 or int64"),
+        ({"token_ids": torch.full((4,), 16)}, ValueError, r"\[0, 16\).*found 16 at row 0"),
+        ({"logits": torch.zeros(4, 16, dtype=torch.int64)}, TypeError, "logits must be float32"),
+        ({"old_logprobs": torch.zeros(5)}, ValueError, r"old_logprobs must have shape \(4,\)"),
+        ({"advantages": torch.zeros(3)}, ValueError, "advantages of shape"),
+        ({"loss_mask": torch.ones(4, 1)}, ValueError, "loss_mask must have shape"),
+        ({"kl_coef": 0.1}, ValueError, "needs ref_logprobs"),
+        ({"kl_coef": -0.1}, ValueError, "kl_coef must be >= 0"),
+        ({"kl_estimator": "k4"}, ValueError, "k1, k2 or k3"),
+        ({"kl_scope": "some"}, ValueError, "'masked' or 'all'"),
+        ({"prob_threshold": 0.0}, ValueError, r"prob_threshold must be in \(0, 1\]"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive"),
+        ({"temperature": torch.zeros(4)}, ValueError, "temperature must be positive"),
+        ({"policy_norm": -1}, ValueError, "policy_norm must be a finite count"),
+        ({"log_ratio_clamp": 0}, ValueError, "log_ratio_clamp > 0"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_errors(change, error, message):
+    arguments = {
+        "logits": torch.zeros(4, 16),
+        "token_ids": torch.zeros(4, dtype=torch.int64),
+        "old_logprobs": torch.full((4,), -1.0),
+        "advantages": torch.ones(4),
+    }
+    with pytest.raises(error, match=message):
+        masked_ppo_loss(**{**arguments, **change})
