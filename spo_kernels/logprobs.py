@@ -58,7 +58,7 @@ def _reference(
     return tuple(x if x is None else x.new_zeros(n).index_put((index,), x) for x in values)
 
 
-_TOKENS = "Tensor ids, Tensor mask, Tensor temperature, bool entropy, str backend"
+_TOKENS = "Tensor ids, Tensor mask, Tensor temperature, bool with_entropy, str backend"
 _RESULTS = "(Tensor logprobs, Tensor entropy, Tensor row_max, Tensor row_logsum)"
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? hidden_index"
 _SAVED = "Tensor logprobs, Tensor entropy, Tensor row_max, Tensor row_logsum"
@@ -148,7 +148,8 @@ def _(logits, *others):
 
 
 def _setup(ctx, inputs, output):
-    ctx.mark_non_differentiable(*output[2:])
+    *_, entropy, _ = inputs
+    ctx.mark_non_differentiable(*output[2 if entropy else 1 :])
     ctx.set_materialize_grads(False)
     ctx.inputs = tuple(None if isinstance(x, Tensor) else x for x in inputs)
     ctx.is_tensor = tuple(isinstance(x, Tensor) for x in inputs)

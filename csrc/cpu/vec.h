@@ -106,8 +106,6 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  // Past the caches: for rows that are written once and not read soon. `p` is 64-byte aligned.
-  void stream(float* p) const { _mm512_stream_ps(p, v); }
 
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -161,8 +159,6 @@ struct Vec {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  // Past the caches: for rows that are written once and not read soon. `p` is 32-byte aligned.
-  void stream(float* p) const { _mm256_stream_ps(p, v); }
 
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -220,7 +216,6 @@ struct Vec {
   void store(T* p) const {
     for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
   }
-  void stream(float* p) const { store(p); }
 
   friend Vec operator+(Vec a, Vec b) {
     return map([&](int i) { return a.v[i] + b.v[i]; });
