@@ -6,7 +6,6 @@ A backend has an op if it follows the naming rule: the extension `spo_kernels._C
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from types import ModuleType
 from typing import Any
@@ -31,9 +30,17 @@ def native() -> ModuleType:
     return _C
 
 
-@functools.cache
+_reasons: dict[tuple[str, str], str] = {}  # a dict, since torch.compile cannot see into a cache
+
+
 def unavailable(op: str, backend: str) -> str:
     """Why `backend` cannot run `op` in this installation; an empty string if it can."""
+    if (op, backend) not in _reasons:
+        _reasons[op, backend] = _find_reason(op, backend)
+    return _reasons[op, backend]
+
+
+def _find_reason(op: str, backend: str) -> str:
     if backend == "reference":
         return ""
     if backend == "triton":
