@@ -332,7 +332,9 @@ def verdict(results: dict[str, list[dict]]) -> str:
         last[name] = evals[-1]
         change, error = gain(evals[0], evals[-1], "greedy")
         word = "improved" if change > 2 * error else "did not improve"
-        sentences.append(f"{name} {word} by more than two standard errors ({change / error:+.1f}).")
+        sentences.append(
+            f"{name} {word} by more than two standard errors ({change:+.3f} ± {error:.3f})."
+        )
     names = list(last)
     for other in names[1:]:
         change, error = gain(last[other], last[names[0]], "greedy")

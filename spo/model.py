@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from spo.config import PolicyConfig
 from spo.records import Batch
@@ -48,8 +53,18 @@ def model_folder(path: str) -> str:
 
 
 def load_tokenizer(config: PolicyConfig):
-    """The policy's tokenizer. Raises ValueError with one sentence if it cannot be loaded."""
-    return _load(AutoTokenizer, config)
+    """The policy's tokenizer. Raises ValueError with one sentence if it cannot be loaded.
+
+    A tokenizer.json is taken as it stands: AutoTokenizer silently puts a pre-tokenizer of its own
+    in its place for some model types (transformers 5.19: qwen2).
+    """
+    try:
+        tokenizer = _load(PreTrainedTokenizerFast, config)
+    except ValueError:
+        tokenizer = _load(AutoTokenizer, config)  # no tokenizer.json
+    if len(tokenizer) <= len(tokenizer.all_special_ids) or tokenizer.eos_token_id is None:
+        raise ValueError(f"policy.path: {config.path} holds no tokenizer with an end token")
+    return tokenizer
 
 
 def load_policy(config: PolicyConfig, path: str | None = None) -> torch.nn.Module:

@@ -55,6 +55,11 @@ def test_bad_input_is_one_sentence_and_an_exit_code(recipe, tmp_path, capsys, ov
         assert word in error
 
 
+def test_a_model_without_a_tokenizer_is_refused(recipe, tmp_path, tiny_model, capsys):
+    code = run("train", recipe, *SMALL, f"policy.path={tiny_model}", f"out={tmp_path / 'run'}")
+    assert code == 2 and "holds no tokenizer" in capsys.readouterr().err
+
+
 def test_bad_input_in_a_process_of_its_own(recipe):
     command = [sys.executable, "-m", "spo.cli", "train", recipe + ".none"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
