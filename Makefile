@@ -10,7 +10,6 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip
 
 export HF_HUB_OFFLINE := 1
-export SPO_VLLM := $(VLLM)
 
 .PHONY: setup demo test lint native bench clean
 .DELETE_ON_ERROR:

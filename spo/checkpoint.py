@@ -69,7 +69,6 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
     _fsync(folder)
     for older in _complete(folder):
