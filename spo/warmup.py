@@ -1,6 +1,6 @@
 """Re-create the embedded policy and its tokenizer: `python -m spo.warmup --out DIR`.
 
-A small Llama model learns to imitate the worked solutions of all tasks, imperfect habits included,
+A small Qwen2 model learns to imitate the worked solutions of all tasks, imperfect habits included,
 so that reinforcement learning starts from a policy that is right about half of the time. Everything
 follows from the seed; training is in fp32, the weights are stored in bf16.
 """
@@ -17,16 +17,17 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from spo.tasks import TASKS, prompts
 from spo.tasks.problem import CLOSE, OPEN
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 CONTEXT = 512
-MIXTURE = {"arithmetic": 0.5, "countdown": 0.4, "knights_knaves": 0.1}  # shares of the examples
+MIXTURE = {"arithmetic": 0.47, "countdown": 0.47, "knights_knaves": 0.06}  # shares of the examples
 POOL = 32  # batches whose examples are sorted by length together, to save padding
 RAMP = 50  # steps in which the learning rate rises; then it falls linearly to zero
+CYCLES = ((3000, 2e-3), (800, 1e-3))  # steps and peak learning rate, each from the stored weights
 LOG_EVERY = 100  # steps
 MAX_NEW_TOKENS, EVAL_BATCH = 128, 250
 
@@ -58,26 +59,24 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     """An untrained policy in fp32, 1.9 million parameters, drawn from torch's global seed."""
-    config = LlamaConfig(
+    config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=192,
         num_hidden_layers=4,
         num_attention_heads=3,
         num_key_value_heads=3,
-        head_dim=64,
         intermediate_size=512,
         max_position_embeddings=CONTEXT,
         initializer_range=0.06,  # near 1 / sqrt(hidden size); 0.02 learns much more slowly
         tie_word_embeddings=True,
-        # Llama rather than Qwen2: for the latter AutoTokenizer puts its own pre-tokenizer in place.
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         attn_implementation="eager",  # its backward is the fastest on a CPU at this size
     )
-    return LlamaForCausalLM(config)
+    return Qwen2ForCausalLM(config)
 
 
 def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], int]]:
@@ -111,11 +110,20 @@ def batches(
 
 
 def warm_up(
-    tokenizer: PreTrainedTokenizerFast, *, steps: int, batch_size: int, lr: float, seed: int
-) -> LlamaForCausalLM:
-    """Imitate worked solutions for `steps` AdamW steps; loss on the solutions' tokens only."""
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    model: Qwen2ForCausalLM | None = None,
+) -> Qwen2ForCausalLM:
+    """Imitate worked solutions for `steps` AdamW steps; loss on the solutions' tokens only.
+
+    `model` goes on from where it stands; by default a new one is drawn.
+    """
     torch.manual_seed(seed)
-    model = build_model(tokenizer)
+    model = build_model(tokenizer) if model is None else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), fused=True)
     start = time.monotonic()
     seen, running = 0, 0.0
@@ -147,7 +155,7 @@ def warm_up(
 
 @torch.no_grad()
 def pass_at_1(
-    model: LlamaForCausalLM,
+    model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     task: str,
     *,
@@ -182,22 +190,29 @@ def pass_at_1(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="spo.warmup", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2, help="the shipped policy took 2")
     parser.add_argument("--eval", type=int, default=500, help="test problems per task")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     tokenizer = build_tokenizer()
-    model = warm_up(
-        tokenizer, steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed
-    )
     tokenizer.save_pretrained(args.out)
-    model.to(torch.bfloat16).save_pretrained(args.out)
-    model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32)  # what was stored
+    model = None
+    for cycle, (steps, lr) in enumerate(CYCLES):
+        model = warm_up(
+            tokenizer,
+            steps=steps,
+            batch_size=args.batch_size,
+            lr=lr,
+            seed=args.seed + cycle,
+            model=model,
+        )
+        model.to(torch.bfloat16).save_pretrained(args.out)
+        model = Qwen2ForCausalLM.from_pretrained(  # what was stored
+            args.out, dtype=torch.float32, attn_implementation="eager"
+        )
     for task in MIXTURE:
         greedy, sampled = (
             pass_at_1(model, tokenizer, task, count=args.eval, temperature=t) for t in (0.0, 1.0)

@@ -1,8 +1,8 @@
 """Arithmetic chain: `15 - 9 + 6 * 7` read strictly left to right, every result modulo 20.
 
-The worked solutions are correct but impatient: with probability `MERGE` two operations share one
-line. A policy that imitates them picks the habit up and fails where it merges; reinforcement
-learning has to teach it to go step by step.
+The worked solutions are correct but impatient: at every line, with probability `MERGE` until it has
+happened once, two operations share the line. A policy that imitates them picks the habit up and
+often fails where it merges; reinforcement learning has to teach it to go step by step.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ def _apply(left: int, operator: str, right: int) -> int:
 
 
 def solution(problem: Problem, rng: random.Random, merge: float = MERGE) -> str:
-    """A correct worked solution; with probability `merge` a line does two operations at once."""
+    """A correct worked solution; at most one line, each with probability `merge`, merges two."""
     _, first, *rest = problem.text.split()
     steps = list(zip(rest[::2], map(int, rest[1::2]), strict=True))
     value, lines = int(first), []
     while steps:
         take = 2 if len(steps) > 1 and rng.random() < merge else 1
+        if take == 2:
+            merge = 0.0
         line = str(value)
         for operator, operand in steps[:take]:
             line += f" {operator} {operand}"

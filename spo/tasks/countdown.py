@@ -1,7 +1,7 @@
 """Countdown: reach the target from the given numbers with + - * /, each number used exactly once.
 
-The worked solutions try something, look at the result, and often give up after a wrong attempt: a
-policy that imitates them stops too early; reinforcement learning has to teach it to try again.
+The worked solutions try something, look at the result, and sometimes give up after a wrong attempt:
+a policy that imitates them stops too early; reinforcement learning has to teach it to try again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAME = "countdown"
 LARGEST = 20  # of the given numbers
 VALUES = 101  # the worked solutions stay within the integers 0..100
 ATTEMPTS = 4  # at most so many in a worked solution
-WRONG, GIVE_UP = 0.5, 0.55  # that an attempt is wrong; that a wrong attempt is the last one
+WRONG, GIVE_UP = 0.4, 0.4  # that an attempt is wrong; that a wrong attempt is the last one
 VOCABULARY = (NAME, "make", "+", "-", "*", "/", "=", "(", ")", "no", *map(str, range(VALUES)))
 
 _MAX_LENGTH = 400  # characters of an answer; a bound on the evaluator's time

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import spo
 from spo import warmup
+from spo.config import PolicyConfig
+from spo.model import load_tokenizer
 from spo.tasks import TASKS, prompts
 
 POLICY = Path(spo.__file__).parent / "assets" / "policy"
@@ -18,7 +20,7 @@ EMBEDDED = ["arithmetic", "countdown", "knights_knaves"]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(POLICY)
+    return load_tokenizer(PolicyConfig())
 
 
 @pytest.fixture(scope="module")

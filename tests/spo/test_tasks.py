@@ -154,6 +154,10 @@ def test_arithmetic_solution_worked_by_hand():
     assert arithmetic.solution(problem, random.Random(0), merge=1.0) == (
         "15 - 9 + 6 = 12\n12 * 7 = 4\n<answer> 4 </answer>"
     )
+    longer = Problem("arithmetic 15 - 9 + 6 * 7 + 2\n", 6)
+    assert arithmetic.solution(longer, random.Random(0), merge=1.0) == (
+        "15 - 9 + 6 = 12\n12 * 7 = 4\n4 + 2 = 6\n<answer> 6 </answer>"  # never a second merge
+    )
 
 
 def test_arithmetic_answers_are_the_chains():
