@@ -6,6 +6,8 @@ import json
 import statistics
 from pathlib import Path
 
+from spo.cli import verdict
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 START, END = "<!-- figures -->", "<!-- /figures -->"
@@ -27,7 +29,9 @@ def demo() -> str:
             f"| {name} | {' | '.join(cells)} | {last['generated_tokens'] / 1000:.0f}k "
             f"| {last['seconds']:.0f} |"
         )
-    return "\n".join(rows)
+    return "\n".join(
+        [*rows, "", verdict(record["runs"]), "The task saturates and ranks no methods."]
+    )
 
 
 def rollouts() -> str:

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 110  # files and pipes have no width of their own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -335,16 +337,19 @@ def verdict(results: dict[str, list[dict]]) -> str:
         sentences.append(
             f"{name} {word} by more than two standard errors ({change:+.3f} ± {error:.3f})."
         )
-    names = list(last)
-    for other in names[1:]:
-        change, error = gain(last[other], last[names[0]], "greedy")
-        if abs(change) <= 2 * error:
-            sentences.append(
-                f"{names[0]} and {other} end within two standard errors of each other."
-            )
-        else:
-            better, worse = (names[0], other) if change > 0 else (other, names[0])
-            sentences.append(f"{better} ends above {worse} by {abs(change):.3f} ± {error:.3f}.")
+    first, *others = last
+    for other in others:
+        for kind in ("greedy", "sampled"):
+            if kind not in last[first] or kind not in last[other]:
+                continue
+            change, error = gain(last[other], last[first], kind)
+            better, worse = (first, other) if change > 0 else (other, first)
+            if abs(change) <= 2 * error:
+                sentences.append(f"{kind}: {first} and {other} end within two standard errors.")
+            else:
+                sentences.append(
+                    f"{kind}: {better} ends above {worse} by {abs(change):.3f} ± {error:.3f}."
+                )
     return " ".join(sentences)
 
 
