@@ -5,14 +5,17 @@ an unknown key or a wrong type is one sentence that names it.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 STRICT = {"extra": "forbid"}
 
@@ -230,6 +233,8 @@ def load_config(path: str | os.PathLike | None = None, overrides: Sequence[str] 
     Raises ValueError with one sentence for a missing file, bad YAML, an unknown key, a wrong type,
     or settings that contradict each other.
     """
+    from pydantic import TypeAdapter, ValidationError  # not needed to use a Config made in code
+
     tree: dict[str, Any] = {}
     if path is not None:
         try:
@@ -254,7 +259,7 @@ def load_config(path: str | os.PathLike | None = None, overrides: Sequence[str] 
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved recipe as YAML that `load_config` reads back."""
-    tree = TypeAdapter(Config).dump_python(config, mode="json")
+    tree = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples to lists, as YAML has them
     path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
 
 
