@@ -151,6 +151,7 @@ class HFEngine:
         self.version = version
         rows = len(self.running)  # these keep their keys and values, of the older version
         self.lens[rows:] = 0
+        self.used[:] = 0  # so that slots, and with them rounding, do not depend on the past
 
     def counters(self) -> dict[str, float]:
         return dict(self._counters)

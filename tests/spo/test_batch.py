@@ -121,7 +121,7 @@ def check(models, forest, advantages, threshold, budget):
     for batch in batches:
         out = policy_loss(packed, batch, config, 1.0).loss
         out.backward()
-        loss += float(out)
+        loss += float(out.detach())
     if not isinstance(expected, torch.Tensor):
         expected = torch.zeros((), dtype=torch.float64)
     assert loss == pytest.approx(float(expected), rel=1e-9, abs=1e-12)

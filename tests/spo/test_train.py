@@ -91,6 +91,8 @@ def test_same_seed_same_run(reference, tmp_path):
     assert weights(other) != weights(reference[0])
 
 
+LONG = ["train.replay_nodes=2", "train.iterations=12", "eval.every=0"]
+
 SCRIPT = """
 import sys
 from spo.cli import main
@@ -103,37 +105,43 @@ def start(out, *more):
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text("name: test\n")
     command = [sys.executable, "-c", SCRIPT, "train", str(recipe), *SMALL, f"out={out}"]
-    command += ["train.replay_nodes=2", *more]
+    command += [*LONG, *more]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(path: Path, process) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+@pytest.fixture(scope="module")
+def long_reference(tmp_path_factory):
+    """An undisturbed run, in a process of its own, that is long enough to be interrupted."""
+    out = tmp_path_factory.mktemp("long")
+    process = start(out)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return out, read_metrics(out / "metrics.jsonl")
 
 
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)], ids=["ctrl-c", "kill -9"]
 )
-def test_an_interrupted_run_resumes_to_the_same_weights(reference, tmp_path, signum, code):
+def test_an_interrupted_run_resumes_to_the_same_weights(long_reference, tmp_path, signum, code):
     process = start(tmp_path)
-    wait_for(tmp_path / "checkpoints" / "iter-000001", process)
-    time.sleep(0.3)  # somewhere in the second iteration
+    deadline = time.monotonic() + 120
+    while latest_checkpoint(tmp_path) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.15)  # somewhere in a later iteration
     process.send_signal(signum)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     if signum == signal.SIGINT:
         assert "--resume" in errors.splitlines()[-1]
     at = load_state(latest_checkpoint(tmp_path)).iteration
-    assert 1 <= at < 3
+    assert 1 <= at < 12
     process = start(tmp_path, "--resume")
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert weights(tmp_path) == weights(reference[0])
-    assert forest_bytes(tmp_path) == forest_bytes(reference[0])
-    mine, theirs = read_metrics(tmp_path / "metrics.jsonl"), reference[1]
+    assert weights(tmp_path) == weights(long_reference[0])
+    assert forest_bytes(tmp_path) == forest_bytes(long_reference[0])
+    mine, theirs = read_metrics(tmp_path / "metrics.jsonl"), long_reference[1]
     for a, b in zip(mine, theirs, strict=True):
         assert (a["stage"], a["iteration"], a["generated_tokens"]) == (
             b["stage"],
