@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spo.config import AdvantageConfig
-from spo.records import LENGTH, STOP, Forest
+from spo.records import Forest
 from spo_kernels import tree_advantages, tree_values
 
 ZERO_ADVANTAGE = 1e-6  # a node trains only above this
@@ -46,8 +46,7 @@ def _fill_roots(forest: Forest, values: Tensor, root_value: str) -> Tensor:
     """Values with those roots filled that have no counted child (chains)."""
     if root_value != "group":
         return values
-    leaf = (forest.finish == STOP) | (forest.finish == LENGTH)
-    ends = leaf & forest.trained & forest.rewards.isfinite()
+    ends = forest.is_leaf & forest.trained & forest.rewards.isfinite()
     weight = torch.where(ends, forest.weight, 0).double()
     trees = forest.prompt.long()
     count = torch.zeros(len(forest.prompts), dtype=torch.float64)
@@ -64,8 +63,7 @@ def summarize(forest: Forest, values: Tensor, advantages: Tensor) -> dict[str, f
     roots = forest.parent < 0
     seen = values[roots & values.isfinite()]
     graded = forest.rewards[forest.rewards.isfinite()]
-    leaf = (forest.finish == STOP) | (forest.finish == LENGTH)
-    trajectories = int((leaf & trained).sum())
+    trajectories = int((forest.is_leaf & trained).sum())
     return {
         "value_n": float(seen.numel()),
         "value_mean": float(seen.mean()),

@@ -90,6 +90,11 @@ class Forest:
         roots = self.parent < 0
         return int((self.cu_tokens.diff()[~roots]).sum())
 
+    @property
+    def is_leaf(self) -> Tensor:
+        """(S,) bool, nodes whose response has ended: they earn a reward."""
+        return (self.finish == STOP) | (self.finish == LENGTH)
+
     def tokens(self, node: int) -> list[int]:
         """Token ids of one node."""
         return self.token_ids[self.cu_tokens[node] : self.cu_tokens[node + 1]].tolist()

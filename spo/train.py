@@ -98,9 +98,8 @@ def train(
             run.sync(state.version)
             stream = islice(run.train_prompts(), state.prompt_cursor, None)
             while not _finished(config, state):
-                if config.eval.every and state.iteration % config.eval.every == 0:
-                    write(run.evaluate())
-                elif state.iteration == 0:
+                every = config.eval.every
+                if state.iteration == 0 or (every and state.iteration % every == 0):
                     write(run.evaluate())
                 buffer = _iteration(config, run, state, buffer, stream, write)
                 if state.iteration % config.train.checkpoint_every == 0 or _finished(config, state):
