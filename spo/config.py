@@ -206,6 +206,10 @@ class TrainConfig:
     """Stop after the iteration in which this many tokens have been generated."""
     prompts: int = 16
     """Prompts per iteration."""
+    stream_depth: int = 0
+    """Admit prompts of this many iterations ahead whenever the engine has empty places, so that it
+    stays full while the last responses of this one run. Tokens are then up to this many weight
+    versions old, and two runs with one seed need not be equal."""
     epochs: int = 1
     """Passes over an iteration's nodes."""
     restart: bool = False
@@ -390,6 +394,8 @@ def check(config: Config) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise ValueError(f"{name}: expected a positive number, found {value}")
+    if train.stream_depth < 0:
+        raise ValueError(f"train.stream_depth: expected 0 or more, found {train.stream_depth}")
 
 
 LOSS_OF = {"values": "policy", "gae": "policy", "correct": "nll", "pairs": "dpo"}

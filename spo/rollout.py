@@ -102,7 +102,7 @@ class Rollout:
         """Start the tree of the prompt that stands at `index` in its iteration."""
         start = time.perf_counter()
         self.check(prompt)
-        tree = Tree(index, prompt, iteration, next(self._serials))
+        tree = Tree(index, prompt, self.shape, iteration, next(self._serials))
         for growth in self.shape.start(tree):
             self._submit(tree, growth)
         self.stats.seconds += time.perf_counter() - start
@@ -168,7 +168,7 @@ class Rollout:
         again = (len(prefix) - 1) % self.engine.block_size + 1
         self.stats.prefill_bound += n * again + fresh * (len(prefix) - again)
         tree.open += n
-        priority = tree.serial * (self.shape.max_level + 1) - growth.level  # depth first
+        priority = tree.serial * (tree.shape.max_level + 1) - growth.level  # depth first
         self.engine.submit(
             Request(
                 key=key,
@@ -191,7 +191,7 @@ class Rollout:
             self._retry(tree, growth, sample)
         elif not tree.dropped:
             known = len(tree.nodes)
-            for child in self.shape.extend(tree, growth, sample):
+            for child in tree.shape.extend(tree, growth, sample):
                 self._branch(key, tree, child)
             for node in range(known, len(tree.nodes)):
                 self._reward(tree, node)

@@ -39,6 +39,7 @@ class Tree:
 
     index: int  # place of the prompt in its iteration
     prompt: Prompt
+    shape: Shape | None = None  # what it grows into; a rollout's may change between prompts
     iteration: int = 0
     serial: int = 0  # place among all trees of a rollout
     open: int = 0  # samples and gradings it still waits for

@@ -14,12 +14,13 @@ from spo import advantages, checkpoint, distributed, replay
 from spo.config import Config
 from spo.distributed import Ranks
 from spo.engines import Engine, make_engine
+from spo.engines.lanes import Lane
 from spo.evaluate import pass_at_1
 from spo.learner import Learner
 from spo.metrics import MetricsWriter
 from spo.model import load_tokenizer, model_folder, sequence_logprobs
 from spo.records import Completion, Forest, Prompt, Replay, Request
-from spo.rollout import RolloutOptions, RolloutStats, grow
+from spo.rollout import Rollout, RolloutOptions, RolloutStats, Stream
 from spo.shapes import make_shape
 from spo.tasks import get_task, prompts_of
 from spo.tasks.grading import Grader
@@ -71,7 +72,7 @@ def train(
         _writer(config, state, ranks) as writer,
         Grader() as grader,
     ):
-        run = _Run(config, ranks, tokenizer, learner, engine, grader)
+        run = _Run(config, ranks, tokenizer, learner, engine, grader, state)
 
         def write(line: dict) -> None:
             if not ranks.main:
@@ -87,18 +88,20 @@ def train(
 
         try:
             run.sync(state.version)
-            stream = islice(run.train_prompts(), state.prompt_cursor, None)
             while not _finished(config, state):
                 every = config.eval.every
                 if state.iteration == 0 or (every and state.iteration % every == 0):
                     write(run.evaluate())
-                buffer = _iteration(config, run, state, buffer, stream, write)
+                buffer = _iteration(config, run, state, buffer, write)
                 if state.iteration % config.train.checkpoint_every == 0 or _finished(config, state):
                     learner.save(tokenizer, state, buffer)
+            run.engine.abort()  # what was streamed ahead
             write(run.evaluate())
         finally:
             if own:
                 engine.close()
+            else:
+                engine.abort()
     return lines
 
 
@@ -147,15 +150,11 @@ def _iteration(
     run: _Run,
     state: checkpoint.State,
     buffer: Replay,
-    stream: Iterator[Prompt],
     write: Report,
 ) -> Replay:
     """One rollout and the optimiser steps on it; `state` moves on by one iteration."""
     start = time.perf_counter()
-    prompts = list(islice(stream, config.train.prompts))
-    if len(prompts) < run.ranks.world:
-        raise ValueError(f"task: {config.task} has no training prompts left")
-    forest, costs = run.grow(prompts, state)
+    forest, costs = run.grow(state)
     grown = time.perf_counter()
     run.engine.sleep()
     values, credit = advantages.assign(forest, config.advantage)
@@ -192,10 +191,12 @@ def _iteration(
         "retried": sum(cost.retried for cost in costs),
         "truncated": sum(cost.truncated for cost in costs),
         "invalid_gradings": sum(cost.invalid_gradings for cost in costs),
+        "max_age": max(cost.max_age for cost in costs),
+        "mean_age": sum(cost.mean_age for cost in costs) / len(costs),
         "replay_trees": len(buffer.forest.prompts) if buffer.forest is not None else 0,
     }
     state.generated_tokens += generated
-    state.prompt_cursor += len(prompts)
+    state.prompt_cursor += sum(cost.trees + cost.dropped_prompts for cost in costs)
     state.seconds += synced - start
     write(line)
     state.iteration += 1
@@ -205,10 +206,10 @@ def _iteration(
 class _Run:
     """The parts of a run, wired together."""
 
-    def __init__(self, config, ranks, tokenizer, learner, engine, grader):
+    def __init__(self, config, ranks, tokenizer, learner, engine, grader, state):
         self.config, self.ranks, self.tokenizer = config, ranks, tokenizer
         self.learner, self.model = learner, learner.model
-        self.engine, self.grader = engine, grader
+        self.engine, self.grader = Lane(engine), grader
         self.stop_token_ids = (tokenizer.eos_token_id,)
         temperature = config.sampling.temperature
         self.shape = make_shape(
@@ -222,9 +223,25 @@ class _Run:
         self.test_prompts = list(
             islice(prompts_of(config, "test", tokenizer), config.eval.problems)
         )
+        self.rollout = Rollout(
+            self.engine.beside(),  # runs on while the probe and an evaluation use the engine
+            self.shape,
+            grader,
+            self.decode,
+            self.options(state.iteration, temperature),
+        )
+        share = range(ranks.rank, config.train.prompts, ranks.world)
+        self.stream = Stream(
+            self._prompts(state.prompt_cursor), len(share), self.rollout, config.train.stream_depth
+        )
 
-    def train_prompts(self) -> Iterator[Prompt]:
-        return prompts_of(self.config, "train", self.tokenizer, self.config.train.seed)
+    def _prompts(self, cursor: int) -> Iterator[Prompt]:
+        """This rank's share of each iteration's prompts, from the `cursor`-th prompt on."""
+        config, ranks = self.config, self.ranks
+        found = prompts_of(config, "train", self.tokenizer, config.train.seed)
+        found = islice(found, cursor, None)
+        while prompts := list(islice(found, config.train.prompts)):
+            yield from prompts[ranks.rank :: ranks.world]
 
     def decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -238,19 +255,15 @@ class _Run:
             truncated=self.config.sampling.truncated,
         )
 
-    def grow(
-        self, prompts: list[Prompt], state: checkpoint.State
-    ) -> tuple[Forest, list[RolloutStats]]:
+    def grow(self, state: checkpoint.State) -> tuple[Forest, list[RolloutStats]]:
         """The forest of all ranks, each of which grows its share, and what it cost each."""
-        options = self.options(state.iteration, self.config.sampling.temperature)
         limit = response_limit(self.config, state)
-        shape = dataclasses.replace(self.shape, max_new_tokens=limit)
-        mine = prompts[self.ranks.rank :: self.ranks.world]
-        grown = grow(mine, self.engine, shape, self.grader, self.decode, options)
-        if self.ranks.world == 1:
-            return grown[0], [grown[1]]
-        forests, costs = zip(*distributed.gather(self.ranks, grown), strict=True)
-        return replay.concat([f for f in forests if f.num_nodes] or forests[:1]), list(costs)
+        self.rollout.shape = dataclasses.replace(self.shape, max_new_tokens=limit)
+        grown = distributed.gather(self.ranks, next(self.stream, None))
+        if None in grown:
+            raise ValueError(f"task: {self.config.task} has no training prompts left")
+        forests, costs = zip(*grown, strict=True)
+        return replay.concat(forests), list(costs)
 
     def evaluate(self) -> dict:
         """Greedy and sampled Pass@1 on the test split, as a metrics line."""

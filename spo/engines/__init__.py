@@ -40,6 +40,9 @@ class Engine(Protocol):
     def poll(self) -> list[Completion]:
         """Advance by one step and return the samples that finished in it."""
 
+    def abort(self) -> None:
+        """Drop every sample that waits or runs."""
+
     def sleep(self) -> None:
         """Give memory to the trainer until `load_weights`, where the engine can."""
 

@@ -134,6 +134,10 @@ class HFEngine:
         counters["step_seconds"] += time.perf_counter() - start
         return done
 
+    def abort(self) -> None:
+        self.running, self.waiting = [], []
+        self.slots.clear()
+
     def sleep(self) -> None:
         """Nothing to give back: trainer and engine share one process and its memory."""
 

@@ -63,6 +63,12 @@ class Lane:
         done, self._inbox = self._inbox, []
         return done
 
+    def abort(self) -> None:
+        """Drop the samples of all lanes."""
+        self.engine.abort()
+        self._owners.clear()
+        self._inbox.clear()
+
     def sleep(self) -> None:
         self.engine.sleep()
 

@@ -71,6 +71,15 @@ class EnginePool:
                 done += self._failed(member)
         return done
 
+    def abort(self) -> None:
+        for member in self.members:
+            member.owed.clear()
+            try:
+                if member.lost is None:
+                    member.engine.abort()
+            except ConnectionError as error:
+                member.lost = str(error)
+
     def sleep(self) -> None:
         for member in self._alive():
             member.engine.sleep()

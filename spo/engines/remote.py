@@ -171,6 +171,20 @@ class RemoteEngine:
             raise ConnectionError(self._lost)
         return done
 
+    def abort(self) -> None:
+        """Drop what waits here; what the server samples is waited for and thrown away."""
+        while True:
+            try:
+                item = self._work.get_nowait()
+            except queue.Empty:
+                break
+            if item == END:
+                self._work.put(END)
+                break
+            self._in_flight -= 1
+        while self._in_flight:
+            self.poll()
+
     def sleep(self) -> None:
         """Nothing: a server shares no memory with the trainer."""
 

@@ -114,6 +114,7 @@ class VLLMEngine:
                 temperature=request.temperature,
                 max_tokens=request.max_new_tokens,
                 stop_token_ids=list(request.stop_token_ids),
+                ignore_eos=True,  # the request's stop tokens are all that stops it
                 seed=request.seed + index,
                 logprobs=0,
                 flat_logprobs=True,
@@ -133,6 +134,10 @@ class VLLMEngine:
         self._counters["steps"] += 1
         self._counters["step_seconds"] += time.perf_counter() - start
         return [self._completion(output) for output in outputs if output.finished]
+
+    def abort(self) -> None:
+        self.engine.abort_request(list(self._requests))
+        self._requests.clear()
 
     def sleep(self) -> None:
         """Give weights and cache back to the card until `load_weights`; samples in flight wait."""

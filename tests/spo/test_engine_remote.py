@@ -269,6 +269,13 @@ def test_a_dropped_sample_leaves_the_server(servers, engine):
     assert engine.counters()["steps"] == steps < before + 250  # it stopped, before the end
 
 
+def test_aborted_samples_are_gone(engine, plain):
+    engine.submit(Request(0, (5, 9, 3), SEATS + 20, 100, (), 1))  # some of them wait here
+    engine.abort()
+    assert engine.room == SEATS and engine.poll() == []
+    assert worst_difference(engine, plain) < 1e-4
+
+
 def assert_whole(forest, shape):
     """Every tree has every node of its shape, once."""
     for node in range(forest.num_nodes):

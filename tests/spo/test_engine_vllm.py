@@ -139,6 +139,21 @@ def test_seeds_repeat_and_stops_stop(engine):
         assert not set(ids[:-1]) & {7, 8, 9, 10, 11, 12}
 
 
+def test_only_the_request_s_tokens_stop(engine):
+    engine.submit(Request(0, (5, 9, 3), 24, 60, (), 3, 2.0))  # the model's own EOS is 1
+    done = drain(engine, 24)
+    assert any(1 in c.token_ids for c in done)
+    assert all(c.finish == LENGTH and len(c.token_ids) == 60 for c in done)
+
+
+def test_aborted_samples_leave_the_engine(engine, plain):
+    engine.submit(Request(0, (5, 9, 3), 40, 60, (), 1))  # some of them wait for a place
+    engine.poll()
+    engine.abort()
+    assert engine.room == 32 and engine.poll() == []
+    assert worst_difference(engine, plain) < 1e-4
+
+
 def test_a_forest_s_ids_are_what_vllm_sampled(engine):
     seen = []
     poll = engine.poll

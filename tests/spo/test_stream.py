@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from spo.engines.hf import HFEngine
 from spo.engines.lanes import Lane
+from spo.engines.pool import EnginePool
 from spo.records import LENGTH, STOP, Prompt, Request
 from spo.rollout import Rollout, RolloutOptions, Stream, grow
 from spo.shapes import TreeShape, star
@@ -159,6 +160,32 @@ def test_token_frequencies_of_a_forest_are_those_of_independent_samples(tiny_mod
         chi2 = float(((counts - expected) ** 2 / expected)[likely].sum())
         freedom = int(likely.sum())
         assert len(children) == 1500 and chi2 < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_aborted_samples_leave_the_engine(engine, grader):
+    pool = EnginePool([engine, HFEngine(engine.model.name_or_path, max_num_seqs=16)])
+    lane = Lane(pool)
+    next(Stream(PROMPTS, 3, Rollout(lane, TREE, grader, rewarded, OPTIONS), 1))
+    assert pool.room < 32
+    lane.abort()
+    assert pool.room == 32 and lane.poll() == []
+    anew, _ = grow(PROMPTS[:3], lane, TREE, grader, rewarded, OPTIONS)
+    alone, _ = grow(PROMPTS[:3], engine, TREE, grader, rewarded, OPTIONS)
+    assert canonical(anew) == canonical(alone)
+
+
+def test_the_shape_may_change_between_prompts(engine, grader):
+    """Trees under way keep theirs: a longer limit for the next ones does not reach them."""
+    rollout = Rollout(engine, TREE, grader, rewarded, OPTIONS)
+    stream = Stream(PROMPTS[:6], 3, rollout, 0)
+    rollout.shape = star(2, 9)
+    first, _ = next(stream)
+    rollout.shape = TREE
+    second, _ = next(stream)
+    assert first.num_nodes == 3 + 3 * 2 and int(first.cu_tokens.diff()[1:].max()) <= 9
+    options = dataclasses.replace(OPTIONS, iteration=1)
+    alone, _ = grow(PROMPTS[3:6], engine, TREE, grader, rewarded, options)
+    assert canonical(second) == canonical(alone)
 
 
 def test_bad_settings(engine, grader):

@@ -161,6 +161,39 @@ def test_resume_without_a_checkpoint_starts(tmp_path):
     assert [line["stage"] for line in lines] == ["eval", "train", "eval"]
 
 
+STREAMED = ["train.stream_depth=1", "train.iterations=4"]
+
+
+def test_a_streamed_run_trains_on_its_own_prompts_at_most_one_version_late(reference, tmp_path):
+    from spo.engines.hf import HFEngine
+    from spo.model import EMBEDDED
+
+    engine = HFEngine(str(EMBEDDED), max_num_seqs=64, max_model_len=96)
+    lines = train(config(tmp_path, *STREAMED), engine=engine)
+    trains = [line for line in lines if line["stage"] == "train"]
+    ages = [line["max_age"] for line in trains]
+    assert ages[0] == 0 and max(ages) == 1
+    assert all((line["mean_age"] > 0) == (line["max_age"] > 0) for line in trains)
+    assert all(line["probe_difference"] < 1e-3 for line in trains)
+    assert load_state(latest_checkpoint(tmp_path)).prompt_cursor == 16
+    assert engine.room == 64  # what was streamed ahead of the end has left it
+    first, last = (Forest.load(tmp_path / f"forest-{n}.safetensors") for n in ("first", "last"))
+    plain = Forest.load(reference[0] / "forest-first.safetensors")
+    assert first.prompts == plain.prompts and not set(first.prompts) & set(last.prompts)
+    assert set(last.born[last.parent >= 0].tolist()) <= {2, 3}
+
+
+def test_a_streamed_run_resumes_at_its_next_prompt(reference, tmp_path):
+    undisturbed = tmp_path / "a"
+    train(config(undisturbed, "train.stream_depth=1", "train.iterations=3"))
+    halves = tmp_path / "b"
+    train(config(halves, "train.stream_depth=1", "train.iterations=2"))
+    lines = train(config(halves, "train.stream_depth=1", "train.iterations=3"), resume=True)
+    assert [line["max_age"] for line in lines if line["stage"] == "train"] == [0]  # grown anew
+    a, b = (Forest.load(out / "forest-last.safetensors") for out in (undisturbed, halves))
+    assert a.prompts == b.prompts
+
+
 def test_damaged_checkpoints_get_a_sentence(reference, tmp_path):
     import shutil
 
