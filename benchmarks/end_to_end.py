@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from runs import Arm
 
-RATES = (2e-5, 5e-5, 1e-4, 2e-4)  # AdamW on the embedded policy; centred on what the demo takes
+RATES = (5e-5, 1e-4, 2e-4, 4e-4)  # AdamW on the embedded policy; around what the demo takes
 METHODS = (
     Arm("SPO-tree", "spo-tree.yaml", learning_rates=RATES),
     Arm("SPO-chain", "spo-chain.yaml", learning_rates=RATES),
@@ -26,9 +26,9 @@ METHODS = (
     Arm("GRPO + mask", "grpo-mask.yaml", learning_rates=RATES),
     Arm("RLOO", "rloo.yaml", learning_rates=RATES),
     Arm("PPO", "ppo.yaml", learning_rates=RATES),
-    Arm("RestEM", "restem.yaml", learning_rates=(5e-5, 1e-4, 2e-4, 5e-4)),
-    Arm("DPO", "dpo.yaml", learning_rates=(5e-6, 1e-5, 2e-5, 5e-5)),
-    Arm("DPO-Positive", "dpo-positive.yaml", learning_rates=(5e-6, 1e-5, 2e-5, 5e-5)),
+    Arm("RestEM", "restem.yaml", ("eval.every=1",), (1e-4, 2e-4, 4e-4, 8e-4)),
+    Arm("DPO", "dpo.yaml", learning_rates=(1e-5, 2e-5, 5e-5, 1e-4)),
+    Arm("DPO-Positive", "dpo-positive.yaml", learning_rates=(1e-5, 2e-5, 5e-5, 1e-4)),
     Arm("GRPO, staged", "grpo-staged.yaml", learning_rates=RATES),
 )
 

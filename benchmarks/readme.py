@@ -6,11 +6,11 @@ python benchmarks/readme.py     # and python benchmarks/plot.py for the drawings
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 
 import kernel_tables
 import results
+import rollout_tables
 
 from spo.cli import verdict
 
@@ -39,37 +39,9 @@ def demo() -> str:
     )
 
 
-def rollouts() -> str:
-    """Ways to grow the same trees, from `rollout_tree.py --json`."""
-    record = json.loads((RESULTS / "rollout_tree.json").read_text())
-    settings, runs = record["settings"], record["runs"]
-    bound = record["prefill_lower_bound"]
-
-    def median(way: str, key: str) -> float:
-        return statistics.median(r[key] for r in runs if r["way"] == way)
-
-    names = {
-        "naive": "every prefix recomputed",
-        "level": "prefixes cached, a barrier per level",
-        "group": "prefixes cached, a barrier per sibling group",
-        "ours": "prefixes cached, no barrier (ours)",
-    }
-    rows = ["| rollout of the same trees | tokens/s | × | prefill / lower bound | hit rate |"]
-    rows.append("|---|---|---|---|---|")
-    for way, name in names.items():
-        rows.append(
-            f"| {name} | {median(way, 'tokens_per_s'):.0f} "
-            f"| {median('naive', 'seconds') / median(way, 'seconds'):.2f} "
-            f"| {median(way, 'prefill') / bound:.2f} | {median(way, 'hit_rate'):.2f} |"
-        )
-    widths = "-".join(map(str, settings["widths"]))
-    rows.append("")
-    rows.append(
-        f"{settings['trees']} trees {widths}, prompts of {settings['prompt']} tokens, segments of "
-        f"{settings['segment']}, {settings['parameters'] / 1e6:.0f}M parameters, vLLM on CPU, "
-        f"medians of {settings['repeats']}."
-    )
-    return "\n".join(rows)
+def rollouts() -> dict[str, dict]:
+    """The cases of `rollout_tree.py --json`."""
+    return json.loads((RESULTS / "rollout_tree.json").read_text())
 
 
 def write_between(path: Path, mark: str, body: str) -> None:
@@ -82,8 +54,11 @@ def write_between(path: Path, mark: str, body: str) -> None:
 
 def main() -> None:
     tables = [kernel_tables.overview(device, results.ROOT) for device in results.devices()]
-    figures = "\n\n".join([*filter(None, tables), rollouts(), demo()])
+    cases = rollouts()
+    shown = [rollout_tables.markdown(cases[name]) for name in ("6-6-6", "stream")]
+    figures = "\n\n".join([*filter(None, tables), *shown, demo()])
     write_between(ROOT / "README.md", "figures", figures)
+    write_between(ROOT / "docs" / "rollout.md", "rollouts", rollout_tables.everything(cases))
     write_between(ROOT / "docs" / "kernels.md", "kernels", kernel_tables.everything(results.ROOT))
 
 

@@ -1,7 +1,7 @@
 """SPO-tree rollouts in vLLM: what sharing prefixes, alignment, order and streaming are worth.
 
-Ways to grow the same trees (same seeds, node lengths drawn once from (seed, tree, path), no early
-stop unless asked for) in one engine:
+Ways to grow the same trees or chains (same seeds, node lengths drawn once from (seed, tree, path),
+no early stop unless asked for) in one engine:
 
     naive       every request recomputes its whole prefix
     level       prefixes cached; a level starts when the one above has ended everywhere
@@ -9,16 +9,19 @@ stop unless asked for) in one engine:
     frontier    prefixes cached; a node branches in the step after it ends, first come first served
     depth       the same, deepest node of the first tree first (what `spo` does)
     aligned     depth, with segments that end one token after the edge of a cache block
-    stream      depth, the next iteration's prompts admitted while the last leaves of this one run
+    stream      depth, the next iteration's prompts admitted while the last leaves of this one run;
+                against "no stream", iterations one after the other; the cache is forgotten after
+                each of them, as after an update of the weights
 
 Every figure is a counter of the engine or a clock. The cache is reset before every run, the first
 round is discarded, the order of the ways is drawn anew for every round; medians and ranges are
-given, and a difference inside the range is called none. Exact bounds of a tree with N_i nodes on
-level i, whose prefixes have C_i tokens: generated sum(N_i s_i); prefill without a cache
-sum(N_i C_i); with one of full blocks, P for the first request of a prompt and ((L - 1) mod block)
-+ 1 for every other request of length L.
+given, and a difference inside the range is called none. The bound on prefilled tokens is exact for
+a cache of full blocks: P for the first request of a prompt and ((L - 1) mod block) + 1 for every
+other request of length L.
 
-    python benchmarks/rollout_tree.py [--widths 6 6 6] [--segment 128] [--trees 4] [--json FILE]
+    python benchmarks/rollout_tree.py                       every case, about an hour, with --json
+    python benchmarks/rollout_tree.py --case 6-6-6 stream   some of them
+    python benchmarks/rollout_tree.py --case sweep          one setting at a time
     python benchmarks/rollout_tree.py --quick
 """
 
@@ -40,32 +43,36 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from occupancy import DrawnLengths, Trace, cost_per_token, write_plot
 from policy import build_policy
 from rich.console import Console
-from rich.table import Table
+from rollout_tables import STREAMS, median, table, verdicts
 
 from spo.checkpoint import versions
 from spo.engines import make_engine
 from spo.records import Prompt
 from spo.rollout import Rollout, RolloutOptions, Stream
-from spo.shapes import TreeShape
+from spo.shapes import ChainShape, Shape, TreeShape, fixed_partition
 from spo.tasks.grading import Grader
 
 WAYS = ("naive", "level", "group", "frontier", "depth", "aligned")
-STREAMS = ("no stream", "stream")
-COLUMNS = {  # key of a run -> heading, format
-    "trees_per_s": ("trees/s", ".3f"),
-    "tokens_per_s": ("tokens/s", ".0f"),
-    "seconds": ("wall s", ".2f"),
-    "first_tree": ("first", ".1f"),
-    "median_tree": ("median", ".1f"),
-    "prefill": ("prefill", ",.0f"),
-    "prefill_per_bound": ("/ bound", ".2f"),
-    "recomputed": ("again", ",.0f"),
-    "preempted": ("preempted", ".0f"),
-    "running_share": ("running/cap", ".2f"),
-    "above_90": ("> 90 %", ".2f"),
-    "tokens_per_step": ("tokens/step", ".1f"),
-    "kv_peak": ("KV peak", ".2f"),
-    "loop_share": ("loop", ".3f"),
+LARGE = {"hidden": 512, "layers": 8, "vocabulary": 16384}  # 30M parameters: prefill matters
+SMALL = {"hidden": 192, "layers": 4, "vocabulary": 512}  # as many as the embedded policy
+CASES: dict[str, dict] = {  # what differs from the defaults of the command line
+    "6-6-6": LARGE,
+    "4-4-4": LARGE | {"widths": [4, 4, 4], "trees": 2},
+    "8-8-8": LARGE | {"widths": [8, 8, 8], "segment": 64, "repeats": 3},
+    "chain": LARGE | {"chain": [8, 9], "segment": 64, "ways": WAYS[:-1]},
+    "stream": SMALL | {"widths": [4, 2, 2], "spread": 0.5, "trees": 4, "iterations": 8, "ways": []},
+    "stream 6-6-6": SMALL
+    | {"segment": 32, "spread": 0.5, "trees": 4, "iterations": 8, "ways": [], "repeats": 3},
+}
+SWEEP = SMALL | {"widths": [4, 4, 4], "segment": 32, "trees": 2, "repeats": 3}
+SWEEP |= {"ways": ["naive", "level", "group", "depth"], "spread": 0.0}
+SWEEPS: dict[str, tuple] = {  # setting -> values, the others as in SWEEP
+    "trees": (1, 2, 8, 16),
+    "max_num_seqs": (16, 256),
+    "cache_mib": (4, 8),
+    "segment": (64, 128),
+    "block_size": (64, 128),
+    "spread": (0.5, 0.9),
 }
 
 
@@ -102,7 +109,7 @@ def run_once(way: str, engine, arguments, prompts: list[Prompt], seed: int) -> d
     start = time.perf_counter()
     with Grader() as grader:
         rollout = Rollout(trace, shape, grader, lambda ids: "", options)
-        stream = Stream(prompts[:count], arguments.trees, rollout, way == "stream")
+        stream = Stream(prompts[:count], arguments.trees, rollout, STREAMS.get(way, 0))
         while True:
             for _ in stream.trees():
                 done.append(time.perf_counter() - start)
@@ -145,172 +152,140 @@ def run_once(way: str, engine, arguments, prompts: list[Prompt], seed: int) -> d
     }
 
 
-def shape_of(arguments, align: int = 1) -> TreeShape:
-    depth = len(arguments.widths)
-    total = arguments.segment * depth
-    total += (depth - 1) * (arguments.block_size // 2)  # what alignment may add to segments
-    segments = (arguments.segment,) * (depth - 1)
+def shape_of(arguments, align: int = 1) -> Shape:
+    """Trees, or chains of as many segments, each of whose boundaries is probed."""
+    total = arguments.segment * len(arguments.widths)
+    if arguments.chain:
+        group, probes = arguments.chain
+        return ChainShape(group, probes, fixed_partition(arguments.segment), total)
+    segments = (arguments.segment,) * (len(arguments.widths) - 1)
     return TreeShape(tuple(arguments.widths), segments, total, align)
 
 
-def bounds(arguments, prompts: list[Prompt]) -> dict[str, int]:
-    """Generated tokens and prefill without a cache of one iteration's full trees, unaligned."""
-    shape = shape_of(arguments)
-    generated = naive = 0
-    for prompt in prompts[: arguments.trees]:
-        nodes, prefix = 1, len(prompt.prompt_ids)
-        last = shape.max_new_tokens - sum(shape.segment_tokens)
-        for width, segment in zip(shape.widths, (*shape.segment_tokens, last), strict=True):
-            nodes *= width
-            naive += nodes * prefix
-            generated += nodes * segment
-            prefix += segment
-    return {"generated": generated, "prefill_naive": naive}
-
-
-def predicted_gain(cost: dict[str, float], limits: dict[str, int], prefill: float) -> float:
+def predicted_gain(cost: dict[str, float], runs: list[dict]) -> float:
     """Wall of re-prefilling over wall of caching, from the costs per token of the same run."""
-    decode = limits["generated"] * cost["decode_s"]
-    naive = decode + limits["prefill_naive"] * cost["prefill_s"]
-    return naive / (decode + prefill * cost["prefill_s"])
+    decode = cost["decode_s"] * median(runs, "depth", "generated")
+    naive, cached = (cost["prefill_s"] * median(runs, w, "prefill") for w in ("naive", "depth"))
+    return (decode + naive) / (decode + cached)
 
 
-def main() -> int:
-    arguments = parse()
-    console = Console(highlight=False)
-    console.width = max(console.width, 150)
+def measure(arguments, console: Console) -> dict:
+    """All rounds of one case; its record."""
     rng = random.Random(0)
     low, high = arguments.prompt[0], arguments.prompt[-1]
     prompts = [
         Prompt(
             tuple(rng.randrange(2, arguments.vocabulary) for _ in range(rng.randint(low, high))),
             "",
-            "",
+            "arithmetic",  # nothing is graded: every response runs into its limit
         )
         for _ in range(arguments.trees * max(arguments.iterations, 1))
     ]
     context = high + shape_of(arguments).max_new_tokens
+    runs, cost = [], None
     with tempfile.TemporaryDirectory() as folder:
-        parameters = build_policy(
+        policy = {name: getattr(arguments, name) for name in LARGE}
+        parameters = build_policy(folder, context=context, **policy)
+        engine = make_engine(
+            "vllm",
             folder,
-            hidden=arguments.hidden,
-            layers=arguments.layers,
-            vocabulary=arguments.vocabulary,
-            context=context,
+            max_num_seqs=arguments.max_num_seqs,
+            max_model_len=context,
+            block_size=arguments.block_size,
+            kv_cache_bytes=arguments.cache_mib << 20,
         )
-        try:
-            engine = make_engine(
-                "vllm",
-                folder,
-                max_num_seqs=arguments.max_num_seqs,
-                max_model_len=context,
-                block_size=arguments.block_size,
-                kv_cache_bytes=arguments.cache_gib << 30,
-            )
-        except ValueError as error:
-            print(f"rollout_tree: skipped: {error}", file=sys.stderr)
-            return 1
         ways = [*arguments.ways, *(STREAMS if arguments.iterations else ())]
-        runs = []
         for repeat in range(-1, arguments.repeats):  # the first round warms up
-            order = list(ways)
+            order = list(ways) if repeat >= 0 else ways[-1:]
             random.Random(repeat).shuffle(order)
-            if repeat < 0:
-                order = [way for way in order if way not in STREAMS]
             for way in order:
                 result = run_once(way, engine, arguments, prompts, seed=repeat)
                 if repeat >= 0:
                     runs.append({"repeat": repeat, **result})
-            console.print(f"round {repeat + 1} of {arguments.repeats} done")
-        rows = round(median(runs, "depth", "running_share") * arguments.max_num_seqs)
         engine.reuse_prefixes = True
-        cost = cost_per_token(engine, prompts[0].prompt_ids, rows, context)
+        if {"naive", "depth"} <= set(ways):
+            rows = round(median(runs, "depth", "running_share") * arguments.max_num_seqs)
+            cost = cost_per_token(engine, prompts[0].prompt_ids, rows, context)
         engine.close()
-    limits = bounds(arguments, prompts)
-    predicted = predicted_gain(cost, limits, median(runs, "depth", "prefill"))
-    widths = "-".join(map(str, arguments.widths))
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("json", "plot", "quick")}
+    record = {"settings": settings | {"parameters": parameters}, "ways": ways, "runs": runs}
+    if cost is not None:
+        record |= {"cost": cost, "predicted_gain": predicted_gain(cost, runs)}
+    record |= {"verdicts": verdicts(runs, ways), "versions": versions()}
+    shape = f"chains {arguments.chain}" if arguments.chain else "-".join(map(str, arguments.widths))
     title = (
-        f"{arguments.trees} trees {widths}, prompts {low}-{high}, segments of "
+        f"{arguments.trees} trees {shape}, prompts {low}-{high}, segments of "
         f"{arguments.segment}, {parameters / 1e6:.0f}M parameters, {arguments.repeats} repeats"
     )
     console.print(table(title, runs, ways))
-    console.print(
-        f"bounds: {limits['generated']:,} generated, {limits['prefill_naive']:,} prefilled without "
-        f"a cache; cost per token {1e3 * cost['prefill_s']:.3f} ms prefilled, "
-        f"{1e3 * cost['decode_s']:.3f} ms decoded: predicted gain over naive {predicted:.2f}"
-    )
-    console.print("\n".join(verdicts(runs, ways)))
-    if arguments.json:
-        settings = {k: v for k, v in vars(arguments).items() if k not in ("json", "plot")}
-        record = {"settings": settings | {"parameters": parameters}, "versions": versions()}
-        record |= {"bounds": limits, "cost": cost, "predicted_gain": predicted, "runs": runs}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    if arguments.plot:
-        write_plot(arguments.plot, runs, ways, arguments.max_num_seqs)
+    if cost is not None:
+        console.print(
+            f"cost per token {1e3 * cost['prefill_s']:.3f} ms prefilled, "
+            f"{1e3 * cost['decode_s']:.3f} ms decoded: predicted gain over naive "
+            f"{record['predicted_gain']:.2f}"
+        )
+    console.print("\n".join(record["verdicts"]))
+    return record
+
+
+def main(argv: list[str] | None = None) -> int:
+    console = Console(highlight=False)
+    console.width = max(console.width, 150)
+    names = parse(argv, {}).case
+    swept = {f"{key} {v}": SWEEP | {key: v} for key, values in SWEEPS.items() for v in values}
+    points = {name: CASES[name] for name in names if name in CASES}
+    points |= swept if "sweep" in names else {}
+    for name, settings in points.items():
+        arguments = parse(argv, settings)
+        console.print(f"[bold]{name}[/bold]")
+        try:
+            record = measure(arguments, console) | {"swept": name in swept}
+        except ValueError as error:
+            print(f"rollout_tree: skipped: {error}", file=sys.stderr)
+            return 1
+        if arguments.json:  # cases measured apart from each other stand in one file
+            found = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(found | {name: record}, indent=1) + "\n")
+        if arguments.plot:
+            path = arguments.plot / f"occupancy-{name.replace(' ', '-')}.svg"
+            write_plot(path, record["runs"], record["ways"], arguments.max_num_seqs)
     return 0
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None, settings: dict) -> argparse.Namespace:
+    """The command line, on top of a case's settings."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    names = [*CASES, "sweep"]
+    parser.add_argument("--case", nargs="+", default=list(CASES), choices=names, metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="small shapes, under three minutes")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
     parser.add_argument("--widths", type=int, nargs="+", default=[6, 6, 6])
+    parser.add_argument("--chain", type=int, nargs=2, metavar=("GROUP", "PROBES"))
     parser.add_argument("--prompt", type=int, nargs="+", default=[100, 160], help="lowest, highest")
     parser.add_argument("--segment", type=int, default=128, help="tokens per segment")
-    parser.add_argument("--spread", type=float, default=0.0, help="leaves end up to this early")
-    parser.add_argument("--trees", type=int, default=4, help="per iteration")
-    parser.add_argument("--iterations", type=int, default=8, help="of the streams; 0: none")
+    parser.add_argument("--spread", type=float, default=0.0, help="samples end up to this early")
+    parser.add_argument("--trees", type=int, default=1, help="per iteration")
+    parser.add_argument("--iterations", type=int, default=0, help="of the streams; 0: none")
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--block-size", type=int, default=32)
-    parser.add_argument("--cache-gib", type=int, default=2)
+    parser.add_argument("--cache-mib", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=16384)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="occupancy over time, an SVG file")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="results, by case; others in the file stay")
+    parser.add_argument("--plot", type=Path, help="folder for drawings of occupancy over time")
+    parser.set_defaults(**settings)
+    arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.widths, arguments.segment = [3, 3, 3], 32
-        arguments.trees, arguments.iterations, arguments.repeats = 1, 2, 1
-        arguments.max_num_seqs = 16
-    if "depth" not in arguments.ways:
+        arguments.case = ["6-6-6"]
+        vars(arguments).update(SMALL)
+        arguments.widths, arguments.segment = [3, 3, 3], 48
+        arguments.iterations, arguments.repeats, arguments.max_num_seqs = 2, 1, 16
+    if arguments.ways and "depth" not in arguments.ways:
         parser.error("--ways: depth is what the others are compared with; name it too")
     return arguments
-
-
-def median(runs: list[dict], way: str, key: str) -> float:
-    return statistics.median(r[key] for r in runs if r["way"] == way)
-
-
-def table(title: str, runs: list[dict], ways: list[str]) -> Table:
-    out = Table(title=title)
-    out.add_column("way")
-    for heading, _ in COLUMNS.values():
-        out.add_column(heading, justify="right")
-    for way in ways:
-        out.add_row(way, *(f"{median(runs, way, key):{f}}" for key, (_, f) in COLUMNS.items()))
-    return out
-
-
-def verdicts(runs: list[dict], ways: list[str]) -> list[str]:
-    """Each way against `depth` in trees/s (streams against each other), with the range."""
-    if len({run["repeat"] for run in runs}) == 1:
-        return ["one repeat has no range: no way is called faster than another"]
-    sentences = []
-    for way in ways:
-        rival = "no stream" if way in STREAMS else "depth"
-        if way == rival:
-            continue
-        names = (way, rival) if way == "stream" else (rival, way)
-        ours, theirs = ([r["trees_per_s"] for r in runs if r["way"] == name] for name in names)
-        ratio = statistics.median(ours) / statistics.median(theirs)
-        span = f"{min(ours) / max(theirs):.2f}-{max(ours) / min(theirs):.2f}"
-        inside = min(ours) <= max(theirs) and min(theirs) <= max(ours)
-        word = "no difference beyond the range" if inside else f"{ratio:.2f}x"
-        sentences.append(f"{names[0]} against {names[1]}: {word} (median {ratio:.2f}, {span})")
-    return sentences
 
 
 if __name__ == "__main__":

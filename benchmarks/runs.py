@@ -50,8 +50,8 @@ def options(description: str, names: Sequence[str]) -> argparse.ArgumentParser:
     """The command line that the experiments share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seeds", type=int, default=5, help="runs per arm")
-    parser.add_argument("--budget", type=int, default=300_000, help="generated tokens of a run")
-    parser.add_argument("--problems", type=int, default=500, help="test problems")
+    parser.add_argument("--budget", type=int, default=150_000, help="generated tokens of a run")
+    parser.add_argument("--problems", type=int, default=250, help="test problems")
     parser.add_argument("--task", default="arithmetic")
     parser.add_argument("--engine", choices=("hf", "vllm"), default="hf")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help=", ".join(names))
@@ -81,6 +81,7 @@ def config_of(arm: Arm, seed: int, arguments: argparse.Namespace, *more: str) ->
         "train.checkpoint_every=5",
         f"train.seed={seed}",
         f"eval.problems={arguments.problems}",
+        "eval.every=3",
     ]
     quick = ["train.prompts=4", "eval.every=1"] if arguments.quick else []
     return load_config(RECIPES / arm.recipe, [*common, *arm.overrides, *quick, *more])
