@@ -2,7 +2,8 @@
 
     python benchmarks/ablations.py [--seeds N] [--budget TOKENS] [--task T] [--only NAME ...]
 
-Can be interrupted at any time: finished runs are kept, and arms that two ablations share run once.
+Can be interrupted at any time: finished runs are kept, and arms that two ablations share, or
+`end_to_end.py` has run, run once.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.quick:  # its numbers mean nothing
             arguments.results = arguments.figures = arguments.work = Path(scratch)
-        ledger = runs.Ledger(arguments.results / "ablations.jsonl")
+        ledger = runs.Ledger(arguments.results / "runs.jsonl")
         jobs = [
             (arm, runs.config_of(arm, seed, arguments))
             for seed in range(arguments.seeds)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import evidence
 import kernel_tables
 import results
 import rollout_tables
 
-from spo.cli import verdict
+from spo.report.compare import verdict
 
 ROOT = Path(__file__).parents[1]
 RESULTS = results.ROOT / "cpu"
@@ -59,6 +60,10 @@ def main() -> None:
     figures = "\n\n".join([*filter(None, tables), *shown, demo()])
     write_between(ROOT / "README.md", "figures", figures)
     write_between(ROOT / "docs" / "rollout.md", "rollouts", rollout_tables.everything(cases))
+    paper = ROOT / "docs" / "paper.md"
+    write_between(paper, "methods", evidence.methods())
+    write_between(paper, "ablations", evidence.ablations())
+    write_between(paper, "estimators", evidence.estimators())
     write_between(ROOT / "docs" / "kernels.md", "kernels", kernel_tables.everything(results.ROOT))
 
 

@@ -154,6 +154,7 @@ def record_of(arm: Arm, config: Config, folder: Path) -> Record:
     trained = [line for line in lines if line["stage"] == "train"]
     return {
         "run": digest(config),
+        "arm": arm.name,
         "recipe": config.name,
         "overrides": list(arm.overrides),
         "task": config.task,

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from spo.advantages import assign
+from spo.assemble import assemble, is_leaf
 from spo.config import AdvantageConfig
 from spo.engines import Engine
 from spo.records import LENGTH, STOP, Completion, Prompt, Request
-from spo.rollout import assemble, is_leaf, path_seed
+from spo.rollout import path_seed
 from spo.shapes import Growth, Shape, Tree
 from spo.tasks import get_task
 

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -146,9 +147,8 @@ def _eval(arguments) -> None:
         config = dataclasses.replace(config, policy=policy)
     tokenizer = load_tokenizer(config.policy)
     problems = list(islice(prompts_of(config, "test", tokenizer), config.eval.problems))
-    engine = engine_of(config)
     found = []
-    with Grader() as grader:
+    with closing(engine_of(config)) as engine, Grader() as grader:
         for heat, samples in ((0.0, 1), (temperature, arguments.samples)):
             if not samples:
                 continue
@@ -166,7 +166,6 @@ def _eval(arguments) -> None:
                 limits,
                 samples,
             )
-    engine.close()
     table = Table(title=f"{config.task}, {config.policy.path}: Pass@1")
     for column in ("max new tokens", "sampling", "Pass@1", "problems", "cut", "tokens"):
         table.add_column(column, justify="right")
@@ -215,17 +214,16 @@ def _rollout(arguments) -> None:
     tokenizer = load_tokenizer(config.policy)
     model = load_policy(config.policy) if config.shape.rescore else None
     temperature = config.sampling.temperature
-    engine = engine_of(config)
-    shape = make_shape(
-        config.shape,
-        config.advantage,
-        config.sampling.max_new_tokens,
-        tokenizer,
-        rescore=lambda prefix, ids: sequence_logprobs(model, prefix, ids, temperature),
-        align=engine.block_size if config.engine.align_segments else 1,
-    )
     stream = prompts_of(config, "train", tokenizer, config.train.seed)
-    with Grader() as grader:
+    with closing(engine_of(config)) as engine, Grader() as grader:
+        shape = make_shape(
+            config.shape,
+            config.advantage,
+            config.sampling.max_new_tokens,
+            tokenizer,
+            rescore=lambda prefix, ids: sequence_logprobs(model, prefix, ids, temperature),
+            align=engine.block_size if config.engine.align_segments else 1,
+        )
         forest, cost = grow(
             list(islice(stream, config.train.prompts)),
             engine,
@@ -239,7 +237,6 @@ def _rollout(arguments) -> None:
                 truncated=config.sampling.truncated,
             ),
         )
-    engine.close()
     forest.save(arguments.output)
     counted = cost.engine
     console.print(
@@ -279,6 +276,7 @@ def _compare(arguments) -> None:
     from spo.checkpoint import versions
     from spo.config import load_config
     from spo.report import RunCurve, write_report
+    from spo.report.compare import accuracy_table, verdict
     from spo.train import engine_of, train
 
     _quiet()
@@ -337,64 +335,6 @@ def show(name: str, line: dict) -> None:
         f"grad {line['grad_norm']:.2f}  {line['tokens_per_s']:.0f} tok/s  "
         f"{line['time_rollout']:.1f}+{line['time_train']:.1f} s"
     )
-
-
-def accuracy_table(results: dict[str, list[dict]]) -> Table:
-    """Pass@1 before and after each run."""
-    table = Table(title="Pass@1, test split")
-    for column in ("run", "kind", "before", "after", "change", "generated", "seconds"):
-        table.add_column(column, justify="left" if column in ("run", "kind") else "right")
-    for name, lines in results.items():
-        evals = [line for line in lines if line["stage"] == "eval"]
-        first, last = evals[0], evals[-1]
-        for kind in ("greedy", "sampled"):
-            if kind not in last:
-                continue
-            change, error = gain(first, last, kind)
-            table.add_row(
-                name,
-                kind,
-                f"{first[kind]:.3f} ± {first[f'{kind}_stderr']:.3f}",
-                f"{last[kind]:.3f} ± {last[f'{kind}_stderr']:.3f}",
-                f"{change:+.3f} ± {error:.3f}",
-                f"{last['generated_tokens']:,}",
-                f"{last['seconds']:.0f}",
-            )
-    return table
-
-
-def gain(first: dict, last: dict, kind: str) -> tuple[float, float]:
-    """Change in accuracy and its standard error, the two taken as independent."""
-    error = (first[f"{kind}_stderr"] ** 2 + last[f"{kind}_stderr"] ** 2) ** 0.5
-    return last[kind] - first[kind], error
-
-
-def verdict(results: dict[str, list[dict]]) -> str:
-    """What the table shows, in a sentence per run and one on their difference."""
-    sentences = []
-    last = {}
-    for name, lines in results.items():
-        evals = [line for line in lines if line["stage"] == "eval"]
-        last[name] = evals[-1]
-        change, error = gain(evals[0], evals[-1], "greedy")
-        word = "improved" if change > 2 * error else "did not improve"
-        sentences.append(
-            f"{name} {word} by more than two standard errors ({change:+.3f} ± {error:.3f})."
-        )
-    first, *others = last
-    for other in others:
-        for kind in ("greedy", "sampled"):
-            if kind not in last[first] or kind not in last[other]:
-                continue
-            change, error = gain(last[other], last[first], kind)
-            better, worse = (first, other) if change > 0 else (other, first)
-            if abs(change) <= 2 * error:
-                sentences.append(f"{kind}: {first} and {other} end within two standard errors.")
-            else:
-                sentences.append(
-                    f"{kind}: {better} ends above {worse} by {abs(change):.3f} ± {error:.3f}."
-                )
-    return " ".join(sentences)
 
 
 def write_run_report(run: Path, output: Path | None = None) -> Path:

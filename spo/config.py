@@ -170,6 +170,10 @@ class LossConfig:
     """The ratio is clipped at 1 + this."""
     log_ratio_clamp: float = 10.0
     """Bound on the log ratio before it is exponentiated."""
+    policy_norm: Literal["tokens", "constant"] = "tokens"
+    """What the sum over tokens is divided by. tokens: the number of those that train in the step.
+    constant: prompts of the step * sampling.max_new_tokens, so that what a response counts for
+    depends on no length, and the step can be a multiple of the policy gradient."""
     kl_coef: float = 0.0
     """Weight of the KL term towards the start policy; 0 loads no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -425,6 +429,10 @@ def _check_method(config: Config) -> None:
             f"loss.kind={loss.kind} reads every token and has no KL term: expected "
             "loss.prob_threshold=null and loss.kl_coef=0, found "
             f"{loss.prob_threshold} and {loss.kl_coef:g}"
+        )
+    if loss.kind != "policy" and loss.policy_norm != "tokens":
+        raise ValueError(
+            f"loss.policy_norm={loss.policy_norm} needs loss.kind=policy, found {loss.kind}"
         )
     for name, value in (("gamma", advantage.gamma), ("lam", advantage.lam)):
         if not 0 <= value <= 1:

@@ -142,8 +142,11 @@ class Learner:
         if config.loss.kind == "dpo":
             credit, more = self._weigh_pairs(forest, credit, trees)
         packs, stats = self._pack(forest, credit, trees)
-        if "pairs" in more:  # a mean over pairs, not over tokens
-            packs = [dataclasses.replace(packed, policy_norm=more["pairs"]) for packed in packs]
+        norm = more.get("pairs")  # a mean over pairs, not over tokens
+        if config.loss.policy_norm == "constant":
+            norm = float(len(trees) * config.sampling.max_new_tokens)
+        if norm is not None:
+            packs = [dataclasses.replace(packed, policy_norm=norm) for packed in packs]
         rate = self.rate(state.optimizer_steps)
         figures = self._update(
             self.model, self.optimizer, packs, self._policy_loss, rate * config.train.learning_rate

@@ -227,3 +227,24 @@ def test_the_example_gives_the_same_losses_both_ways(monkeypatch):
     (eager, *_), (fused, *_) = example.train(example.eager), example.train(example.fused)
     assert fused == pytest.approx(eager, rel=1e-4, abs=1e-5)
     assert len({round(loss, 4) for loss in eager}) == 3  # it does train
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+def test_rollout_tree_measures_every_way(bench, tmp_path):
+    script, tables = bench("rollout_tree"), bench("rollout_tables")
+    path = tmp_path / "rollout.json"
+    assert script.main(["--quick", "--json", str(path), "--plot", str(tmp_path)]) == 0
+    (record,) = json.loads(path.read_text()).values()
+    by_way = {run["way"]: run for run in record["runs"]}
+    assert list(record["ways"]) == [*script.WAYS, *tables.STREAMS] and set(by_way) == set(
+        record["ways"]
+    )
+    for way, run in by_way.items():
+        shared = way not in ("naive", "stream", "stream 2")
+        assert (run["prefill"] == run["prefill_bound"]) == shared, way
+    trees, segment = 3 + 9 + 27, 48
+    assert by_way["depth"]["generated"] == by_way["naive"]["generated"] == trees * segment
+    (prompt,) = {r["prefill"] - (9 * 48 + 27 * 96) for r in record["runs"] if r["way"] == "naive"}
+    assert prompt % 3 == 0 and 100 <= prompt / 39 <= 160
+    assert "cached, no barrier" in tables.everything({"6-6-6": record})
+    assert (tmp_path / "occupancy-6-6-6.svg").read_text().startswith("<svg")

@@ -22,15 +22,21 @@ VOCABULARY = (NAME, "+", "-", "*", "=", *map(str, range(MODULUS)))
 _INTEGER = re.compile(r"[0-9]{1,9}")
 
 
-def problems(split: str, seed: int) -> Iterator[Problem]:
-    """Distinct chains of 4 to 6 operations; see `stream` for the splits."""
-    return stream(NAME, split, seed, _draw, lambda problem: problem.text)
+def problems(split: str, seed: int, *, operations: int | None = None) -> Iterator[Problem]:
+    """Distinct chains of so many operations, 4 to 6 by default; see `stream` for the splits.
+
+    The embedded policy has seen 4 to 6: longer chains are what it generalises to, or fails at.
+    """
+    if operations is not None and operations < 1:
+        raise ValueError(f"operations must be positive, got {operations}")
+    counts = OPERATIONS if operations is None else (operations, operations)
+    return stream(NAME, split, seed, lambda rng: _draw(rng, counts), lambda p: p.text)
 
 
-def _draw(rng: random.Random) -> Problem:
+def _draw(rng: random.Random, counts: tuple[int, int] = OPERATIONS) -> Problem:
     value = rng.randrange(MODULUS)
     words = [NAME, str(value)]
-    for _ in range(rng.randint(*OPERATIONS)):
+    for _ in range(rng.randint(*counts)):
         operator, operand = rng.choice("+-*"), rng.randint(2, 9)
         words += [operator, str(operand)]
         value = _apply(value, operator, operand)

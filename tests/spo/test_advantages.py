@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from spo.advantages import assign, summarize
+from spo.assemble import assemble, is_leaf, leave_out_unrewarded
 from spo.config import AdvantageConfig
 from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Completion, Prompt
-from spo.rollout import assemble, is_leaf, leave_out_unrewarded
 from spo.shapes import (
     ChainShape,
     Node,

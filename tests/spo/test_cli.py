@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from spo.cli import main, verdict
+from spo.cli import main
 from spo.records import Forest
+from spo.report.compare import verdict
 
 SMALL = [
     "engine.name=hf",

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from spo.assemble import assemble
 from spo.batch import pack, unpack
 from spo.config import PolicyConfig
 from spo.critic import (
@@ -17,7 +18,6 @@ from spo.critic import (
     value_loss,
 )
 from spo.records import LENGTH, STOP, Prompt
-from spo.rollout import assemble
 from spo.shapes import Node, Tree
 
 NAN = float("nan")

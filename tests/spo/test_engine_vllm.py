@@ -185,6 +185,29 @@ def test_a_request_beyond_the_context_is_refused(engine):
         engine.submit(Request(0, tuple([5] * 120), 1, 20, (), 0))
 
 
+def test_token_frequencies_of_a_forest_are_those_of_independent_samples(engine, plain):
+    """First tokens of many branches of one cached prefix, and their logprobs."""
+    prompt = Prompt(tuple(2 + (7 * i) % 45 for i in range(33)), 7, "arithmetic")
+    shape = TreeShape((2, 1500), (32,), 34)  # two full blocks of each branch's prefix are cached
+    with Grader() as grader:
+        forest, stats = grow([prompt], engine, shape, grader, str, RolloutOptions((), seed=6))
+    assert stats.engine["prefill"] == stats.prefill_bound < 3000 * 2 + 100
+    for parent in (forest.parent == 0).nonzero()[:, 0].tolist():
+        children = (forest.parent == parent).nonzero()[:, 0].tolist()
+        with torch.no_grad():
+            logits = plain(torch.tensor([forest.path_ids(parent)])).logits[0, -1].float()
+        logprobs, counts = logits.log_softmax(-1), torch.zeros(logits.numel())
+        for child in children:
+            (token, *_), start = forest.tokens(child), int(forest.cu_tokens[child])
+            counts[token] += 1
+            assert abs(float(forest.rollout_logprobs[start] - logprobs[token])) < 1e-4
+        expected = 1500 * logprobs.double().exp()
+        likely = expected > 1.5  # chi-square needs expected counts of a few
+        chi2 = float(((counts - expected) ** 2 / expected)[likely].sum())
+        freedom = int(likely.sum())
+        assert len(children) == 1500 and chi2 < freedom + 5 * (2 * freedom) ** 0.5
+
+
 def test_a_forest_larger_than_the_cache_pays_for_eviction(engine):
     """The same trees with every block of the cache and with a fraction of them."""
     prompts = [

@@ -10,6 +10,7 @@ ORDER = [  # a room may import from rooms of lower rank, and from its own group
     ("records", "config", "metrics", "attention", "distributed"),
     ("tasks", "engines", "model", "checkpoint"),
     ("shapes",),
+    ("assemble",),
     ("rollout",),
     ("advantages",),
     ("replay",),

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from spo.advantages import assign
+from spo.assemble import assemble, is_leaf
 from spo.batch import pack
 from spo.config import AdvantageConfig
+from spo.critic import token_credit
 from spo.records import LENGTH, STOP, Completion, Prompt
-from spo.rollout import assemble, is_leaf
 from spo.shapes import (
     ChainShape,
     Tree,
@@ -110,11 +111,14 @@ def outcomes(toy, shape):
 
 
 def collect(toy, shape, rule, threshold=None):
-    """The rows that the trainer would feed to the loss, over all outcomes."""
+    """The rows that the trainer would feed to the loss, over all outcomes.
+
+    `rule` is the recipe's, or a function of the forest that gives the credit.
+    """
     parts, total = [], 0.0
     for forest, probability in outcomes(toy, shape):
         total += probability
-        _, advantages = assign(forest, rule)
+        advantages = rule(forest) if callable(rule) else assign(forest, rule)[1]
         batches, stats = pack(
             forest, advantages, prob_threshold=threshold, tokens_per_batch=1 << 20
         )
@@ -253,6 +257,40 @@ def test_scaling_weighs_prompts_by_how_hard_they_are(p):
     toy.rewards = {(END,): 0.0, (1,): 1.0}
     factor = 3**0.5 * (1 - 2 * pq) + 3 * pq  # 1.62 at 0.5, 1.71 at 0.05: no multiple of their sum
     is_multiple(*step_of(toy, star(4, 1), GRPO, norm=4), factor=factor)
+
+
+def critic_of(toy, lam):
+    """PPO's credit from a critic that knows nothing: random values of the states."""
+    table = torch.randn(len(toy.state), generator=torch.Generator().manual_seed(2))
+
+    def credit(forest):
+        values = torch.zeros(forest.token_ids.numel())
+        for node in forest.trained.nonzero()[:, 0].tolist():
+            ids, start = forest.tokens(node), int(forest.cu_tokens[node])
+            for i in range(len(ids)):
+                values[start + i] = table[toy.state[tuple(ids[:i])]]
+        return token_credit(forest, values, gamma=1.0, lam=lam)[0]
+
+    return credit
+
+
+def test_ppo_is_unbiased_with_any_critic_where_lambda_is_one():
+    is_multiple(*step_of(WIDE, star(2, 2), critic_of(WIDE, 1.0), norm=2))
+    is_no_multiple(*step_of(WIDE, star(2, 2), critic_of(WIDE, 0.5), norm=2))
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_restem_weighs_prompts_by_how_hard_they_are(most):
+    """The first step climbs E[reward] if every right response is kept; at most one of three
+    multiplies a prompt's gradient by P(any right) / (3 P(right)), so no sum of prompts is one.
+    """
+    toy = Toy(3, 2, seed=3)
+    toy.rewards = {ids: float(ids[-1] == END) for ids in toy.rewards}
+    p = sum(math.exp(sum(logprobs)) for ids, logprobs, _ in toy.samples((), 2) if toy.rewards[ids])
+    factor = 1.0 if most == 3 else (1 - (1 - p) ** 3) / (3 * p)
+    rule = AdvantageConfig(estimator="correct", max_correct=most)
+    is_multiple(*step_of(toy, star(3, 2), rule, norm=3), factor=factor)
+    is_no_multiple(*step_of(toy, star(3, 2), rule, norm="kept"))
 
 
 def test_whitening_makes_no_multiple():

@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spo.advantages import assign
+from spo.assemble import assemble
 from spo.batch import pack, unpack
 from spo.config import AdvantageConfig, LossConfig, PolicyConfig
 from spo.loss import likelihood_loss
 from spo.model import load_policy, row_logprobs
 from spo.preference import node_sums, pair_credit, pair_loss, pair_nodes
 from spo.records import LENGTH, STOP, Prompt
-from spo.rollout import assemble
 from spo.shapes import Node, Tree
 
 NAN = float("nan")

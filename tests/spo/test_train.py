@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spo.advantages import assign
 from spo.checkpoint import latest_checkpoint, load_state
-from spo.config import load_config
+from spo.config import AdvantageConfig, load_config
 from spo.metrics import read_metrics
 from spo.records import Forest
 from spo.train import train
@@ -233,6 +235,21 @@ def test_non_finite_gradients_never_reach_the_weights(tmp_path, monkeypatch):
     monkeypatch.setitem(LOSSES, "policy", always_nan)
     with pytest.raises(RuntimeError, match="2 steps in a row"):
         train(config(tmp_path / "b", "train.max_skipped=2"))
+
+
+def test_a_constant_norm_divides_by_what_no_sample_decides(tmp_path):
+    lines, shared = {}, ["train.iterations=1", "train.minibatches=1", "eval.every=0"]
+    for norm in ("tokens", "constant"):
+        out = config(tmp_path / norm, *shared, f"loss.policy_norm={norm}")
+        (lines[norm],) = (line for line in train(out) if line["stage"] == "train")
+    forest = Forest.load(tmp_path / "tokens" / "forest-last.safetensors")
+    _, advantages = assign(forest, AdvantageConfig())
+    trains = (forest.trained & (advantages.abs() > 1e-6)).repeat_interleave(forest.cu_tokens.diff())
+    kept = int((trains & (forest.rollout_logprobs < math.log(0.9))).sum())
+    assert 0 < kept < 4 * 40  # 4 prompts, at most 40 tokens
+    for key in ("loss", "grad_norm"):
+        expected = lines["tokens"][key] * kept / (4 * 40)
+        assert lines["constant"][key] == pytest.approx(expected, rel=1e-4)
 
 
 def test_stale_weights_are_noticed(tmp_path):

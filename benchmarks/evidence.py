@@ -1,0 +1,97 @@
+"""The tables of docs/paper.md, from the committed runs of the experiments.
+
+A run counts where its recipe is the one that the scripts would run today with their defaults.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import runs
+from ablations import ABLATIONS
+from end_to_end import METHODS, best_rate
+from runs import Arm, Record
+
+MEASURES = {
+    "greedy": lambda record: record["evals"][-1]["greedy"],
+    "sampled": lambda record: record["evals"][-1]["sampled"],
+    "mean over the run": runs.area,
+}
+
+
+def finished(
+    arm: Arm, ledger: runs.Ledger, arguments, overrides: Sequence[str] = ()
+) -> list[Record]:
+    """An arm's runs, in the order of the seeds."""
+    names = (
+        runs.digest(runs.config_of(arm, seed, arguments, *overrides))
+        for seed in range(arguments.seeds)
+    )
+    return [ledger.records[name] for name in names if name in ledger.records]
+
+
+def row(name: str, records: list[Record], base: list[Record], more: str = "") -> str:
+    """Means over seeds with half the 95 % interval; the difference from `base` seed by seed."""
+    cells = [spread([measure(r) for r in records]) for measure in MEASURES.values()]
+    pairs = [
+        MEASURES["mean over the run"](a) - MEASURES["mean over the run"](b)
+        for a, b in zip(records, base, strict=False)
+    ]
+    cells.append("" if records is base else spread(pairs, sign="+"))
+    seconds = np.mean([r["evals"][-1]["seconds"] for r in records])
+    return f"| {name} |{more} {len(records)} | {' | '.join(cells)} | {seconds:.0f} |"
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    half = float(runs.half_width(np.array(values)))
+    return f"{np.mean(values):{sign}.3f} ± {half:.3f}"
+
+
+def methods() -> str:
+    """Every method at its best rate; differences from SPO-tree."""
+    arguments = runs.options("", [""]).parse_args([])
+    ledger = runs.Ledger(runs.RESULTS / "runs.jsonl")
+    searched = runs.Ledger(runs.RESULTS / "learning_rates.jsonl")
+    found = {}
+    for arm in METHODS:
+        records = finished(arm, ledger, arguments, best_rate(arm, searched, arguments.task))
+        if records:
+            found[arm.name] = records
+    head = ["method", "rate", "seeds", *MEASURES, "against SPO-tree", "s"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, records in found.items():
+        rate = f" {records[0]['learning_rate']:g} |"
+        rows.append(row(name, records, found["SPO-tree"], rate))
+    return "\n".join(rows)
+
+
+def ablations() -> str:
+    """Every arm against the first of its panel."""
+    arguments = runs.options("", [""]).parse_args([])
+    ledger = runs.Ledger(runs.RESULTS / "runs.jsonl")
+    head = ["ablation", "seeds", *MEASURES, "against the first", "s"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for title, arms in ABLATIONS.items():
+        base: list[Record] = []
+        for arm in arms:
+            records = finished(arm, ledger, arguments)
+            base = base or records
+            if records:
+                rows.append(row(f"{title}: {arm.name}", records, base))
+    return "\n".join(rows)
+
+
+def estimators() -> str:
+    """Error of each method's advantages, from `estimators.py --json`."""
+    records = json.loads((runs.RESULTS / "estimators.json").read_text())
+    head = ["task, target", "method", "tokens per prompt", "mse", "variance", "bias²", "zero"]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows += [
+        f"| {r['task']}, {r['kind']} | {r['method']} | {r['generated']:.0f} "
+        f"| {r['mse']:.4f} ± {r['mse_stderr']:.4f} | {r['variance']:.4f} | {r['bias2']:.4f} "
+        f"| {r['zero']:.4f} |"
+        for r in records
+    ]
+    return "\n".join(rows)
