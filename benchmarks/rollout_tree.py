@@ -55,21 +55,22 @@ from spo.tasks.grading import Grader
 WAYS = ("naive", "level", "group", "frontier", "depth", "aligned")
 LARGE = {"hidden": 512, "layers": 8, "vocabulary": 16384}  # 30M parameters: prefill matters
 SMALL = {"hidden": 192, "layers": 4, "vocabulary": 512}  # as many as the embedded policy
+FILL = {"spread": 0.5, "trees": 4, "ways": []}  # streams: samples end up to half their length early
 CASES: dict[str, dict] = {  # what differs from the defaults of the command line
     "6-6-6": LARGE,
-    "4-4-4": LARGE | {"widths": [4, 4, 4], "trees": 2},
-    "8-8-8": LARGE | {"widths": [8, 8, 8], "segment": 64, "repeats": 3},
+    "stream": SMALL | FILL | {"widths": [4, 2, 2], "iterations": 8},
     "chain": LARGE | {"chain": [8, 9], "segment": 64, "ways": WAYS[:-1]},
-    "stream": SMALL | {"widths": [4, 2, 2], "spread": 0.5, "trees": 4, "iterations": 8, "ways": []},
-    "stream 6-6-6": SMALL
-    | {"segment": 32, "spread": 0.5, "trees": 4, "iterations": 8, "ways": [], "repeats": 3},
+    "4-4-4": LARGE | {"widths": [4, 4, 4]},
+    "8-8-8": LARGE
+    | {"widths": [8, 8, 8], "segment": 64, "repeats": 3, "ways": ["naive", "group", "depth"]},
+    "stream 6-6-6": SMALL | FILL | {"segment": 32, "iterations": 4, "repeats": 3},
 }
 SWEEP = SMALL | {"widths": [4, 4, 4], "segment": 32, "trees": 2, "repeats": 3}
-SWEEP |= {"ways": ["naive", "level", "group", "depth"], "spread": 0.0}
+SWEEP |= {"ways": ["naive", "level", "group", "depth"]}
 SWEEPS: dict[str, tuple] = {  # setting -> values, the others as in SWEEP
     "trees": (1, 2, 8, 16),
     "max_num_seqs": (16, 256),
-    "cache_mib": (4, 8),
+    "cache_mib": (8, 16),
     "segment": (64, 128),
     "block_size": (64, 128),
     "spread": (0.5, 0.9),
