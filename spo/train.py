@@ -41,7 +41,8 @@ def train(
 
     Args:
         resume: continue from the newest checkpoint in `config.out_dir`.
-        engine: use this engine (it is left open); by default one is made and closed.
+        engine: use this engine (it is left open, what it has in flight is dropped); by default one
+            is made and closed.
         report: called with every metrics line.
 
     Raises ValueError for settings that cannot work, RuntimeError if training cannot go on.
@@ -67,6 +68,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     own = engine is None
     engine = engine or engine_of(config)
+    engine.abort()  # what an interrupted run has left in it
     lines: list[dict] = []
     with (
         _writer(config, state, ranks) as writer,
@@ -100,8 +102,6 @@ def train(
         finally:
             if own:
                 engine.close()
-            else:
-                engine.abort()
     return lines
 
 

@@ -28,16 +28,20 @@ def test_spo_tree_improves_by_more_than_two_standard_errors(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
 @pytest.mark.timeout(600)
-def test_vllm_samples_from_the_weights_that_were_trained(tmp_path):
+@pytest.mark.parametrize("depth", [0, 1])
+def test_vllm_samples_from_the_weights_that_were_trained(tmp_path, depth):
     lines = run(
         tmp_path,
         "train.iterations=3",
         "train.prompts=8",
         "train.learning_rate=3e-4",  # large steps, so that stale weights would show
         "eval.problems=50",
+        f"train.stream_depth={depth}",
+        "engine.max_num_seqs=64",  # with samples in flight while the weights change
     )
     trains = [line for line in lines if line["stage"] == "train"]
     assert len(trains) == 3
     for line in trains:
         assert line["probe_difference"] < 1e-3  # fp32 on both sides
         assert line["skipped_steps"] == 0 and line["dropped_prompts"] == 0
+    assert max(line["max_age"] for line in trains) == depth
