@@ -57,8 +57,8 @@ def verdicts(runs: list[dict], ways: list[str]) -> list[str]:
 
     Aligned segments are a little longer or shorter: those are compared in tokens/s.
     """
-    if len({run["repeat"] for run in runs}) == 1:
-        return ["one repeat has no range: no way is called faster than another"]
+    if len({run["repeat"] for run in runs}) < 3:
+        return ["fewer than three repeats have no range: no way is called faster than another"]
     sentences = []
     for way in ways:
         rival = "no stream" if way in STREAMS else "depth"
@@ -117,7 +117,7 @@ def everything(records: dict[str, dict]) -> str:
     cases = {name: r for name, r in records.items() if not r["swept"]}
     parts = []
     for name, record in cases.items():
-        against = "; ".join(record["verdicts"])
+        against = "; ".join(verdicts(record["runs"], record["ways"]))
         parts.append(f"**{name}.** {markdown(record)}\n\n{against}.")
     points = {name: r for name, r in records.items() if r["swept"]}
     if points:

@@ -63,9 +63,13 @@ CASES: dict[str, dict] = {  # what differs from the defaults of the command line
     "4-4-4": LARGE | {"widths": [4, 4, 4]},
     "8-8-8": LARGE
     | {"widths": [8, 8, 8], "segment": 64, "repeats": 3, "ways": ["naive", "group", "depth"]},
-    "stream 6-6-6": SMALL | FILL | {"segment": 32, "iterations": 4, "repeats": 3},
+    "stream 8": SMALL | FILL | {"widths": [8], "segment": 384, "spread": 0.9, "iterations": 8},
+    "stream 16": SMALL
+    | FILL
+    | {"widths": [16], "segment": 384, "spread": 0.9, "iterations": 8, "repeats": 3},
+    "stream 6-6-6": SMALL | FILL | {"segment": 32, "iterations": 4, "repeats": 2},
 }
-SWEEP = SMALL | {"widths": [4, 4, 4], "segment": 32, "trees": 2, "repeats": 3}
+SWEEP = SMALL | {"widths": [4, 4, 4], "segment": 32, "trees": 2, "repeats": 2}
 SWEEP |= {"ways": ["naive", "level", "group", "depth"]}
 SWEEPS: dict[str, tuple] = {  # setting -> values, the others as in SWEEP
     "trees": (1, 2, 8, 16),
@@ -201,6 +205,8 @@ def measure(arguments, console: Console) -> dict:
             random.Random(repeat).shuffle(order)
             for way in order:
                 result = run_once(way, engine, arguments, prompts, seed=repeat)
+                if repeat:  # one trace is drawn
+                    del result["occupancy"]
                 if repeat >= 0:
                     runs.append({"repeat": repeat, **result})
         engine.reuse_prefixes = True
@@ -212,7 +218,7 @@ def measure(arguments, console: Console) -> dict:
     record = {"settings": settings | {"parameters": parameters}, "ways": ways, "runs": runs}
     if cost is not None:
         record |= {"cost": cost, "predicted_gain": predicted_gain(cost, runs)}
-    record |= {"verdicts": verdicts(runs, ways), "versions": versions()}
+    record |= {"versions": versions()}
     shape = f"chains {arguments.chain}" if arguments.chain else "-".join(map(str, arguments.widths))
     title = (
         f"{arguments.trees} trees {shape}, prompts {low}-{high}, segments of "
@@ -225,7 +231,7 @@ def measure(arguments, console: Console) -> dict:
             f"{1e3 * cost['decode_s']:.3f} ms decoded: predicted gain over naive "
             f"{record['predicted_gain']:.2f}"
         )
-    console.print("\n".join(record["verdicts"]))
+    console.print("\n".join(verdicts(runs, ways)))
     return record
 
 
@@ -247,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.json:  # cases measured apart from each other stand in one file
             found = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(found | {name: record}, indent=1) + "\n")
+            arguments.json.write_text(json.dumps(found | {name: record}) + "\n")
         if arguments.plot:
             path = arguments.plot / f"occupancy-{name.replace(' ', '-')}.svg"
             write_plot(path, record["runs"], record["ways"], arguments.max_num_seqs)
