@@ -86,12 +86,21 @@ def ablations() -> str:
 def estimators() -> str:
     """Error of each method's advantages, from `estimators.py --json`."""
     records = json.loads((runs.RESULTS / "estimators.json").read_text())
-    head = ["task, target", "method", "tokens per prompt", "mse", "variance", "bias²", "zero"]
+    head = [
+        "task, target",
+        "method",
+        "tokens per prompt",
+        "mse",
+        "variance",
+        "bias²",
+        "noise",
+        "zero",
+    ]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     rows += [
         f"| {r['task']}, {r['kind']} | {r['method']} | {r['generated']:.0f} "
         f"| {r['mse']:.4f} ± {r['mse_stderr']:.4f} | {r['variance']:.4f} | {r['bias2']:.4f} "
-        f"| {r['zero']:.4f} |"
+        f"| {r['noise']:.4f} | {r['zero']:.4f} |"
         for r in records
     ]
     return "\n".join(rows)

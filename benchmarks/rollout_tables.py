@@ -78,15 +78,19 @@ def verdicts(runs: list[dict], ways: list[str]) -> list[str]:
 def describe(record: dict) -> str:
     """What a case grew."""
     settings = record["settings"]
-    shape = "-".join(map(str, settings["widths"]))
+    shape = f"trees of {'-'.join(map(str, settings['widths']))}"
     if settings["chain"]:
         group, probes = settings["chain"]
-        shape = f"chains of {len(settings['widths'])} segments, {group} each with {probes} probes,"
+        shape = (
+            f"times {group} chains, {probes} probes at each of {len(settings['widths']) - 1} cuts"
+        )
     low, high = settings["prompt"][0], settings["prompt"][-1]
-    early = f", ending up to {settings['spread']:.0%} early" if settings["spread"] else ""
+    early = f" ending up to {settings['spread']:.0%} early" if settings["spread"] else ""
+    rounds = f", {settings['iterations']} iterations" if settings["iterations"] else ""
     return (
-        f"{settings['trees']} prompts {shape} of {low} to {high} tokens, segments of "
-        f"{settings['segment']}{early}, {settings['parameters'] / 1e6:.0f}M parameters"
+        f"{settings['trees']} {shape}{rounds}; prompts of {low} to {high} tokens, segments of "
+        f"{settings['segment']}{early}, {settings['max_num_seqs']} places, "
+        f"{settings['parameters'] / 1e6:.0f}M parameters"
     )
 
 
@@ -118,7 +122,7 @@ def everything(records: dict[str, dict]) -> str:
     parts = []
     for name, record in cases.items():
         against = "; ".join(verdicts(record["runs"], record["ways"]))
-        parts.append(f"**{name}.** {markdown(record)}\n\n{against}.")
+        parts.append(f"### {name}\n\n{markdown(record)}\n\n{against}.")
     points = {name: r for name, r in records.items() if r["swept"]}
     if points:
         ways = next(iter(points.values()))["ways"]

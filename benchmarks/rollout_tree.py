@@ -63,8 +63,11 @@ CASES: dict[str, dict] = {  # what differs from the defaults of the command line
     "4-4-4": LARGE | {"widths": [4, 4, 4]},
     "8-8-8": LARGE
     | {"widths": [8, 8, 8], "segment": 64, "repeats": 3, "ways": ["naive", "group", "depth"]},
-    "stream 8": SMALL | FILL | {"widths": [8], "segment": 384, "spread": 0.9, "iterations": 8},
-    "stream 16": SMALL
+    "stream 8": SMALL | FILL | {"widths": [8], "segment": 384, "iterations": 8},
+    "stream 8, spread 0.9": SMALL
+    | FILL
+    | {"widths": [8], "segment": 384, "spread": 0.9, "iterations": 8},
+    "stream 16, spread 0.9": SMALL
     | FILL
     | {"widths": [16], "segment": 384, "spread": 0.9, "iterations": 8, "repeats": 3},
     "stream 6-6-6": SMALL | FILL | {"segment": 32, "iterations": 4, "repeats": 2},
@@ -255,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(found | {name: record}) + "\n")
         if arguments.plot:
-            path = arguments.plot / f"occupancy-{name.replace(' ', '-')}.svg"
+            path = arguments.plot / f"occupancy-{name.replace(', ', '-').replace(' ', '-')}.svg"
             write_plot(path, record["runs"], record["ways"], arguments.max_num_seqs)
     return 0
 

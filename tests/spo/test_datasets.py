@@ -339,5 +339,5 @@ def test_options_that_a_task_lacks_are_refused(tokenizer):
     with pytest.raises(ValueError, match="data.options.people: task countdown .* it takes numbers"):
         prompts_of(config, "train", tokenizer)
     config = Config(task="arithmetic", data=DataConfig(train="here"))
-    with pytest.raises(ValueError, match="data.train: task arithmetic .* takes no options"):
+    with pytest.raises(ValueError, match="data.train: task arithmetic .* it takes operations"):
         prompts_of(config, "train", tokenizer)

@@ -115,6 +115,8 @@ def test_an_unknown_split_task_or_size_is_refused():
         prompts("chess", "train", 0, None)
     with pytest.raises(ValueError, match="numbers must be between 2 and 4, got 5"):
         countdown.problems("train", 0, numbers=5)
+    with pytest.raises(ValueError, match="operations must be positive, got 0"):
+        arithmetic.problems("train", 0, operations=0)
     with pytest.raises(ValueError, match="people must be between 2 and 8, got 1"):
         knights_knaves.problems("train", 0, people=1)
 
@@ -141,6 +143,7 @@ def rate(task: str, problems: list[Problem], **habits: float) -> float:
     [
         ("arithmetic", {}, {"merge": 0.0}),
         ("arithmetic", {}, {"merge": 1.0}),
+        ("arithmetic", {"operations": 10}, {"merge": 0.0}),
         ("countdown", {}, {"give_up": 0.0}),
         ("countdown", {"numbers": 2}, {"wrong": 0.0}),
         ("countdown", {"numbers": 4}, {"give_up": 0.0}),
@@ -172,8 +175,10 @@ def test_arithmetic_solution_worked_by_hand():
     )
 
 
-def test_arithmetic_answers_are_the_chains():
-    for problem in take("arithmetic", "train", 0, 300):
+@pytest.mark.parametrize("options, most", [({}, 6), ({"operations": 9}, 9)])
+def test_arithmetic_answers_are_the_chains(options, most):
+    fewest = options.get("operations", 4)
+    for problem in take("arithmetic", "train", 0, 300, **options):
         _, first, *rest = problem.text.split()
         value = int(first)
         for operator, operand in zip(rest[::2], rest[1::2], strict=True):
@@ -182,7 +187,7 @@ def test_arithmetic_answers_are_the_chains():
             )
         # Reducing modulo 20 once at the end is the same, all operations being in the ring.
         assert value % 20 == problem.answer
-        assert 4 <= len(rest) // 2 <= 6
+        assert fewest <= len(rest) // 2 <= most
 
 
 def test_attempts_of_a_countdown_solution_are_true_equations():
