@@ -78,7 +78,8 @@ def verdicts(runs: list[dict], ways: list[str]) -> list[str]:
 def describe(record: dict) -> str:
     """What a case grew."""
     settings = record["settings"]
-    shape = f"trees of {'-'.join(map(str, settings['widths']))}"
+    plural = "tree" if settings["trees"] == 1 else "trees"
+    shape = f"{plural} of {'-'.join(map(str, settings['widths']))}"
     if settings["chain"]:
         group, probes = settings["chain"]
         shape = (
