@@ -33,7 +33,7 @@ def problems(split: str, seed: int, *, operations: int | None = None) -> Iterato
     return stream(NAME, split, seed, lambda rng: _draw(rng, counts), lambda p: p.text)
 
 
-def _draw(rng: random.Random, counts: tuple[int, int] = OPERATIONS) -> Problem:
+def _draw(rng: random.Random, counts: tuple[int, int]) -> Problem:
     value = rng.randrange(MODULUS)
     words = [NAME, str(value)]
     for _ in range(rng.randint(*counts)):
