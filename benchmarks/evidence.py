@@ -35,10 +35,8 @@ def finished(
 def row(name: str, records: list[Record], base: list[Record], more: str = "") -> str:
     """Means over seeds with half the 95 % interval; the difference from `base` seed by seed."""
     cells = [spread([measure(r) for r in records]) for measure in MEASURES.values()]
-    pairs = [
-        MEASURES["mean over the run"](a) - MEASURES["mean over the run"](b)
-        for a, b in zip(records, base, strict=False)
-    ]
+    of_seed = {r["seed"]: runs.area(r) for r in base}
+    pairs = [runs.area(r) - of_seed[r["seed"]] for r in records if r["seed"] in of_seed]
     cells.append("" if records is base else spread(pairs, sign="+"))
     seconds = np.mean([r["evals"][-1]["seconds"] for r in records])
     return f"| {name} |{more} {len(records)} | {' | '.join(cells)} | {seconds:.0f} |"
@@ -47,6 +45,10 @@ def row(name: str, records: list[Record], base: list[Record], more: str = "") ->
 def spread(values: list[float], sign: str = "") -> str:
     half = float(runs.half_width(np.array(values)))
     return f"{np.mean(values):{sign}.3f} ± {half:.3f}"
+
+
+def table(head: list[str], rows: list[str]) -> str:
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
 
 
 def methods() -> str:
@@ -60,11 +62,11 @@ def methods() -> str:
         if records:
             found[arm.name] = records
     head = ["method", "rate", "seeds", *MEASURES, "against SPO-tree", "s"]
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for name, records in found.items():
         rate = f" {records[0]['learning_rate']:g} |"
         rows.append(row(name, records, found["SPO-tree"], rate))
-    return "\n".join(rows)
+    return table(head, rows)
 
 
 def ablations() -> str:
@@ -72,7 +74,7 @@ def ablations() -> str:
     arguments = runs.options("", [""]).parse_args([])
     ledger = runs.Ledger(runs.RESULTS / "runs.jsonl")
     head = ["ablation", "seeds", *MEASURES, "against the first", "s"]
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for title, arms in ABLATIONS.items():
         base: list[Record] = []
         for arm in arms:
@@ -80,7 +82,7 @@ def ablations() -> str:
             base = base or records
             if records:
                 rows.append(row(f"{title}: {arm.name}", records, base))
-    return "\n".join(rows)
+    return table(head, rows)
 
 
 def estimators() -> str:
@@ -96,11 +98,10 @@ def estimators() -> str:
         "noise",
         "zero",
     ]
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    rows += [
+    rows = [
         f"| {r['task']}, {r['kind']} | {r['method']} | {r['generated']:.0f} "
         f"| {r['mse']:.4f} ± {r['mse_stderr']:.4f} | {r['variance']:.4f} | {r['bias2']:.4f} "
         f"| {r['noise']:.4f} | {r['zero']:.4f} |"
         for r in records
     ]
-    return "\n".join(rows)
+    return table(head, rows)
