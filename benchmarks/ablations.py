@@ -66,16 +66,10 @@ def main(argv: list[str] | None = None) -> None:
             for arms in chosen.values()
             for arm in arms
         ]
-        runs.run_all(jobs, ledger, arguments.work, console)
+        runs.run_all(jobs, ledger, arguments, console)
         panels = {}
         for title, arms in chosen.items():
-            panels[title] = {
-                arm.name: [
-                    ledger.records[runs.digest(runs.config_of(arm, seed, arguments))]
-                    for seed in range(arguments.seeds)
-                ]
-                for arm in arms
-            }
+            panels[title] = {arm.name: runs.finished(arm, ledger, arguments) for arm in arms}
             console.print(runs.table(f"{title}, {arguments.task}", panels[title]))
         path = arguments.figures / f"ablations-{arguments.task}.svg"
         curves.draw(panels, ("generated_tokens",), path, title="Ablations")

@@ -41,7 +41,7 @@ def tune(arms, ledger, arguments, console) -> None:
             (arm, runs.config_of(arm, runs.HELD_OUT, arguments, f"train.learning_rate={rate}"))
             for rate in arm.learning_rates
         ]
-        records = runs.run_all(jobs, ledger, arguments.work, console)
+        records = runs.run_all(jobs, ledger, arguments, console)
         out = Table(title=f"{arm.name}, seed {runs.HELD_OUT}")
         for column in ("learning rate", "mean over the run", "end"):
             out.add_column(column, justify="right")
@@ -69,7 +69,7 @@ def compare(arms, ledger, searched, arguments, console) -> None:
         for seed in range(arguments.seeds)  # seeds outside: all methods have some runs early
         for arm in arms
     ]
-    records = runs.run_all(jobs, ledger, arguments.work, console)
+    records = runs.run_all(jobs, ledger, arguments, console)
     found = {arm.name: records[i :: len(arms)] for i, arm in enumerate(arms)}
     title = f"{arguments.task}, {arguments.budget:,} generated tokens, {arguments.engine}"
     console.print(runs.table(title, found))

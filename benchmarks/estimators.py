@@ -1,6 +1,6 @@
 """How well each method estimates an advantage: its error against the truth, at equal cost.
 
-    python benchmarks/estimators.py [--quick] [--json FILE] [--svg FILE]
+    python benchmarks/estimators.py [--only TASK …] [--quick] [--json FILE] [--svg FILE]
 
 What is compared. A target is a stretch of one sampled response, from state s to state s'. Its true
 advantage V(s') - V(s) comes from thousands of probes at both states. A method estimates it many
@@ -24,7 +24,9 @@ variance * generated tokens / trained tokens.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import json
 import math
 import os
 import random
@@ -39,13 +41,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import common
 import matplotlib
 import numpy as np
+import runs
 from rich.console import Console
 from rich.table import Table
 from through import Estimates, Sampler, Target, estimate
 
-from spo.config import AdvantageConfig, PolicyConfig
-from spo.engines import make_engine
-from spo.model import EMBEDDED, load_tokenizer
+from spo.config import AdvantageConfig, Config
+from spo.model import load_tokenizer
 from spo.rollout import path_seed
 from spo.shapes import (
     ChainShape,
@@ -56,16 +58,14 @@ from spo.shapes import (
     star,
     step_partition,
 )
-from spo.tasks import prompts
+from spo.tasks import prompts_of
+from spo.train import engine_of
 
 matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402
 
-TASKS = ("arithmetic", "countdown")
 KINDS = ("token", "segment")
-MAX_NEW_TOKENS, MAX_NUM_SEQS = 48, 256
-WIDTHS, SEGMENT, NUM_PROBES, INTERVAL, THRESHOLD = (6, 4, 2), 8, 4, 2, 0.9  # as in the recipes
-STARTS = tuple(SEGMENT * level for level in range(len(WIDTHS)))  # of the tree's segments
+NUM_PROBES, INTERVAL, THRESHOLD = 4, 2, 0.9  # as in recipes/spo-chain.yaml
 PILOT = 16  # responses that say whether a problem is neither hopeless nor solved
 
 Record = dict[str, Any]
@@ -80,36 +80,44 @@ class Growing:
     sized: bool = True  # whether the group size sets the cost; a tree has its widths
 
 
-def growings(kind: str, is_break: np.ndarray) -> list[Growing]:
-    """Every method; `is_break` (V,) bool marks the tokens that end a line."""
+def starts(config: Config, size: int) -> list[int]:
+    """Where the tree's segments begin in a response of `size` tokens."""
+    return [0, *(int(n) for n in np.cumsum(config.shape.segment_tokens) if n < size)]
+
+
+def growings(config: Config, kind: str, is_break: np.ndarray) -> list[Growing]:
+    """Every method, on the task of an SPO-tree recipe; `is_break` (V,) bool marks line ends."""
+    room = config.sampling.max_new_tokens
 
     def same(token_ids: np.ndarray, logprobs: np.ndarray) -> list[int]:
-        return [start for start in STARTS if start < len(token_ids)]
+        return starts(config, len(token_ids))
 
     def chain(name: str, partition: Partition, root: str) -> Growing:
         cut = same if kind == "segment" else partition
         return Growing(
-            lambda n: ChainShape(n, NUM_PROBES, cut, MAX_NEW_TOKENS, probe_prompt=root == "mc"),
+            lambda n: ChainShape(n, NUM_PROBES, cut, room, probe_prompt=root == "mc"),
             {name: AdvantageConfig(root_value=root)},
         )
 
-    tree = TreeShape(WIDTHS, (SEGMENT,) * (len(WIDTHS) - 1), MAX_NEW_TOKENS)
+    tree = TreeShape(config.shape.widths, config.shape.segment_tokens, room)
     mean, others = AdvantageConfig(), AdvantageConfig(baseline="loo")
     return [
-        Growing(lambda n: star(n, MAX_NEW_TOKENS), {"GRPO": mean, "RLOO": others}),
+        Growing(lambda n: star(n, room), {"GRPO": mean, "RLOO": others}),
         chain("VinePPO", step_partition(is_break), "mc"),
         chain("SPO-chain", cutpoint_partition(THRESHOLD, INTERVAL), "group"),
         Growing(lambda n: tree, {"SPO-tree": mean, "SPO-tree, loo": others}, sized=False),
     ]
 
 
-def find_targets(sampler: Sampler, task: str, number: int, seed: int) -> dict[str, list[Target]]:
+def find_targets(
+    sampler: Sampler, config: Config, number: int, seed: int
+) -> dict[str, list[Target]]:
     """`number` targets of each kind, on a response to each of as many problems that the policy
     solves sometimes: at least 3 times of 16, at most 13.
     """
     found: dict[str, list[Target]] = {kind: [] for kind in KINDS}
     rng, limit = random.Random(seed), math.log(THRESHOLD)
-    for index, prompt in enumerate(prompts(task, "test", seed, sampler.tokenizer)):
+    for index, prompt in enumerate(prompts_of(config, "test", sampler.tokenizer, seed)):
         pilot = sampler.samples(prompt, (), PILOT, path_seed(seed, 0, index, ()))
         solved = sum(sampler.reward(prompt, s.token_ids, s.finish) for s in pilot)
         response = rng.choice(pilot)
@@ -117,7 +125,7 @@ def find_targets(sampler: Sampler, task: str, number: int, seed: int) -> dict[st
         if not 3 <= solved <= PILOT - 3 or not unsure:
             continue
         place, size = rng.choice(unsure), len(response.token_ids)
-        bounds = [*(start for start in STARTS if start < size), size]
+        bounds = [*starts(config, size), size]
         level = len(found["segment"]) % (len(bounds) - 1)  # all levels alike
         found["token"].append(Target(prompt, response, place, place + 1))
         found["segment"].append(Target(prompt, response, bounds[level], bounds[level + 1]))
@@ -184,12 +192,12 @@ def figures(
 
 
 def measure(
-    sampler: Sampler, task: str, kind: str, targets: list[Target], probes: int, repeats: int
+    sampler: Sampler, config: Config, kind: str, targets: list[Target], probes: int, repeats: int
 ) -> list[Record]:
-    """A record for each method on the targets of one kind."""
+    """What each method does on the targets of one kind."""
     words = sampler.tokenizer
     is_break = np.array(["\n" in words.decode([token]) for token in range(len(words))])
-    methods = growings(kind, is_break)
+    methods = growings(config, kind, is_break)
     truths = [
         true_advantage(sampler, t, probes, path_seed(1, i, 0, ())) for i, t in enumerate(targets)
     ]
@@ -199,7 +207,8 @@ def measure(
         shape, rules = growing.shape(group), list(growing.rules.values())
         runs = estimate(sampler, shape, rules, targets, repeats, seed=3)
         for name, of_rule in zip(growing.rules, runs, strict=True):
-            head = {"task": task, "kind": kind, "method": name, "group_size": group}
+            size = str(group or "-".join(map(str, config.shape.widths)))
+            head = {"kind": kind, "method": name, "group": size}
             counts = {"targets": len(targets), "estimates": repeats, "probes": probes}
             records.append(head | counts | figures(of_rule, truths))
     return records
@@ -218,8 +227,7 @@ def print_table(records: Sequence[Record]) -> None:
     for r in records:
         small = (r[key] for key in ("mse", "mse_stderr", "variance", "bias2", "noise"))
         counts = (f"{r['generated']:.0f}", f"{r['trained']:.0f}")
-        group = str(r["group_size"] or "x".join(map(str, WIDTHS)))
-        table.add_row(r["method"], group, *counts, *(f"{value:.4f}" for value in small))
+        table.add_row(r["method"], r["group"], *counts, *(f"{value:.4f}" for value in small))
     Console(width=110).print(table)
 
 
@@ -227,9 +235,12 @@ def draw(records: Sequence[Record], path: Path) -> None:
     """Mean squared error of every method, split into variance and squared bias."""
     from plot import ACCENT, INK, STYLE
 
+    tasks = list(dict.fromkeys(record["task"] for record in records))
     with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(len(KINDS), len(TASKS), figsize=(8.4, 5.6), squeeze=False)
-        for (row, kind), (column, task) in itertools.product(enumerate(KINDS), enumerate(TASKS)):
+        figure, axes = pyplot.subplots(
+            len(KINDS), len(tasks), figsize=(4.2 * len(tasks), 5.6), squeeze=False
+        )
+        for (row, kind), (column, task) in itertools.product(enumerate(KINDS), enumerate(tasks)):
             ax = axes[row, column]
             found = [r for r in records if (r["task"], r["kind"]) == (task, kind)][::-1]
             names = [r["method"] for r in found]
@@ -252,33 +263,42 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="TASK", choices=runs.TASKS, help="(all)")
     parser.add_argument("--quick", action="store_true", help="few targets: does it run at all?")
-    parser.add_argument("--targets", type=int, help="of each kind and task (8)")
+    parser.add_argument("--targets", type=int, help="of each kind and task (24)")
     parser.add_argument("--estimates", type=int, help="of each target by each method (20)")
     parser.add_argument("--probes", type=int, help="of each state, for the truth (2000)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--svg", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
-    targets = arguments.targets or (2 if arguments.quick else 8)
+    targets = arguments.targets or (2 if arguments.quick else 24)
     repeats = arguments.estimates or (3 if arguments.quick else 20)
     probes = arguments.probes or (50 if arguments.quick else 2000)
-    tokenizer, start = load_tokenizer(PolicyConfig()), time.monotonic()
-    engine = make_engine("hf", str(EMBEDDED), max_num_seqs=MAX_NUM_SEQS, max_model_len=96)
-    sampler = Sampler(engine, tokenizer, MAX_NEW_TOKENS)
+    start, generated = time.monotonic(), 0
     where, records = common.environment(), []
-    for task in TASKS:
-        found = find_targets(sampler, task, targets, seed=0)
-        for kind in KINDS:
-            rows = measure(sampler, task, kind, found[kind], probes, repeats)
-            print_table(rows)
-            records += [row | where for row in rows]
-            if arguments.json:
-                common.write_json(arguments.json, records)
-    engine.close()
+    chosen = arguments.only or list(runs.TASKS)
+    if arguments.json and arguments.json.exists():  # the other tasks' records stay
+        found = json.loads(arguments.json.read_text())
+        records = [record for record in found if record["task"] not in chosen]
+    for task in chosen:
+        settings = runs.options("", [""]).parse_args([f"--task={task}"])
+        config = runs.config_of(runs.Arm("SPO-tree", "spo-tree.yaml"), 0, settings)
+        with contextlib.closing(engine_of(config)) as engine:
+            tokenizer = load_tokenizer(config.policy)
+            sampler = Sampler(engine, tokenizer, config.sampling.max_new_tokens)
+            found = find_targets(sampler, config, targets, seed=0)
+            for kind in KINDS:
+                rows = measure(sampler, config, kind, found[kind], probes, repeats)
+                rows = [{"task": task} | row | where for row in rows]
+                print_table(rows)
+                records += rows
+                if arguments.json:
+                    common.write_json(arguments.json, records)
+            generated += sampler.generated
     if arguments.svg:
         draw(records, arguments.svg)
     seconds = time.monotonic() - start
-    print(f"{sampler.generated} tokens in {seconds:.0f} s; {where['device']}, {where['commit']}")
+    print(f"{generated} tokens in {seconds:.0f} s; {where['device']}, {where['commit']}")
 
 
 if __name__ == "__main__":

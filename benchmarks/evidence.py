@@ -6,30 +6,18 @@ A run counts where its recipe is the one that the scripts would run today with t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 import numpy as np
 import runs
 from ablations import ABLATIONS
 from end_to_end import METHODS, best_rate
-from runs import Arm, Record
+from runs import Record
 
 MEASURES = {
     "greedy": lambda record: record["evals"][-1]["greedy"],
     "sampled": lambda record: record["evals"][-1]["sampled"],
     "mean over the run": runs.area,
 }
-
-
-def finished(
-    arm: Arm, ledger: runs.Ledger, arguments, overrides: Sequence[str] = ()
-) -> list[Record]:
-    """An arm's runs, in the order of the seeds."""
-    names = (
-        runs.digest(runs.config_of(arm, seed, arguments, *overrides))
-        for seed in range(arguments.seeds)
-    )
-    return [ledger.records[name] for name in names if name in ledger.records]
 
 
 def row(name: str, records: list[Record], base: list[Record], more: str = "") -> str:
@@ -51,14 +39,14 @@ def table(head: list[str], rows: list[str]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
 
 
-def methods() -> str:
+def methods(task: str) -> str:
     """Every method at its best rate; differences from SPO-tree."""
-    arguments = runs.options("", [""]).parse_args([])
+    arguments = runs.options("", [""]).parse_args([f"--task={task}"])
     ledger = runs.Ledger(runs.RESULTS / "runs.jsonl")
     searched = runs.Ledger(runs.RESULTS / "learning_rates.jsonl")
     found = {}
     for arm in METHODS:
-        records = finished(arm, ledger, arguments, best_rate(arm, searched, arguments.task))
+        records = runs.finished(arm, ledger, arguments, *best_rate(arm, searched, task))
         if records:
             found[arm.name] = records
     head = ["method", "rate", "seeds", *MEASURES, "against SPO-tree", "s"]
@@ -78,7 +66,7 @@ def ablations() -> str:
     for title, arms in ABLATIONS.items():
         base: list[Record] = []
         for arm in arms:
-            records = finished(arm, ledger, arguments)
+            records = runs.finished(arm, ledger, arguments)
             base = base or records
             if records:
                 rows.append(row(f"{title}: {arm.name}", records, base))

@@ -61,7 +61,8 @@ def main() -> None:
     write_between(ROOT / "README.md", "figures", figures)
     write_between(ROOT / "docs" / "rollout.md", "rollouts", rollout_tables.everything(cases))
     paper = ROOT / "docs" / "paper.md"
-    write_between(paper, "methods", evidence.methods())
+    write_between(paper, "methods", evidence.methods("arithmetic"))
+    write_between(paper, "methods, long", evidence.methods("long-arithmetic"))
     write_between(paper, "ablations", evidence.ablations())
     write_between(paper, "estimators", evidence.estimators())
     write_between(ROOT / "docs" / "kernels.md", "kernels", kernel_tables.everything(results.ROOT))

@@ -11,8 +11,8 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,35 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Task:
+    """What a task changes in the recipes, which are written for `arithmetic`."""
+
+    overrides: tuple[str, ...]
+    of_recipe: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # file name -> overrides
+
+
+POLICIES = Path(__file__).parent / "policies"  # made by `python -m spo.warmup --plan NAME`
+TASKS = {
+    "arithmetic": Task(("task=arithmetic", "engine.max_model_len=96")),
+    "countdown": Task(("task=countdown", "engine.max_model_len=96")),
+    # 10 operations, habits at any line, a policy warmed up for them: responses of 60 to 70 tokens
+    "long-arithmetic": Task(
+        (
+            "task=arithmetic",
+            f"policy.path={POLICIES / 'long-arithmetic'}",
+            "data.options={operations: 10}",
+            "sampling.max_new_tokens=96",
+            "engine.max_model_len=128",
+        ),
+        {
+            "spo-tree.yaml": ("shape.segment_tokens=[20,20]",),
+            "grpo-staged.yaml": ("sampling.stages=[[0.3,60],[0.6,66]]",),
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Arm:
     """One line of a comparison: a recipe and what differs from it."""
 
@@ -52,7 +81,7 @@ def options(description: str, names: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=5, help="runs per arm")
     parser.add_argument("--budget", type=int, default=150_000, help="generated tokens of a run")
     parser.add_argument("--problems", type=int, default=250, help="test problems")
-    parser.add_argument("--task", default="arithmetic")
+    parser.add_argument("--task", choices=TASKS, default="arithmetic")
     parser.add_argument("--engine", choices=("hf", "vllm"), default="hf")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help=", ".join(names))
     parser.add_argument("--quick", action="store_true", help="one short run each, thrown away")
@@ -71,11 +100,12 @@ def shorten(arguments: argparse.Namespace) -> argparse.Namespace:
 
 def config_of(arm: Arm, seed: int, arguments: argparse.Namespace, *more: str) -> Config:
     """The resolved recipe of one run."""
+    task = TASKS[arguments.task]
     common = [
-        f"task={arguments.task}",
+        *task.overrides,
+        *task.of_recipe.get(arm.recipe, ()),
         f"engine.name={arguments.engine}",
         "engine.max_num_seqs=256",
-        "engine.max_model_len=96",
         f"train.iterations={UNLIMITED}",
         f"train.max_generated_tokens={arguments.budget}",
         "train.checkpoint_every=5",
@@ -88,11 +118,13 @@ def config_of(arm: Arm, seed: int, arguments: argparse.Namespace, *more: str) ->
 
 
 def digest(config: Config) -> str:
-    """What identifies a run: all that its recipe sets to other than the default, but the folder.
+    """What identifies a run: all that its recipe sets to other than the default, but for folders.
 
     So a setting that the package gains later, off by default, does not void the finished runs.
     """
-    text = json.dumps(_changes(dataclasses.replace(config, out=None), Config()), sort_keys=True)
+    policy = dataclasses.replace(config.policy, path=Path(config.policy.path).name)
+    config = dataclasses.replace(config, out=None, policy=policy)
+    text = json.dumps(_changes(config, Config()), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -119,8 +151,20 @@ class Ledger:
         self.records[record["run"]] = record
 
 
+def finished(
+    arm: Arm, ledger: Ledger, arguments: argparse.Namespace, *overrides: str
+) -> list[Record]:
+    """An arm's finished runs, in the order of the seeds."""
+    configs = (config_of(arm, seed, arguments, *overrides) for seed in range(arguments.seeds))
+    names = map(digest, configs)
+    return [ledger.records[name] for name in names if name in ledger.records]
+
+
 def run_all(
-    jobs: Iterable[tuple[Arm, Config]], ledger: Ledger, work: Path, console: Console
+    jobs: Iterable[tuple[Arm, Config]],
+    ledger: Ledger,
+    arguments: argparse.Namespace,
+    console: Console,
 ) -> list[Record]:
     """The records of the jobs, in order; runs what the ledger does not hold yet, on one engine."""
     logging.set_verbosity_error()  # transformers' bars and reports, once per model and run
@@ -131,9 +175,9 @@ def run_all(
             name = digest(config)
             if name not in ledger.records:
                 engine = engine or engine_of(config)
-                folder = work / name
+                folder = arguments.work / name
                 train(dataclasses.replace(config, out=str(folder)), resume=True, engine=engine)
-                ledger.add(record_of(arm, config, folder))
+                ledger.add(record_of(arm, arguments.task, config, folder))
                 shutil.rmtree(folder)
             records.append(ledger.records[name])
             last = records[-1]["evals"][-1]
@@ -148,7 +192,7 @@ def run_all(
     return records
 
 
-def record_of(arm: Arm, config: Config, folder: Path) -> Record:
+def record_of(arm: Arm, task: str, config: Config, folder: Path) -> Record:
     """What is kept of a finished run."""
     lines = read_metrics(folder / "metrics.jsonl")
     trained = [line for line in lines if line["stage"] == "train"]
@@ -157,7 +201,7 @@ def record_of(arm: Arm, config: Config, folder: Path) -> Record:
         "arm": arm.name,
         "recipe": config.name,
         "overrides": list(arm.overrides),
-        "task": config.task,
+        "task": task,
         "seed": config.train.seed,
         "budget": config.train.max_generated_tokens,
         "learning_rate": config.train.learning_rate,

@@ -1,6 +1,6 @@
-"""Re-create the embedded policy and its tokenizer: `python -m spo.warmup --out DIR`.
+"""Re-create a small policy and its tokenizer: `python -m spo.warmup --out DIR [--plan NAME]`.
 
-A small Qwen2 model learns to imitate the worked solutions of all tasks, imperfect habits included,
+A small Qwen2 model learns to imitate the worked solutions of some tasks, imperfect habits included,
 so that reinforcement learning starts from a policy that is right about half of the time. Everything
 follows from the seed; training is in fp32, the weights are stored in bf16.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -19,23 +20,53 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from spo.model import EMBEDDED
 from spo.tasks import TASKS, prompts
 from spo.tasks.problem import CLOSE, OPEN
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 CONTEXT = 512
-MIXTURE = {"arithmetic": 0.47, "countdown": 0.47, "knights_knaves": 0.06}  # shares of the examples
 POOL = 32  # batches whose examples are sorted by length together, to save padding
 RAMP = 50  # steps in which the learning rate rises; then it falls linearly to zero
-CYCLES = ((3000, 2e-3), (800, 1e-3))  # steps and peak learning rate, each from the stored weights
 LOG_EVERY = 100  # steps
 MAX_NEW_TOKENS, EVAL_BATCH = 128, 250
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a policy imitates, and for how long."""
+
+    mixture: Mapping[str, float]
+    """Task -> its share of the examples."""
+    cycles: tuple[tuple[int, float], ...]
+    """Steps and peak learning rate of each cycle, which starts from the stored weights."""
+    start: str | None = None
+    """Folder of the weights to start from; None draws new ones."""
+    problems: Mapping[str, object] = field(default_factory=dict)
+    """Options of the tasks' `problems`."""
+    solutions: Mapping[str, object] = field(default_factory=dict)
+    """Options of the tasks' `solution`."""
+
+
+PLANS = {
+    "embedded": Plan(
+        {"arithmetic": 0.47, "countdown": 0.47, "knights_knaves": 0.06}, ((3000, 2e-3), (800, 1e-3))
+    ),
+    # Twice the operations and habits at any line: several steps of a response decide.
+    "long-arithmetic": Plan(
+        {"arithmetic": 1.0},
+        ((1200, 1e-3),),
+        start=str(EMBEDDED),
+        problems={"operations": 10},
+        solutions={"merge": 0.2, "most": 10},
+    ),
+}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word, number or line break; decoding restores the text exactly."""
     words = dict.fromkeys([PAD, EOS, UNKNOWN, "\n", OPEN, CLOSE])
-    for task in MIXTURE:
+    for task in PLANS["embedded"].mixture:
         words.update(dict.fromkeys(TASKS[task].VOCABULARY))
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -79,23 +110,25 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def examples(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], int]]:
+def examples(
+    tokenizer: PreTrainedTokenizerFast, seed: int, plan: Plan
+) -> Iterator[tuple[list[int], int]]:
     """Endless mixture of (prompt + solution + end, prompt length) over the training splits."""
     rng = random.Random(seed)
-    streams = {task: TASKS[task].problems("train", seed) for task in MIXTURE}
+    streams = {task: TASKS[task].problems("train", seed, **plan.problems) for task in plan.mixture}
     while True:
-        (task,) = rng.choices(list(MIXTURE), list(MIXTURE.values()))
+        (task,) = rng.choices(list(plan.mixture), list(plan.mixture.values()))
         problem = next(streams[task])
         prompt = tokenizer(problem.text)["input_ids"]
-        solution = tokenizer(TASKS[task].solution(problem, rng))["input_ids"]
+        solution = tokenizer(TASKS[task].solution(problem, rng, **plan.solutions))["input_ids"]
         yield [*prompt, *solution, tokenizer.eos_token_id], len(prompt)
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int
+    tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int, plan: Plan = PLANS["embedded"]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless right-padded `token_ids (N, L)` and `is_solution (N, L)`, equal lengths together."""
-    rng, source = random.Random(seed), examples(tokenizer, seed)
+    rng, source = random.Random(seed), examples(tokenizer, seed, plan)
     while True:
         pool = sorted(islice(source, POOL * batch_size), key=lambda example: len(example[0]))
         groups = [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
@@ -116,6 +149,7 @@ def warm_up(
     batch_size: int,
     lr: float,
     seed: int,
+    plan: Plan = PLANS["embedded"],
     model: Qwen2ForCausalLM | None = None,
 ) -> Qwen2ForCausalLM:
     """Imitate worked solutions for `steps` AdamW steps; loss on the solutions' tokens only.
@@ -128,7 +162,7 @@ def warm_up(
     start = time.monotonic()
     seen, running = 0, 0.0
     for step, (token_ids, is_solution) in enumerate(
-        islice(batches(tokenizer, seed, batch_size), steps)
+        islice(batches(tokenizer, seed, batch_size, plan), steps)
     ):
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / RAMP, 1 - step / steps)
@@ -162,10 +196,14 @@ def pass_at_1(
     count: int,
     temperature: float = 0.0,
     seed: int = 0,
+    **options: object,
 ) -> float:
-    """Share of the first `count` test problems solved by one sample; temperature 0 is greedy."""
+    """Share of the first `count` test problems solved by one sample; temperature 0 is greedy.
+
+    `options` go to the task's `problems`.
+    """
     torch.manual_seed(seed)
-    tested = list(islice(prompts(task, "test", 0, tokenizer), count))
+    tested = list(islice(prompts(task, "test", 0, tokenizer, **options), count))
     right = 0
     for start in range(0, count, EVAL_BATCH):
         batch = tested[start : start + EVAL_BATCH]
@@ -187,9 +225,17 @@ def pass_at_1(
     return right / count
 
 
+def stored(folder: Path | str) -> Qwen2ForCausalLM:
+    """The policy of a folder in fp32."""
+    return Qwen2ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="spo.warmup", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--plan", choices=list(PLANS), default="embedded", help="which policy")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="the shipped policy took 2")
@@ -197,25 +243,26 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
+    plan = PLANS[args.plan]
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(args.out)
-    model = None
-    for cycle, (steps, lr) in enumerate(CYCLES):
+    model = stored(plan.start) if plan.start else None
+    for cycle, (steps, lr) in enumerate(plan.cycles):
         model = warm_up(
             tokenizer,
             steps=steps,
             batch_size=args.batch_size,
             lr=lr,
             seed=args.seed + cycle,
+            plan=plan,
             model=model,
         )
         model.to(torch.bfloat16).save_pretrained(args.out)
-        model = Qwen2ForCausalLM.from_pretrained(  # what was stored
-            args.out, dtype=torch.float32, attn_implementation="eager"
-        )
-    for task in MIXTURE:
+        model = stored(args.out)
+    for task in plan.mixture:
         greedy, sampled = (
-            pass_at_1(model, tokenizer, task, count=args.eval, temperature=t) for t in (0.0, 1.0)
+            pass_at_1(model, tokenizer, task, count=args.eval, temperature=t, **plan.problems)
+            for t in (0.0, 1.0)
         )
         print(f"{task}: Pass@1 {greedy:.3f} greedy, {sampled:.3f} at T = 1, n = {args.eval}")
 

@@ -73,18 +73,21 @@ def test_a_run_is_known_by_what_its_recipe_changes(runs):
 
     plain = name()
     assert plain == name("grpo.yaml", "out=elsewhere") == name("grpo.yaml", "loss.beta=0.1")
+    assert name("grpo.yaml", "policy.path=/a/small") == name("grpo.yaml", "policy.path=b/small")
     others = [
         name("grpo.yaml", "loss.prob_threshold=0.8"),
         name(seed=1),
         name("rloo.yaml"),
         name(budget=4000),
+        name(task="long-arithmetic"),
+        name("grpo.yaml", "policy.path=b/small"),
     ]
-    assert len({plain, *others}) == 5
+    assert len({plain, *others}) == 7
 
 
 @pytest.mark.slow
 def test_finished_runs_are_skipped_and_broken_ones_go_on(runs, tmp_path, monkeypatch):
-    arguments = Namespace(**ARGUMENTS)
+    arguments = Namespace(**ARGUMENTS, work=tmp_path / "work")
     arm = runs.Arm("a", "rloo.yaml")
     jobs = [(arm, runs.config_of(arm, seed, arguments)) for seed in (0, 1)]
     path = tmp_path / "r.jsonl"
@@ -99,9 +102,9 @@ def test_finished_runs_are_skipped_and_broken_ones_go_on(runs, tmp_path, monkeyp
     monkeypatch.setattr(runs, "train", counted)
     console = Namespace(print=lambda *text: None)
     with pytest.raises(KeyboardInterrupt):
-        runs.run_all(jobs, runs.Ledger(path), tmp_path / "work", console)
+        runs.run_all(jobs, runs.Ledger(path), arguments, console)
     assert len(path.read_text().splitlines()) == 1
-    records = runs.run_all(jobs, runs.Ledger(path), tmp_path / "work", console)
+    records = runs.run_all(jobs, runs.Ledger(path), arguments, console)
     assert seen == [0, 1, 1] and not list((tmp_path / "work").iterdir())
     assert [r["seed"] for r in records] == [0, 1]
     assert records == [json.loads(line) for line in path.read_text().splitlines()]
@@ -134,3 +137,15 @@ def test_quick_runs_leave_nothing(bench, tmp_path, capsys, script, only, more):
     printed = capsys.readouterr().out
     assert ("best" in printed) == bool(more) and ("figure" in printed) != bool(more)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_estimators_keep_the_other_tasks_records(bench, tmp_path):
+    path = tmp_path / "e.json"
+    path.write_text('[{"task": "countdown"}, {"task": "arithmetic"}]')
+    bench("estimators").main(["--quick", "--only", "arithmetic", "--json", str(path)])
+    kept, *found = json.loads(path.read_text())
+    assert kept == {"task": "countdown"} and len(found) == 2 * 6
+    for record in found:
+        assert record["mse"] == pytest.approx(record["variance"] + record["bias2"])
+        assert 400 < record["generated"] < 1600 and record["trained"] <= record["generated"]

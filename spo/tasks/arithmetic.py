@@ -1,7 +1,7 @@
 """Arithmetic chain: `15 - 9 + 6 * 7` read strictly left to right, every result modulo 20.
 
-The worked solutions are correct but impatient: at every line, with probability `MERGE` until it has
-happened once, two operations share the line. A policy that imitates them picks the habit up and
+The worked solutions are correct but impatient: at every line, with probability `MERGE` and at most
+once, two operations share the line. A policy that imitates them picks the habit up and
 often fails where it merges; reinforcement learning has to teach it to go step by step.
 """
 
@@ -49,15 +49,14 @@ def _apply(left: int, operator: str, right: int) -> int:
     return (left - right if operator == "-" else left * right) % MODULUS
 
 
-def solution(problem: Problem, rng: random.Random, merge: float = MERGE) -> str:
-    """A correct worked solution; at most one line, each with probability `merge`, merges two."""
+def solution(problem: Problem, rng: random.Random, merge: float = MERGE, most: int = 1) -> str:
+    """A correct worked solution; each line merges two with probability `merge`, at most `most`."""
     _, first, *rest = problem.text.split()
     steps = list(zip(rest[::2], map(int, rest[1::2]), strict=True))
     value, lines = int(first), []
     while steps:
-        take = 2 if len(steps) > 1 and rng.random() < merge else 1
-        if take == 2:
-            merge = 0.0
+        take = 2 if len(steps) > 1 and rng.random() < merge and most > 0 else 1
+        most -= take - 1
         line = str(value)
         for operator, operand in steps[:take]:
             line += f" {operator} {operand}"

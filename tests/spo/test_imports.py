@@ -23,7 +23,7 @@ ORDER = [  # a room may import from rooms of lower rank, and from its own group
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SIDE = {
     "report": {"records"},
-    "warmup": {"tasks", "engines", "evaluate"},
+    "warmup": {"tasks", "model"},
     "__init__": set(),
 }
 

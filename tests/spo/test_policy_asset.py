@@ -124,6 +124,20 @@ def test_batches_mark_solutions_only(tokenizer):
         assert tokenizer.decode(ids[prompt_length : end - 1]).endswith("</answer>")
 
 
+def test_a_plan_says_what_is_imitated(tokenizer):
+    """Ten operations, and in some solutions more lines than one that take two."""
+    plan = warmup.PLANS["long-arithmetic"]
+    token_ids, is_solution = next(warmup.batches(tokenizer, 0, 16, plan))
+    merged = []
+    for ids, mask in zip(token_ids, is_solution, strict=True):
+        prompt = tokenizer.decode(ids[: int(mask.int().argmax())]).split()
+        assert len(prompt) == 2 + 2 * 10
+        lines = tokenizer.decode(ids[mask]).split("\n")[:-1]
+        merged.append(sum(line.split().index("=") == 5 for line in lines))
+        assert len(lines) + merged[-1] == 10
+    assert max(merged) > 1
+
+
 def test_the_warm_up_is_deterministic_and_learns(tokenizer, capsys):
     def run(seed):
         model = warmup.warm_up(tokenizer, steps=6, batch_size=8, lr=2e-3, seed=seed)

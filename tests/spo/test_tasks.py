@@ -144,6 +144,7 @@ def rate(task: str, problems: list[Problem], **habits: float) -> float:
         ("arithmetic", {}, {"merge": 0.0}),
         ("arithmetic", {}, {"merge": 1.0}),
         ("arithmetic", {"operations": 10}, {"merge": 0.0}),
+        ("arithmetic", {"operations": 10}, {"merge": 0.5, "most": 10}),
         ("countdown", {}, {"give_up": 0.0}),
         ("countdown", {"numbers": 2}, {"wrong": 0.0}),
         ("countdown", {"numbers": 4}, {"give_up": 0.0}),
@@ -172,6 +173,9 @@ def test_arithmetic_solution_worked_by_hand():
     longer = Problem("arithmetic 15 - 9 + 6 * 7 + 2\n", 6)
     assert arithmetic.solution(longer, random.Random(0), merge=1.0) == (
         "15 - 9 + 6 = 12\n12 * 7 = 4\n4 + 2 = 6\n<answer> 6 </answer>"  # never a second merge
+    )
+    assert arithmetic.solution(longer, random.Random(0), merge=1.0, most=2) == (
+        "15 - 9 + 6 = 12\n12 * 7 + 2 = 6\n<answer> 6 </answer>"
     )
 
 
