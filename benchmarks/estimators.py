@@ -65,7 +65,8 @@ matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402
 
 KINDS = ("token", "segment")
-NUM_PROBES, INTERVAL, THRESHOLD = 4, 2, 0.9  # as in recipes/spo-chain.yaml
+NUM_PROBES, THRESHOLD = 4, 0.9  # as in recipes/spo-chain.yaml
+INTERVAL = 2  # the finest of the ablation
 PILOT = 16  # responses that say whether a problem is neither hopeless nor solved
 
 Record = dict[str, Any]

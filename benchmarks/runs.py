@@ -42,13 +42,14 @@ class Task:
 
     overrides: tuple[str, ...]
     of_recipe: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # file name -> overrides
+    length: int = 1  # how much longer responses are: an iteration has as many times fewer prompts
 
 
 POLICIES = Path(__file__).parent / "policies"  # made by `python -m spo.warmup --plan NAME`
 TASKS = {
     "arithmetic": Task(("task=arithmetic", "engine.max_model_len=96")),
     "countdown": Task(("task=countdown", "engine.max_model_len=96")),
-    # 10 operations, habits at any line, a policy warmed up for them: responses of 60 to 70 tokens
+    # 10 operations, two merges, a policy warmed up for them: responses of 54 to 66 tokens
     "long-arithmetic": Task(
         (
             "task=arithmetic",
@@ -56,11 +57,13 @@ TASKS = {
             "data.options={operations: 10}",
             "sampling.max_new_tokens=96",
             "engine.max_model_len=128",
+            "eval.every=5",
         ),
         {
             "spo-tree.yaml": ("shape.segment_tokens=[20,20]",),
-            "grpo-staged.yaml": ("sampling.stages=[[0.3,60],[0.6,66]]",),
+            "grpo-staged.yaml": ("sampling.stages=[[0.3,54],[0.6,60]]",),
         },
+        length=2,
     ),
 }
 
@@ -100,10 +103,9 @@ def shorten(arguments: argparse.Namespace) -> argparse.Namespace:
 
 def config_of(arm: Arm, seed: int, arguments: argparse.Namespace, *more: str) -> Config:
     """The resolved recipe of one run."""
-    task = TASKS[arguments.task]
+    task, recipe = TASKS[arguments.task], RECIPES / arm.recipe
     common = [
-        *task.overrides,
-        *task.of_recipe.get(arm.recipe, ()),
+        f"train.prompts={load_config(recipe).train.prompts // task.length}",
         f"engine.name={arguments.engine}",
         "engine.max_num_seqs=256",
         f"train.iterations={UNLIMITED}",
@@ -112,9 +114,11 @@ def config_of(arm: Arm, seed: int, arguments: argparse.Namespace, *more: str) ->
         f"train.seed={seed}",
         f"eval.problems={arguments.problems}",
         "eval.every=3",
+        *task.overrides,
+        *task.of_recipe.get(arm.recipe, ()),
     ]
     quick = ["train.prompts=4", "eval.every=1"] if arguments.quick else []
-    return load_config(RECIPES / arm.recipe, [*common, *arm.overrides, *quick, *more])
+    return load_config(recipe, [*common, *arm.overrides, *quick, *more])
 
 
 def digest(config: Config) -> str:

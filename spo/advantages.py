@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -28,14 +30,15 @@ def assign(forest: Forest, rule: AdvantageConfig) -> tuple[Tensor, Tensor]:
     """
     values = tree_values(forest.parent, forest.rewards, forest.in_value)
     values = _fill_roots(forest, values, rule.root_value)
+    # A node that was left out (a failed grading) has no part in any group of siblings.
+    parent = torch.where(forest.in_value | forest.trained, forest.parent, -1)
     advantages = tree_advantages(
-        forest.parent, values, forest.in_value, baseline=rule.baseline, scale=rule.scale
+        parent, values, forest.in_value, baseline=rule.baseline, scale=rule.scale
     )
-    if rule.root_value == "none":
-        roots = (forest.parent < 0) & values.isnan()
-        first = forest.parent.clamp(min=0).long()
-        advantages = torch.where((forest.parent >= 0) & roots[first], 0.0, advantages)
-    advantages = torch.where(forest.trained, advantages, 0.0)
+    # A chain's prompt without a value: its first segments do not train, all others do.
+    above = forest.parent.clamp(min=0).long()
+    unknown = (forest.parent[above] < 0) & values[above].isnan() & values.isfinite()
+    advantages = torch.where(forest.trained & ~unknown, advantages, 0.0)
     if not advantages.isfinite().all():
         node = int((~advantages.isfinite()).nonzero()[0])
         raise ValueError(f"advantages: node {node} is trained but has no value or parent value")
@@ -119,12 +122,19 @@ def _path_weights(forest: Forest, values: Tensor) -> Tensor:
     parent = forest.parent.long()
     counts, _ = tree_stats(forest.parent, values, forest.in_value)
     share = torch.where(parent >= 0, 1 / counts[parent.clamp(min=0)].clamp(min=1), 1.0)
-    weights, ancestor = share, parent
-    while bool((ancestor >= 0).any()):
-        step = ancestor.clamp(min=0)
-        weights = torch.where(ancestor >= 0, weights * share[step], weights)
-        ancestor = torch.where(ancestor >= 0, parent[step], -1)
+    weights = share
+    for found, ancestor in _ancestors(parent):
+        weights = torch.where(found, weights * share[ancestor], weights)
     return weights
+
+
+def _ancestors(parent: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every node its parent, then its parent's parent, …: (whether there is one, which)."""
+    ancestor = parent
+    while bool((found := ancestor >= 0).any()):
+        step = ancestor.clamp(min=0)
+        yield found, step
+        ancestor = torch.where(found, parent[step], -1)
 
 
 def summarize(forest: Forest, values: Tensor, advantages: Tensor) -> dict[str, float]:
@@ -135,7 +145,10 @@ def summarize(forest: Forest, values: Tensor, advantages: Tensor) -> dict[str, f
     roots = forest.parent < 0
     seen = values[roots & values.isfinite()]
     graded = forest.rewards[forest.rewards.isfinite()]
-    trajectories = int((forest.is_leaf & forest.trained).sum())
+    segments = forest.trained.long()
+    for found, ancestor in _ancestors(forest.parent.long()):
+        segments = segments + torch.where(found, forest.trained[ancestor], False)
+    trajectories = torch.where(forest.is_leaf & forest.trained, forest.weight, 0)
     return {
         "value_n": float(seen.numel()),
         "value_mean": float(seen.mean()),
@@ -143,5 +156,6 @@ def summarize(forest: Forest, values: Tensor, advantages: Tensor) -> dict[str, f
         "reward_mean": float(graded.mean()),
         "zero_advantage_share": float((advantages[trained].abs() <= ZERO_ADVANTAGE).float().mean()),
         "mean_abs_advantage": float(advantages[trained].abs().mean()),
-        "segments_per_trajectory": float(forest.trained.sum()) / max(trajectories, 1),
+        "segments_per_trajectory": float((segments * trajectories).sum())
+        / max(float(trajectories.sum()), 1),
     }

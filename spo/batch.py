@@ -25,7 +25,7 @@ class PackStats:
     """Counts over one optimiser step."""
 
     kept_tokens: int  # Z: trained tokens that pass the mask, by weight
-    trained_tokens: int  # the same before the mask
+    trained_tokens: int  # those of all nodes with an advantage, before the mask
     packed_tokens: int  # forwarded, over all ranks; padding not counted
     repeated_tokens: int  # of these, prefixes repeated because a tree was split
 
@@ -68,7 +68,7 @@ def pack(
     packed = sum(p.tokens for p in pieces)
     stats = PackStats(
         kept_tokens=policy_norm,
-        trained_tokens=sum(plan.full[n] * int(plan.weight[n]) for p in pieces for n in p.trained),
+        trained_tokens=plan.trained_tokens(chosen),
         packed_tokens=packed,
         repeated_tokens=packed - needed,
     )
@@ -140,6 +140,16 @@ class _Plan:
             if self.parent[node] >= 0:
                 self.below[self.parent[node]] += self.below[node]
         self.needed = needed
+        self.trained = trained
+
+    def trained_tokens(self, roots: Sequence[int]) -> int:
+        """Tokens of the nodes with an advantage in some trees, those that the mask hides too."""
+        chosen = np.zeros(len(self.parent), dtype=bool)
+        chosen[list(roots)] = True
+        for node, parent in enumerate(self.parent):
+            if parent >= 0:
+                chosen[node] = chosen[parent]
+        return int((np.array(self.full) * self.weight)[chosen & self.trained].sum())
 
     def subtree(self, root: int) -> list[int]:
         """Needed nodes from `root` down, depth-first."""

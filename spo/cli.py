@@ -127,6 +127,7 @@ def _train(arguments) -> None:
 def _eval(arguments) -> None:
     from spo.checkpoint import latest_checkpoint, versions
     from spo.evaluate import accuracies
+    from spo.metrics import finite
     from spo.model import load_tokenizer
     from spo.rollout import RolloutOptions
     from spo.tasks import prompts_of
@@ -137,7 +138,11 @@ def _eval(arguments) -> None:
     config = _config(arguments)
     if arguments.samples < 0:
         raise ValueError(f"--samples: expected 0 or more, found {arguments.samples}")
-    temperature = arguments.temperature or config.sampling.temperature
+    temperature = arguments.temperature
+    if temperature is None:
+        temperature = config.sampling.temperature
+    if not temperature >= 0:
+        raise ValueError(f"--temperature: expected 0 (greedy) or more, found {temperature:g}")
     limits = _limits(arguments.max_new_tokens) or [config.sampling.max_new_tokens]
     if arguments.checkpoint is not None:
         found = latest_checkpoint(arguments.checkpoint)
@@ -184,7 +189,10 @@ def _eval(arguments) -> None:
             "task": config.task,
             "policy": config.policy.path,
             "engine": config.engine.name,
-            "results": [dataclasses.asdict(row) for row in found],
+            "results": [
+                {key: finite(value) for key, value in dataclasses.asdict(row).items()}
+                for row in found
+            ],
             "versions": versions(),
         }
         arguments.json.write_text(json.dumps(result, indent=1))

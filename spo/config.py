@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -238,6 +239,9 @@ class TrainConfig:
     replay_nodes: int = 0
     """Most nodes per prompt that train in an iteration, older ones included; 0 trains every node
     at once and keeps none."""
+    replay_samples: int | None = None
+    """Most nodes that train in an iteration, of all prompts together; the others stay in the
+    buffer."""
     replay_age: int = 8
     """Nodes of this many iterations ago are dropped from the buffer."""
     max_skipped: int = 3
@@ -390,16 +394,33 @@ def check(config: Config) -> None:
         "sampling.max_new_tokens": sampling.max_new_tokens,
         "engine.max_num_seqs": config.engine.max_num_seqs,
         "eval.problems": config.eval.problems,
+        "train.replay_age": train.replay_age,
+        "train.replay_samples": 1 if train.replay_samples is None else train.replay_samples,
+        "train.max_grad_norm": train.max_grad_norm,
+        "shape.interval": shape.interval,
+        "shape.max_steps": shape.max_steps,
         "advantage.max_correct": advantage.max_correct,
+        "loss.log_ratio_clamp": config.loss.log_ratio_clamp,
         "loss.beta": config.loss.beta,
         "critic.learning_rate": config.critic.learning_rate,
         "critic.value_clip": config.critic.value_clip,
     }
     for name, value in positive.items():
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a positive number, found {value}")
-    if train.stream_depth < 0:
-        raise ValueError(f"train.stream_depth: expected 0 or more, found {train.stream_depth}")
+    not_negative = {
+        "train.stream_depth": train.stream_depth,
+        "train.replay_nodes": train.replay_nodes,
+        "train.weight_decay": train.weight_decay,
+        "loss.clip_eps_low": config.loss.clip_eps_low,
+        "loss.clip_eps_high": config.loss.clip_eps_high,
+        "loss.kl_coef": config.loss.kl_coef,
+        "loss.dpo_positive": config.loss.dpo_positive,
+        "eval.every": config.eval.every,
+    }
+    for name, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected 0 or more, found {value}")
 
 
 LOSS_OF = {"values": "policy", "gae": "policy", "correct": "nll", "pairs": "dpo"}
@@ -434,16 +455,19 @@ def _check_method(config: Config) -> None:
         raise ValueError(
             f"loss.policy_norm={loss.policy_norm} needs loss.kind=policy, found {loss.kind}"
         )
-    for name, value in (("gamma", advantage.gamma), ("lam", advantage.lam)):
+    shares = {
+        "advantage.gamma": advantage.gamma,
+        "advantage.lam": advantage.lam,
+        "train.warmup_share": train.warmup_share,
+    }
+    for name, value in shares.items():
         if not 0 <= value <= 1:
-            raise ValueError(f"advantage.{name}: expected a number in [0, 1], found {value:g}")
-    if not loss.dpo_positive >= 0:
-        raise ValueError(f"loss.dpo_positive: expected 0 or more, found {loss.dpo_positive:g}")
+            raise ValueError(f"{name}: expected a number in [0, 1], found {value:g}")
     if train.restart and train.parallel == "fsdp":
         raise ValueError("train.restart works with train.parallel=ddp, not with fsdp")
-    shares = [0.0, *(share for share, _ in sampling.stages), 1.0]
+    starts = [0.0, *(share for share, _ in sampling.stages), 1.0]
     tokens = [0, *(tokens for _, tokens in sampling.stages), sampling.max_new_tokens + 1]
-    if any(a >= b for row in (shares, tokens) for a, b in zip(row, row[1:], strict=False)):
+    if any(a >= b for row in (starts, tokens) for a, b in zip(row, row[1:], strict=False)):
         raise ValueError(
             "sampling.stages: expected shares between 0 and 1 and limits up to "
             f"max_new_tokens={sampling.max_new_tokens}, both rising, found {sampling.stages}"

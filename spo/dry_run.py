@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spo.config import Config, PolicyConfig
+from spo.shapes import TreeShape
 from spo.tasks import get_task
 from spo.tasks.datafiles import state
 
@@ -19,7 +20,7 @@ def describe(config: Config) -> str:
     Asks no server. Raises ValueError where a source neither exists nor can be on the hub.
     """
     counts = tokens_per_iteration(config)
-    train = config.train
+    train, evals = config.train, config.eval
     steps = train.epochs * min(train.minibatches, train.prompts)
     sections = {
         "sources": [
@@ -31,14 +32,14 @@ def describe(config: Config) -> str:
             f"{train.prompts} prompts, {counts['graded']:,} responses to grade",
             f"{counts['sampled']:,} tokens sampled to be trained on",
             f"{counts['probed']:,} tokens of probes" if counts["probed"] else None,
-            f"{train.prompts * train.replay_nodes:,} nodes of its prompts trained"
-            if train.replay_nodes
-            else None,
+            _replayed(config),
             f"{steps} optimiser steps",
         ],
         "the run": [
             f"{train.iterations:,} iterations, {train.iterations * steps:,} optimiser steps",
             f"at most {train.iterations * (counts['sampled'] + counts['probed']):,} tokens",
+            f"and {evaluations(config)} evaluations of at most "
+            f"{evals.problems * (1 + evals.sampled) * config.sampling.max_new_tokens:,} tokens",
         ],
     }
     lines = [f"{config.name}: {config.shape.kind} on {config.task}"]
@@ -51,10 +52,11 @@ def tokens_per_iteration(config: Config) -> dict[str, int]:
     """Upper bounds on one rollout: `sampled` and `probed` tokens, `graded` responses.
 
     They assume that no response ends early and, for chains, that every token is a boundary that
-    the partition may take.
+    the partition may take. `engine.align_segments` may add half a cache block per segment.
     """
     shape, prompts, longest = config.shape, config.train.prompts, config.sampling.max_new_tokens
     if shape.kind == "tree":
+        TreeShape(shape.widths, shape.segment_tokens, longest)  # says what is wrong with them
         nodes, tokens = prompts, 0
         lengths = [*shape.segment_tokens, longest - sum(shape.segment_tokens)]
         for width, length in zip(shape.widths, lengths, strict=True):
@@ -71,6 +73,22 @@ def tokens_per_iteration(config: Config) -> dict[str, int]:
             probes += prompts * shape.num_probes
             probed += prompts * shape.num_probes * longest
     return {"sampled": responses * longest, "probed": probed, "graded": responses + probes}
+
+
+def evaluations(config: Config) -> int:
+    """How often a run of full length evaluates: at its start, at its end and in between."""
+    iterations, every = config.train.iterations, config.eval.every
+    return 2 + (iterations - 1) // every if every else 2
+
+
+def _replayed(config: Config) -> str | None:
+    train = config.train
+    if not train.replay_nodes:
+        return None
+    if train.replay_samples is not None:
+        return f"{train.replay_samples:,} nodes trained"
+    waiting = train.prompts * train.replay_age
+    return f"{waiting * train.replay_nodes:,} nodes trained, those that wait from before included"
 
 
 def boundaries(config: Config) -> range:

@@ -174,7 +174,8 @@ class Learner:
     def rate(self, step: int) -> float:
         """Share of the peak rate: linear warm-up, then linear decay to 0 or constant."""
         train = self.config.train
-        total = train.iterations * train.epochs * train.minibatches
+        steps = train.epochs * min(train.minibatches, train.prompts)
+        total = train.iterations * steps
         warmup = round(total * train.warmup_share)
         if step < warmup:
             return (step + 1) / warmup

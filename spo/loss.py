@@ -11,7 +11,7 @@ import torch
 from spo.config import LossConfig
 from spo.model import hidden_states, inside
 from spo.records import Batch, LossOutput
-from spo_kernels import linear_masked_ppo_loss, linear_token_logprobs
+from spo_kernels import linear_masked_ppo_loss, linear_token_logprobs, policy_mask
 
 
 def policy_loss(
@@ -49,14 +49,14 @@ def _policy_loss(
         policy_norm=batch.policy_norm,
         entropy=True,
     )
-    kept = out.logprobs != 0  # rows that were dropped read 0
+    kept = policy_mask(batch.old_logprobs, batch.loss_mask, config.prob_threshold)
     num_kept = float(out.num_kept)
     metrics = {
         "loss": float(out.loss.detach()),
         "kl": float(out.kl),
         "kept": num_kept,
         "clipfrac": float(out.clipfrac) * num_kept,
-        "entropy": float(out.entropy.sum()),
+        "entropy": float(out.entropy[kept].sum()),
     }
     return out.loss, metrics | _mismatch((out.logprobs - batch.old_logprobs)[kept])
 

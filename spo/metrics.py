@@ -36,7 +36,7 @@ class MetricsWriter:
         """Append one line. Raises ValueError or TypeError naming the key that is wrong."""
         _check(line)
         clean = {
-            key: value if isinstance(value, (str, bool)) else _number(value)
+            key: value if isinstance(value, (str, bool)) else finite(value)
             for key, value in line.items()
         }
         self._file.write(json.dumps(clean, allow_nan=False).encode() + b"\n")
@@ -99,7 +99,8 @@ def _check(line: Mapping[str, object]) -> None:
             raise TypeError(f"metric {key!r} must be a number or a string, found {type(value)}")
 
 
-def _number(value: Real) -> int | float | None:
+def finite(value: Real) -> int | float | None:
+    """`value` as JSON has it: null where it is not finite."""
     if isinstance(value, Integral):
         return int(value)
     return float(value) if math.isfinite(value) else None

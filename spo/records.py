@@ -28,6 +28,7 @@ class Prompt:
     prompt_ids: tuple[int, ...]  # token ids, never re-tokenised afterwards
     answer: Any  # JSON value that the task's grader understands
     task: str  # name of the task that grades it
+    opening: str = ""  # what the prompt has already written of the response, for the grader
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Forest:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable forest file: {error}") from error
         prompts = tuple(
-            Prompt(tuple(p["prompt_ids"]), p["answer"], p["task"]) for p in header["prompts"]
+            Prompt(**p | {"prompt_ids": tuple(p["prompt_ids"])}) for p in header["prompts"]
         )
         return cls(**tensors, prompts=prompts, temperature=header["temperature"])
 

@@ -23,13 +23,14 @@ def merge(
     nodes_per_prompt: int,
     max_age: int,
     seed: int,
+    max_nodes: int | None = None,
 ) -> tuple[Forest, Tensor, Replay]:
     """Add a rollout to the buffer and take out what trains now.
 
-    At most `nodes_per_prompt` nodes of each tree are drawn at random among those with an advantage
-    (0: all of the new forest, and nothing is kept). Nodes born `max_age` or more versions before
-    `version` are dropped. Returns the forest to train (its `trained` marks the drawn nodes), its
-    advantages, and the new buffer.
+    At most `nodes_per_prompt` nodes of each tree, and `max_nodes` in all, are drawn at random among
+    those with an advantage (0: all of the new forest, and nothing is kept). Nodes born `max_age` or
+    more versions before `version` are dropped. Returns the forest to train (its `trained` marks the
+    drawn nodes), its advantages, and the new buffer.
     """
     if nodes_per_prompt == 0:
         return forest, advantages, Replay()
@@ -44,8 +45,10 @@ def merge(
     order = order[forest.prompt[order].argsort(stable=True)]
     trees, counts = forest.prompt[order].unique_consecutive(return_counts=True)
     rank = torch.arange(order.numel()) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    order = order[rank < nodes_per_prompt]
+    order = order[torch.randperm(order.numel(), generator=generator)[:max_nodes]]
     drawn = torch.zeros_like(forest.trained)
-    drawn[order[rank < nodes_per_prompt]] = True
+    drawn[order] = True
     rest = dataclasses.replace(forest, trained=eligible & ~drawn)
     kept = torch.zeros(len(forest.prompts), dtype=torch.bool)
     kept[forest.prompt[rest.trained].long()] = True

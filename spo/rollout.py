@@ -240,7 +240,7 @@ class Rollout:
                 self.options.truncated
             ]
             return
-        text = self.decode(tree.response_ids(index))
+        text = tree.prompt.opening + self.decode(tree.response_ids(index))
         key = next(self._keys)
         self.grader.submit(key, tree.prompt.task, text, tree.prompt.answer)
         self._leaves[key] = (tree, index)
@@ -260,6 +260,7 @@ class Rollout:
         if tree.open:
             return
         if not tree.dropped:
+            tree.sort()
             leave_out_unrewarded(tree)
             tree.dropped = not any(n.reward == n.reward for n in tree.nodes)
         if tree.dropped:

@@ -31,6 +31,7 @@ class Node:
     born: int
     reward: float = float("nan")
     weight: int = 1
+    index: int = 0  # place of its sample in the sibling group
 
 
 @dataclass
@@ -54,6 +55,19 @@ class Tree:
     def add(self, node: Node) -> int:
         self.nodes.append(node)
         return len(self.nodes) - 1
+
+    def sort(self) -> None:
+        """Depth first, siblings in the order of sampling: that in which they ended favours short
+        responses wherever the first of some are taken.
+        """
+        paths: list[tuple[int, ...]] = []
+        for node in self.nodes:
+            paths.append((*paths[node.parent], node.index) if node.parent >= 0 else ())
+        order = sorted(range(len(paths)), key=paths.__getitem__)
+        place = {old: new for new, old in enumerate(order)}
+        self.nodes = [self.nodes[old] for old in order]
+        for node in self.nodes:
+            node.parent = place.get(node.parent, -1)
 
     def response_ids(self, node: int) -> list[int]:
         """Token ids from the end of the prompt to the end of `node`."""
@@ -255,6 +269,7 @@ class ChainShape:
                         in_value=False,
                         finish=finish,
                         born=sample.first_version,
+                        index=sample.index,
                     )
                 )
                 if not last:
@@ -287,8 +302,10 @@ class ChainShape:
 
 
 def _sampled(parent: int, sample: Completion, finish: int, trained: bool, in_value: bool) -> Node:
-    born = sample.first_version
-    return Node(parent, sample.token_ids, sample.logprobs, trained, in_value, finish, born)
+    return Node(
+        parent, sample.token_ids, sample.logprobs, trained, in_value, finish,
+        born=sample.first_version, index=sample.index,
+    )  # fmt: skip
 
 
 def _shared(tree: Tree, parent: int, token_ids: Sequence[int], finish: int) -> int | None:

@@ -175,6 +175,7 @@ def _iteration(
         nodes_per_prompt=config.train.replay_nodes,
         max_age=config.train.replay_age,
         seed=config.train.seed * 1_000_003 + state.iteration,
+        max_nodes=config.train.replay_samples,
     )
     line |= run.learner.train(chosen, credit, targets, state)
     trained = time.perf_counter()

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from spo.tasks import aime24, arithmetic, countdown, gsm8k, knights_knaves, math, point24
+from spo.tasks.answers import THINK
 from spo.tasks.problem import Problem
 
 if TYPE_CHECKING:
@@ -101,4 +102,5 @@ def _prompts(task, problems, tokenizer, template=PLACE, limit=None):
                 )
             continue
         too_long = 0
-        yield Prompt(tuple(ids), problem.answer, task)
+        opening = THINK if text.rstrip().endswith(THINK) else ""
+        yield Prompt(tuple(ids), problem.answer, task, opening)

@@ -145,9 +145,40 @@ def test_chain_root_value_mc():
     check(chain(more=probes), [0, -0.5, 0.5, 0, -0.5, *[0] * 6], root_value="mc")
 
 
-def test_missing_root_probes_are_refused():
+def test_a_chain_whose_prompt_has_no_value_trains_behind_its_first_segments():
+    check(chain(), [0, 0, 0.5, 0, -0.5, 0, 0, 0, 0], root_value="mc")  # all root probes failed
+
+
+def test_a_trained_node_without_a_value_is_refused():
     with pytest.raises(ValueError, match="has no value"):
-        assign(chain(), AdvantageConfig(root_value="mc"))
+        assign(forest(node(0, 1.0), node(0, finish=STOP)), AdvantageConfig())
+
+
+def test_a_response_that_was_left_out_is_no_sibling():
+    left_out = node(0, finish=STOP, trained=False, in_value=False)
+    star = forest(node(0, 1.0), left_out, node(0, 0.0), node(0, 0.0))
+    check(star, [0, 1.0, 0, -0.5, -0.5], baseline="loo")
+    check(star, [0, 2 / 3, 0, -1 / 3, -1 / 3])
+
+
+def test_sorting_puts_siblings_in_the_order_of_sampling():
+    tree = Tree(0, Prompt((2, 3), "1", "arithmetic"))
+    ended = [(0, 2, "c"), (0, 0, "a"), (2, 1, "ab"), (1, 0, "ca"), (0, 1, "b"), (2, 0, "aa")]
+    for parent, index, name in ended:
+        tree.add(dataclasses.replace(node(parent), token_ids=name, index=index))
+    tree.sort()
+    assert [n.token_ids for n in tree.nodes[1:]] == ["a", "aa", "ab", "b", "c", "ca"]
+    assert [n.parent for n in tree.nodes] == [-1, 0, 1, 1, 0, 0, 5]
+
+
+def test_segments_per_trajectory_counts_those_on_a_path():
+    inner = [node(0), node(0), node(1, 1.0), node(1, 0.0), node(2, 1.0), node(0, 1.0)]
+    grown = forest(*inner)
+    figures = summarize(grown, *assign(grown, AdvantageConfig()))
+    assert figures["segments_per_trajectory"] == pytest.approx((2 + 2 + 2 + 1) / 4)
+    shared = forest(node(0, weight=2), node(1, 1.0, weight=1), node(1, 0.0, weight=1))
+    figures = summarize(shared, *assign(shared, AdvantageConfig()))
+    assert figures["segments_per_trajectory"] == 2
 
 
 UNSURE, SURE = math.log(0.5), math.log(0.95)

@@ -282,6 +282,9 @@ def test_masked_logprobs_cost_no_input_tokens():
     )
     batches, stats = pack(high, advantages, prob_threshold=RHO, tokens_per_batch=100)
     assert batches == []
+    sizes = forest.cu_tokens.diff() * forest.weight  # nodes without any kept token count too
+    all_of_them = forest.trained & (advantages.abs() > 1e-6)
+    assert stats.trained_tokens == int(sizes[all_of_them].sum()) > stats.kept_tokens == 0
     batches, stats = pack(
         high, advantages, prob_threshold=RHO, tokens_per_batch=100, every_token=True
     )

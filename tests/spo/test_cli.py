@@ -84,6 +84,14 @@ def test_train_eval_view(recipe, tmp_path, capsys):
     assert rows == [(12, 0, 1), (32, 0, 1), (12, 1, 2), (32, 1, 2)]
     assert all(0 <= r["pass_at_1"] <= 1 and r["problems"] == 4 for r in saved["results"])
     assert "greedy" in capsys.readouterr().out
+    one = ("eval", recipe, *SMALL, "eval.problems=1", "--samples", 2, "--json", result)
+    assert run(*one, "--temperature", "0") == 0
+    saved = json.loads(result.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert [r["temperature"] for r in saved["results"]] == [0, 0]
+    assert all(r["stderr"] is None for r in saved["results"])
+    capsys.readouterr()
+    assert run(*one, "--temperature", "-1") == 2
+    assert "--temperature" in capsys.readouterr().err
     assert run("view", out, "-o", tmp_path / "again.html") == 0
     assert (tmp_path / "again.html").stat().st_size > 1000
     assert run("train", recipe, *SMALL, f"out={out}") == 2

@@ -301,7 +301,7 @@ def test_the_cache_serves_without_a_network(hub, tmp_path):
 
 @pytest.fixture
 def tokenizer():
-    words = ["<unk>", "<s>", "[ASK]", "[END]", *sorted(set(QUESTION.split()))]
+    words = ["<unk>", "<s>", "[ASK]", "[END]", "<think>", *sorted(set(QUESTION.split()))]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>")
@@ -317,7 +317,9 @@ def test_a_template_holds_the_problem_and_spells_out_special_tokens(tmp_path, to
     (prompt,) = prompts_of(config, "test", tokenizer)
     inner = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
     assert list(prompt.prompt_ids) == [1, 2, *inner, 3]
-    assert (prompt.answer, prompt.task) == ("72", "gsm8k")
+    assert (prompt.answer, prompt.task, prompt.opening) == ("72", "gsm8k", "")
+    (prompt,) = prompts_of(recipe(path, template="{problem} <think>\n"), "test", tokenizer)
+    assert prompt.opening == "<think>"
     for template in ("[ASK]", "{problem} {problem}"):
         with pytest.raises(ValueError, match="data.template: expected {problem} once"):
             prompts_of(recipe(path, template=template), "test", tokenizer)

@@ -123,3 +123,9 @@ def test_the_paper_s_tree_by_hand():
     counts = tokens_per_iteration(load_config(path))
     assert counts["sampled"] == 16 * (6 * 30 + 36 * 30 + 216 * 964)
     assert counts["graded"] == 16 * 216
+    text = describe(load_config(path))
+    assert "512 nodes trained" in text  # its samples per iteration
+    evaluated = 1319 * 2 * 1024  # greedy and sampled
+    assert f"and 101 evaluations of at most {evaluated:,} tokens" in text
+    with pytest.raises(ValueError, match="one length per level"):
+        describe(load_config(path, ["shape.widths=[6,6]"]))

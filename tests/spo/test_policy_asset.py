@@ -125,7 +125,7 @@ def test_batches_mark_solutions_only(tokenizer):
 
 
 def test_a_plan_says_what_is_imitated(tokenizer):
-    """Ten operations, and in some solutions more lines than one that take two."""
+    """Ten operations, and any line may take two of them."""
     plan = warmup.PLANS["long-arithmetic"]
     token_ids, is_solution = next(warmup.batches(tokenizer, 0, 16, plan))
     merged = []
@@ -135,7 +135,7 @@ def test_a_plan_says_what_is_imitated(tokenizer):
         lines = tokenizer.decode(ids[mask]).split("\n")[:-1]
         merged.append(sum(line.split().index("=") == 5 for line in lines))
         assert len(lines) + merged[-1] == 10
-    assert max(merged) > 1
+    assert max(merged) > 2
 
 
 def test_the_warm_up_is_deterministic_and_learns(tokenizer, capsys):

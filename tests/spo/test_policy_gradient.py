@@ -279,15 +279,16 @@ def test_ppo_is_unbiased_with_any_critic_where_lambda_is_one():
     is_no_multiple(*step_of(WIDE, star(2, 2), critic_of(WIDE, 0.5), norm=2))
 
 
-@pytest.mark.parametrize("most", [1, 3])
+@pytest.mark.parametrize("most", [1, 2, 3])
 def test_restem_weighs_prompts_by_how_hard_they_are(most):
-    """The first step climbs E[reward] if every right response is kept; at most one of three
-    multiplies a prompt's gradient by P(any right) / (3 P(right)), so no sum of prompts is one.
+    """The first step climbs E[reward] if every right response is kept; with `most` of the n right
+    ones a prompt's gradient comes times E[min(n, most)] / E[n], so no sum of prompts is one.
     """
     toy = Toy(3, 2, seed=3)
     toy.rewards = {ids: float(ids[-1] == END) for ids in toy.rewards}
     p = sum(math.exp(sum(logprobs)) for ids, logprobs, _ in toy.samples((), 2) if toy.rewards[ids])
-    factor = 1.0 if most == 3 else (1 - (1 - p) ** 3) / (3 * p)
+    ways = {n: math.comb(3, n) * p**n * (1 - p) ** (3 - n) for n in range(4)}
+    factor = sum(min(n, most) * probability for n, probability in ways.items()) / (3 * p)
     rule = AdvantageConfig(estimator="correct", max_correct=most)
     is_multiple(*step_of(toy, star(3, 2), rule, norm=3), factor=factor)
     is_no_multiple(*step_of(toy, star(3, 2), rule, norm="kept"))

@@ -41,8 +41,11 @@ def test_concat_and_select_keep_trees_whole():
     assert trees_of(some) == [trees_of(a)[0], trees_of(b)[1]]
 
 
-def step(new, buffer, version, nodes=2, age=8, seed=0):
-    return merge(*new, buffer, version=version, nodes_per_prompt=nodes, max_age=age, seed=seed)
+def step(new, buffer, version, nodes=2, age=8, seed=0, most=None):
+    return merge(
+        *new, buffer, version=version, nodes_per_prompt=nodes, max_age=age, seed=seed,
+        max_nodes=most,
+    )  # fmt: skip
 
 
 def eligible(f, advantages):
@@ -65,6 +68,17 @@ def test_draws_at_most_n_per_prompt_and_keeps_the_rest():
     assert not (chosen.trained & ~able).any()
     assert int(left.forest.trained.sum()) == int(able.sum()) - int(chosen.trained.sum())
     assert torch.equal(advantages, new[1])
+
+
+def test_an_iteration_takes_no_more_than_its_samples():
+    new = forest(3)
+    able = int(eligible(*new).sum())
+    chosen, _, left = step(new, Replay(), 0, nodes=2, most=3)
+    assert int(chosen.trained.sum()) == 3 and int(left.forest.trained.sum()) == able - 3
+    others = {tuple(step(new, Replay(), 0, seed=s, most=3)[0].trained.tolist()) for s in range(9)}
+    assert len(others) > 1
+    trees = [chosen.prompt[step(new, Replay(), 0, seed=s, most=3)[0].trained] for s in range(9)]
+    assert set(torch.cat(trees).tolist()) == {0, 1, 2}
 
 
 def test_every_node_trains_exactly_once():
