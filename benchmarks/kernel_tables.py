@@ -7,7 +7,7 @@ from pathlib import Path
 import results
 from results import Record
 
-VOCABULARY = ("policy_loss", "logprobs")  # benchmarks with logits
+DOCS = Path(__file__).parents[1] / "docs"
 NAMES = {
     "policy_loss": "`masked_ppo_loss`",
     "linear_policy_loss": "`linear_masked_ppo_loss`",
@@ -125,12 +125,13 @@ def everything(root: Path) -> str:
         if not any(loaded.values()):
             continue
         parts += [f"## {device}", where(next(filter(None, loaded.values())))]
-        for benchmark, records in loaded.items():
+        for records in loaded.values():
             for op in dict.fromkeys(r["op"] for r in records):
                 groups = results.shapes([r for r in records if r["op"] == op])
                 parts.append(f"### {NAMES[op]}")
-                if benchmark in VOCABULARY:
-                    parts.append(f"![time and memory of {op}](kernels/{device}-{op}.svg)")
+                drawing = f"kernels/{device}-{op}.svg"
+                if (DOCS / drawing).exists():
+                    parts.append(f"![time and memory of {op}]({drawing})")
                 chosen = headline(groups)
                 parts += [table(op, list(groups.values())), f"All on {chosen[0]['shape']}:"]
                 parts.append(rivals(chosen))

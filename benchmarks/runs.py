@@ -45,11 +45,11 @@ class Task:
     length: int = 1  # how much longer responses are: an iteration has as many times fewer prompts
 
 
-POLICIES = Path(__file__).parent / "policies"  # made by `python -m spo.warmup --plan NAME`
+POLICIES = Path(__file__).parent / "policies"
 TASKS = {
     "arithmetic": Task(("task=arithmetic", "engine.max_model_len=96")),
     "countdown": Task(("task=countdown", "engine.max_model_len=96")),
-    # 10 operations, two merges, a policy warmed up for them: responses of 54 to 66 tokens
+    # 10 operations, any line may merge two: `python -m spo.warmup --plan long-arithmetic --seed 1`
     "long-arithmetic": Task(
         (
             "task=arithmetic",

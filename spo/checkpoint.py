@@ -10,12 +10,24 @@ import subprocess
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from spo.config import Config, save_config
+from spo.config import Config, load_config, save_config
 from spo.records import Forest, Replay
+
+FIXED = (  # what a run keeps from its first iteration to its last
+    "task",
+    "policy.path",
+    "policy.dtype",
+    "sampling.temperature",
+    "shape.kind",
+    "advantage.estimator",
+    "train.seed",
+)
 
 
 @dataclass
@@ -71,8 +83,10 @@ def save_checkpoint(
             _fsync(path)
         for path in [beside, *(p for p in beside.rglob("*") if p.is_dir())]:
             _fsync(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # what a full disk makes of its files
+            raise OSError(f"checkpoint {final} cannot be written: {error}") from error
         raise
     beside.rename(final)
     _fsync(folder)
@@ -96,13 +110,35 @@ def load_state(path: Path) -> State:
         raise ValueError(f"checkpoint {path}: state.json is damaged ({error})") from error
 
 
+def check_resumed(path: Path, config: Config) -> None:
+    """Raise ValueError where `config` is of another run than the checkpoint: its next checkpoint
+    would replace this one. How long the run is, how it steps and how it is evaluated may change.
+    """
+    saved = load_config(path / "recipe.yaml")
+    for name in FIXED:
+        group, _, key = name.partition(".")
+        before, now = (
+            getattr(getattr(c, group), key) if key else getattr(c, group) for c in (saved, config)
+        )
+        if before != now:
+            raise ValueError(
+                f"{name}: the run to resume has {before!r}, the recipe {now!r}; "
+                "choose another folder for another run"
+            )
+
+
 def load_training(path: Path, optimizer: torch.optim.Optimizer) -> Replay:
     """Restore the optimiser and the random state in place; the replay buffer is returned."""
     saved = load_optimizer(path / "optimizer.pt", optimizer)
+    if "rng" not in saved:
+        raise ValueError(f"checkpoint {path}: optimizer.pt is damaged (it has no random state)")
     torch.set_rng_state(saved["rng"]["torch"])
     if not (path / "replay.safetensors").exists():
         return Replay()
-    advantages = load_file(path / "replay_advantages.safetensors")["advantages"]
+    try:
+        advantages = load_file(path / "replay_advantages.safetensors")["advantages"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"checkpoint {path}: its replay buffer is damaged ({error})") from error
     return Replay(Forest.load(path / "replay.safetensors"), advantages)
 
 
@@ -111,7 +147,7 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict:
     try:
         saved = torch.load(path, weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"checkpoint {path.parent}: {path.name} is damaged ({reason})") from error
     return saved

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
@@ -26,12 +27,18 @@ if not console.is_terminal:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `spo`; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, more = parser.parse_known_args(argv)
+    several = getattr(arguments, "overrides", getattr(arguments, "recipes", None))
+    if several is None or any(word.startswith("-") for word in more):
+        arguments = parser.parse_args(argv)  # says what is unknown
+    else:
+        several += more  # those behind an option
     try:
         arguments.run(arguments)
     except (ValueError, TypeError) as error:
         return _fail(error, 2)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         again = " --resume continues from the last checkpoint" if arguments.run is _train else ""
@@ -136,6 +143,7 @@ def _eval(arguments) -> None:
 
     _quiet()
     config = _config(arguments)
+    _writable(arguments.json)
     if arguments.samples < 0:
         raise ValueError(f"--samples: expected 0 or more, found {arguments.samples}")
     temperature = arguments.temperature
@@ -209,6 +217,15 @@ def _limits(text: str) -> list[int]:
     return sorted(set(limits))
 
 
+def _writable(path: Path | None) -> None:
+    """Make the folder of a result before the work, so that the work is not lost for want of it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def _rollout(arguments) -> None:
     from spo.model import load_policy, load_tokenizer, sequence_logprobs
     from spo.rollout import RolloutOptions, grow
@@ -219,6 +236,7 @@ def _rollout(arguments) -> None:
 
     _quiet()
     config = _config(arguments)
+    _writable(arguments.output)
     tokenizer = load_tokenizer(config.policy)
     model = load_policy(config.policy) if config.shape.rescore else None
     temperature = config.sampling.temperature

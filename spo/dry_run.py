@@ -95,6 +95,11 @@ def boundaries(config: Config) -> range:
     """Where a chain's response of full length is probed, if it is cut as often as can be."""
     shape, longest = config.shape, config.sampling.max_new_tokens
     if shape.partition == "fixed":
+        if len(shape.segment_tokens) != 1 or shape.segment_tokens[0] < 1:
+            raise ValueError(
+                "shape.segment_tokens: partition fixed takes one positive length, "
+                f"found {shape.segment_tokens}"
+            )
         return range(shape.segment_tokens[0], longest, shape.segment_tokens[0])
     if shape.partition == "steps":
         return range(1, min(shape.max_steps, longest))

@@ -28,6 +28,15 @@ def model_folder(path: str) -> str:
     return str(EMBEDDED) if path == "embedded" else path
 
 
+def require_device(name: str) -> None:
+    """Raise ValueError unless PyTorch can compute on a device of that name here."""
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"policy.device: expected cpu or cuda, found {name}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"policy.device: {name}, but PyTorch finds no CUDA device here")
+
+
 def load_tokenizer(config: PolicyConfig):
     """The policy's tokenizer. Raises ValueError with one sentence if it cannot be loaded.
 

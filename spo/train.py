@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 
@@ -18,7 +18,7 @@ from spo.engines.lanes import Lane
 from spo.evaluate import pass_at_1
 from spo.learner import Learner
 from spo.metrics import MetricsWriter
-from spo.model import load_tokenizer, model_folder, sequence_logprobs
+from spo.model import load_tokenizer, model_folder, require_device, sequence_logprobs
 from spo.records import Completion, Forest, Prompt, Replay, Request
 from spo.rollout import Rollout, RolloutOptions, RolloutStats, Stream
 from spo.shapes import make_shape
@@ -54,11 +54,14 @@ def train(
     if resume and not found and (out / "checkpoints").exists():
         raise ValueError(f"out: {out} holds no complete checkpoint to resume from")
     get_task(config.task)
+    if found:
+        checkpoint.check_resumed(found, config)
     ranks = distributed.join(config.train.parallel, config.policy.device)
     if config.train.prompts < ranks.world:
         raise ValueError(f"train.prompts: expected at least one per rank, {ranks.world} in all")
     if ranks.sharded and config.shape.rescore:
         raise ValueError("shape.rescore=true works with train.parallel=ddp, not with fsdp")
+    require_device(config.policy.device)
     tokenizer = load_tokenizer(config.policy)
     learner = Learner(config, ranks, found)
     state, buffer = checkpoint.State(), Replay()
@@ -114,6 +117,7 @@ def _writer(config: Config, state: checkpoint.State, ranks: Ranks):
 
 def engine_of(config: Config) -> Engine:
     """The recipe's engine on the recipe's start policy."""
+    require_device(config.policy.device)
     engine = config.engine
     card = {"memory_fraction": engine.memory_fraction, "sleep_mode": engine.sleep_mode}
     return make_engine(
@@ -232,8 +236,10 @@ class _Run:
             self.options(state.iteration, temperature),
         )
         share = range(ranks.rank, config.train.prompts, ranks.world)
+        prompts = self._prompts(state.prompt_cursor)
+        first = list(islice(prompts, 1))  # data that cannot be read are found out before anything
         self.stream = Stream(
-            self._prompts(state.prompt_cursor), len(share), self.rollout, config.train.stream_depth
+            chain(first, prompts), len(share), self.rollout, config.train.stream_depth
         )
 
     def _prompts(self, cursor: int) -> Iterator[Prompt]:

@@ -143,3 +143,29 @@ def test_verdict_says_what_the_numbers_say():
     assert "A improved" in same and "B improved" in same and "within two standard errors" in same
     apart = verdict({"A": evals(0.3, 0.31), "B": evals(0.3, 0.6)})
     assert "A did not improve" in apart and "B ends above A by 0.290" in apart
+
+
+def test_overrides_may_stand_behind_an_option(recipe, tmp_path, capsys):
+    assert run("train", recipe, "--dry-run", *SMALL, "train.iterations=7") == 0
+    assert "7 iterations" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("train", recipe, "--dry-run", "--colour=red")
+
+
+def test_a_result_has_a_place_before_the_work_begins(recipe, tmp_path, capsys):
+    assert run("rollout", recipe, *SMALL, "-o", tmp_path) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert run("rollout", recipe, *SMALL, "-o", tmp_path / "new" / "f.safetensors") == 0
+
+
+def test_damaged_weights_are_one_sentence(recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("train", recipe, *SMALL, f"out={out}") == 0
+    (weights,) = out.glob("checkpoints/*/policy/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    capsys.readouterr()
+    assert run("eval", recipe, *SMALL, "--checkpoint", out) in (1, 2)
+    (optimizer,) = out.glob("checkpoints/*/optimizer.pt")
+    optimizer.write_bytes(b"\x80\x04nonsense")
+    assert run("train", recipe, *SMALL, f"out={out}", "--resume") in (1, 2)
+    assert capsys.readouterr().err.count("spo: ") == 2

@@ -299,3 +299,29 @@ def test_every_method_runs(tmp_path, more):
     assert all(line["grad_norm"] > 0 for line in lines)
     if any(m.startswith("loss.kl_coef") for m in more):
         assert lines[0]["kl"] >= 0 and lines[-1]["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    "change", ["task=countdown", "policy.dtype=bfloat16", "sampling.temperature=0.5", "train.seed=9"]
+)
+def test_another_run_is_not_resumed(reference, change):
+    out, _ = reference
+    before = sorted(p.name for p in (out / "checkpoints").iterdir())
+    with pytest.raises(ValueError, match=f"{change.split('=')[0]}: the run to resume has"):
+        train(config(out, change), resume=True)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == before
+
+
+def test_a_device_that_is_not_here_is_one_sentence(tmp_path):
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="policy.device: cuda, but PyTorch finds no CUDA"):
+            train(config(tmp_path, "policy.device=cuda"))
+    with pytest.raises(ValueError, match="policy.device: expected cpu or cuda, found meta"):
+        train(config(tmp_path, "policy.device=meta"))
+
+
+def test_data_that_cannot_be_read_are_found_before_the_first_evaluation(tmp_path):
+    lines = []
+    with pytest.raises(ValueError, match="task arithmetic does not take source"):
+        train(config(tmp_path, "data.train=x.jsonl"), report=lines.append)
+    assert not lines
