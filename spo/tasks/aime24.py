@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
+from spo.tasks import latex
 from spo.tasks.answers import after_think, exact_number, last_boxed
 from spo.tasks.datafiles import column, problem_stream, read_rows
 from spo.tasks.problem import Problem
 
 NAME = "aime24"
 SOURCE = {"test": "HuggingFaceH4/aime_2024"}
-
-_WRAPPED = re.compile(r"\\(?:text|textbf|mathbf|mathrm)\{([^{}]*)\}")
+MAX_LENGTH = 100  # characters of an answer
 
 
 def problems(split: str, seed: int, *, source: str | None = None) -> Iterator[Problem]:
@@ -37,9 +36,12 @@ def _problem(row: dict, where: str) -> Problem:
 
 
 def grade(text: str, answer: object) -> bool:
-    """True iff the last box after the thinking holds the integer `answer`; 073 is 73."""
-    box = last_boxed(after_think(text))
-    if box is None or not isinstance(answer, str | int) or "/" in box:
+    """True iff the last box after the thinking holds the integer `answer`; 073 is 73.
+
+    A name may stand before it, `m + n = 73`; every other side of an equation must be 73 as well.
+    """
+    box, right = last_boxed(after_think(text)), exact_number(str(answer))
+    if not isinstance(answer, str | int) or right is None or box is None or len(box) > MAX_LENGTH:
         return False
-    given = exact_number(_WRAPPED.sub(r"\1", box))
-    return given is not None and given == exact_number(str(answer))
+    sides = latex.sides(latex.clean(box))
+    return all("/" not in side and exact_number(side) == right for side in sides)

@@ -8,7 +8,9 @@ from fractions import Fraction
 THINK, END_THINK = "<think>", "</think>"
 
 _BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_BARE_BOX = re.compile(r"\\boxed\s+([^\s{}$\\.,]+)")
+_BARE_BOX = re.compile(
+    r"\\boxed(?:\s+([^\s{}$\\.,]+)|\s*(\\[dtc]?frac(?:\s*(?:[0-9]|\{[^{}]*\})){2}))"
+)
 _SPACE = re.compile(r"\\[,!;: ]|~")
 _NUMBER = re.compile(
     r"(?:\\?\$)*([-+]?)(?:\\?\$)*\s*"
@@ -21,17 +23,17 @@ _MAX_LENGTH = 100  # characters of a number
 def after_think(text: str) -> str:
     """What follows the last `</think>`; all of a response that does not think.
 
-    Empty if the thinking was opened and never closed: then nothing was answered.
+    Empty if thinking was opened and not closed after that: then nothing was answered.
     """
-    _, closed, answer = text.rpartition(END_THINK)
-    return "" if not closed and THINK in text else answer
+    answer = text.rpartition(END_THINK)[2]
+    return "" if THINK in answer else answer
 
 
 def last_boxed(text: str) -> str | None:
     """What the last balanced `\\boxed{}` or `\\fbox{}` holds; a box that only holds a box is that.
 
-    `\\boxed 7`, as some published solutions have it, counts where no box with braces does. Linear
-    in the text: one pass with a stack, whatever is left open.
+    `\\boxed 7` and `\\boxed\\frac12`, as some published solutions have it, count where no box with
+    braces does. Linear in the text: one pass with a stack, whatever is left open.
     """
     opened: list[tuple[int, int]] = []  # token and text starts of a box, (-1, -1) for other braces
     held = covered = (-1, -1)  # the text found, and what the boxes around it span
@@ -51,7 +53,7 @@ def last_boxed(text: str) -> str | None:
     if held[0] >= 0:
         return text[held[0] : held[1]].strip()
     bare = _BARE_BOX.findall(text)
-    return bare[-1] if bare else None
+    return "".join(bare[-1]) if bare else None
 
 
 def exact_number(text: str) -> Fraction | None:

@@ -112,10 +112,23 @@ def _compare(given: str, answer: str) -> bool:
     # evaluates it as Python.
     config = [LatexExtractionConfig(boxed_match_priority=0)]
     gold, target = (
-        math_verify.parse(f"${text}$", extraction_config=config, parsing_timeout=None)
-        for text in (answer, given)
+        [
+            _plain(e)
+            for e in math_verify.parse(f"${t}$", extraction_config=config, parsing_timeout=None)
+        ]
+        for t in (answer, given)
     )
     return math_verify.verify(gold, target, allow_set_relation_comp=True, timeout_seconds=None)
+
+
+def _plain(expression):
+    """With symbols known by name alone: the parser takes `i` for real or not by what is near it."""
+    from sympy import Basic, Symbol
+
+    if not isinstance(expression, Basic):
+        return expression
+    symbols = expression.free_symbols
+    return expression.xreplace({s: Symbol(s.name) for s in symbols if type(s) is Symbol})
 
 
 @contextmanager

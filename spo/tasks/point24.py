@@ -19,7 +19,15 @@ NAME = "point24"
 TARGET, NUMBERS, LARGEST = 24, 4, 13
 
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-_LATEX = (("\\left", ""), ("\\right", ""), ("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"))
+_LATEX = tuple(
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])|\\[,;:! ()]|\$|~", " "),
+        (r"\\(?:times|cdot|ast)(?![a-zA-Z])|\\\*|[\u00b7\u22c5\u2217]", "*"),
+        (r"\\div(?![a-zA-Z])", "/"),
+        (r"^\s*24\s*=|=\s*24\s*\.?\s*$", ""),
+    )
+)
 
 
 def problems(split: str, seed: int) -> Iterator[Problem]:
@@ -53,7 +61,8 @@ def solvable(values: tuple[Fraction, ...]) -> bool:
 
 def grade(text: str, answer: object) -> bool:
     """True iff the last box after the thinking, else the last answer span, is an expression that
-    uses each number exactly once and makes the target. `= 24` may follow it, in LaTeX or not.
+    uses each number exactly once and makes the target. `24 =` may precede it or `= 24` follow it,
+    in LaTeX or not.
     """
     text = after_think(text)
     expression = last_boxed(text)
@@ -62,8 +71,7 @@ def grade(text: str, answer: object) -> bool:
     if len(expression) > countdown.MAX_LENGTH:
         return False
     for latex, plain in _LATEX:
-        expression = expression.replace(latex, plain)
-    expression = re.sub(r"=\s*24\s*$", "", expression)
+        expression = latex.sub(plain, expression)
     while (plain := _FRACTION.sub(r"((\1)/(\2))", expression)) != expression:
         expression = plain
     return countdown.grade(tag(expression), answer)

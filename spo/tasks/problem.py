@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+from spo.tasks.answers import after_think
+
 TEST_ONE_IN = 4  # one problem in four belongs to the test split
 TEST_SIZE = 1000  # problems of the test stream
 NO_REPEAT = 100_000  # a training stream repeats nothing within so many problems
@@ -69,7 +71,8 @@ def _stream(name, test, seed, draw, identity):
 
 
 def answer_span(text: str) -> str | None:
-    """What stands between the last closed pair of answer tags, stripped; None if there is none."""
+    """What the last closed pair of answer tags after the thinking holds, stripped, or None."""
+    text = after_think(text)
     close = text.rfind(CLOSE)
     start = text.rfind(OPEN, 0, max(close, 0))
     return text[start + len(OPEN) : close].strip() if start >= 0 else None

@@ -1,5 +1,6 @@
 """Pass@1 by hand, and shorter limits read off one rollout against rollouts of their own."""
 
+import dataclasses
 from itertools import islice
 
 import pytest
@@ -73,9 +74,20 @@ def test_by_hand(tokenizer):
     ]
     options = RolloutOptions((1,), temperature=0.5, truncated="penalty")
     with Grader() as grader:
+        thinking = [dataclasses.replace(p, opening="<think>") for p in problems]
+        (unclosed,) = accuracies(
+            thinking,
+            Scripted(list(responses)),
+            grader,
+            lambda ids: " ".join(texts.get(i, "") for i in ids),
+            options,
+            (4,),
+            samples=2,
+        )
+        assert unclosed.pass_at_1 == 0  # the prompt has opened what no response closes
         short, whole = accuracies(
             problems,
-            Scripted(responses),
+            Scripted(list(responses)),
             grader,
             lambda ids: " ".join(texts.get(i, "") for i in ids),
             options,

@@ -11,6 +11,9 @@ from spo.tasks.grading import Grader
 
 # (the data set's answer, responses that must count)
 RIGHT = [
+    (r"2\sqrt{3}i", [r"2i\sqrt{3}", r"2i \sqrt 3"]),
+    (r"1+2\sqrt{3}i", [r"1+2i\sqrt{3}"]),
+    (r"2\pi i", [r"2i\pi"]),
     (
         r"\frac{1}{2}",
         [r"\frac12", r"\dfrac{1}{2}", r"\tfrac{1}{2}", "1/2", "0.5", ".5", r"\frac{2}{4}"],
@@ -85,6 +88,7 @@ RIGHT = [
 
 # (the data set's answer, responses that must not count)
 WRONG = [
+    (r"2\sqrt{3}i", [r"2\sqrt{3}", r"3i\sqrt{3}", r"2j\sqrt{3}"]),
     (r"\frac{1}{2}", [r"\frac13", "0.33", "2", "-0.5", r"\frac{1}{2}x", r"\frac{1}{2}, 1", ""]),
     (r"\frac{1}{3}", ["0.33", "0.333", "0.333333"]),
     ("[2,5)", ["(2,5)", "[2,5]", r"\{2,5\}", "2", "[2,5", "[5,2)"]),

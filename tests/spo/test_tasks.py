@@ -549,3 +549,48 @@ def test_point24(expression, right):
     answer = {"numbers": [5, 5, 5, 1], "target": 24}
     assert point24.grade(f"<think>\\boxed{{24}}</think>$\\boxed{{{expression}}}$", answer) is right
     assert point24.grade(answered(expression), answer) is right
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    [
+        (r"(10-4)\,\times\,(13-9)", True),
+        (r"24 = (10-4)\cdot(13-9)", True),
+        ("$(10-4)*(13-9)$", True),
+        ("(10-4)\u00b7(13-9) = 24", True),
+        (r"(10-4)\ast(13-9)", True),
+        ("24 = 24", False),
+        ("24", False),
+        ("25 = (10-4)*(13-9)", False),
+        ("(10-4)*(13-9)*1", False),
+    ],
+)
+def test_point24_reads_latex(given, right):
+    answer = {"numbers": [10, 4, 13, 9], "target": 24}
+    assert TASKS["point24"].grade(rf"\boxed{{{given}}}", answer) == right
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    [
+        ("x = 73", True),
+        ("m+n=73", True),
+        (r"73^\circ", True),
+        ("74 = 73", False),
+        ("73 = 74", False),
+        ("73/1", False),
+        ("x", False),
+    ],
+)
+def test_aime24_reads_equations(given, right):
+    assert TASKS["aime24"].grade(rf"\boxed{{{given}}}", "73") == right
+
+
+def test_an_answer_inside_unclosed_thinking_is_none():
+    for text, right in (
+        ("<think> <answer> 5 </answer>", False),
+        ("<think> <answer> 5 </answer> </think>", False),
+        ("<think> 6 </think> <answer> 5 </answer>", True),
+        ("<answer> 5 </answer>", True),
+    ):
+        assert arithmetic.grade(text, 5) == right, text

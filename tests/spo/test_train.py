@@ -302,7 +302,8 @@ def test_every_method_runs(tmp_path, more):
 
 
 @pytest.mark.parametrize(
-    "change", ["task=countdown", "policy.dtype=bfloat16", "sampling.temperature=0.5", "train.seed=9"]
+    "change",
+    ["task=countdown", "policy.dtype=bfloat16", "sampling.temperature=0.5", "train.seed=9"],
 )
 def test_another_run_is_not_resumed(reference, change):
     out, _ = reference
