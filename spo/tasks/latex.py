@@ -8,22 +8,35 @@ from __future__ import annotations
 
 import re
 
-SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+from spo.tasks.answers import exact_number
+
+SCALES = {
+    "dozen": "12",
+    "hundred": "10^{2}",
+    "thousand": "10^{3}",
+    "million": "10^{6}",
+    "billion": "10^{9}",
+    "trillion": "10^{12}",
+}
 
 _END = r"(?![a-zA-Z])"  # of a command
+_DEGREES = rf"(?:\^\s*\{{?\s*\\circ\s*\}}?|\\degree{_END}|\u00b0)"
 _REPLACED = [
     (re.compile(pattern), new)
     for pattern, new in (
         (rf"\\(?:displaystyle|textstyle|left|right|[bB]igg?[lr]?){_END}", ""),
         (r"(?<!\\)\\[()]|(?<!\\)\$", ""),  # math delimiters
+        (r"\\(?:text)?color\s*\{\w*\}", ""),
         (rf"\\[dtc]frac{_END}", r"\\frac"),
+        (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
+        (rf"\\(sin|cos|tan)\s*[({{]?([0-9.]+){_DEGREES}\s*[)}}]?", r"\\\1(\\frac{\2\\pi}{180})"),
         (rf"\\(?:varnothing|O){_END}", r"\\emptyset"),
         (rf"\\(?:leqslant|leq){_END}", r"\\le"),
         (rf"\\(?:geqslant|geq){_END}", r"\\ge"),
         (r"\{\s*,\s*\}|,\s*\\!\s*", ","),
         (rf"\\q?quad{_END}", ", "),
         (r"(?<!\\)\\[,;:! ]|~|\u00a0|\u2009", " "),
-        (rf"\^\s*\{{?\s*\\circ\s*\}}?|\\degree{_END}|\u00b0", ""),
+        (_DEGREES, ""),
         ("\u2212", "-"),
         ("\u221e", r"\\infty "),
         ("\u03c0", r"\\pi "),
@@ -43,6 +56,15 @@ _NAMED = re.compile(r"(^|,)\s*[a-zA-Z](?:_\{?\w\}?)?\s*=\s*")
 _NUMERIC = re.compile(
     rf"\\(?:frac|sqrt|pi|cdot|times|infty|pm|binom|log|ln|sin|cos|tan|text){_END}"
 )
+_DECIMAL = re.compile(r"(?<![0-9_.])([0-9]*)\.([0-9]+)(?![0-9.])")
+_UNIT = re.compile(
+    r"(.*[0-9])\s+((?:(?:square|cubic|sq)\s+)?"
+    r"(?!sqrt|alpha|beta|gamma|delta|theta|lambda|sigma|omega|infinity|factorial|half|halves|thirds"
+    r"|squared|cubed|times|plus|minus|divided|over|point)"
+    r"(?:[a-z]{4,}(?:\s+[a-z]+)*|(?:[kcm]?m|in|ft|yd|mi|[km]?g|lbs?|oz|m?L|ml|s|min|hr?|mph)"
+    r"(?:/(?:s|min|hr?|[kcm]?m|m?L))?(?:\s*\^\s*\{?[23]\}?)?))",
+    re.IGNORECASE,
+)
 _BASED = re.compile(r"([0-9A-Fa-f]+)(?:_\s*\{?\s*([0-9]{1,2})\s*\}?)?")
 _SIMPLE_FRACTION = re.compile(r"(-?)\\frac\s*\{(-?)([0-9]+)\}\s*\{([0-9]+)\}")
 _SYMBOLS = frozenset("abcdefijknpqrtuvwxyzABCDEFGHIMOPQRSTUXYZ")  # \mathrm{m} is a metre
@@ -54,7 +76,7 @@ def clean(text: str) -> str:
     """The answer without what changes its look only; words in it become separators or vanish."""
     for pattern, new in _REPLACED:
         text = pattern.sub(new, text)
-    text = _SCALE.sub(lambda m: rf"{m[1]} \cdot 10^{{{SCALES[m[2]]}}}", text.strip())
+    text = _SCALE.sub(lambda m: rf"{m[1]} \cdot {SCALES[m[2]]}", text.strip())
     text = _TEXT.sub(_inline, text)
     text = re.sub(r"\b(?:or|and)\b", ",", text)
     text = _REPEATING.sub(_fraction, text)
@@ -77,6 +99,31 @@ def _fraction(match: re.Match) -> str:
     whole, fixed, repeated = match.groups()
     value = int(whole + fixed + repeated) - int(whole + fixed or "0")
     return rf"\frac{{{value}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
+
+
+def is_text(text: str) -> bool:
+    """Whether all of an answer, not cleaned yet, is letters in `\\text{}`."""
+    match = _TEXT.fullmatch(text.strip())
+    return match is not None and match[1].startswith("text") and match[2].strip().isalpha()
+
+
+def without_unit(text: str) -> str:
+    """`18.90` of `18.90 dollars`, `5` of `5 m/s`; `5 pi` and `5 squared` as they are."""
+    match = _UNIT.fullmatch(text)
+    if match is None or exact_number(match[1]) is None or _MEANS.search(match[2]):
+        return text
+    return match[1]
+
+
+def exact_decimals(text: str) -> str:
+    """Decimals as fractions: math-verify rounds them, and takes 0.3333333 for a third."""
+    return _DECIMAL.sub(lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
+
+
+def repeats(text: str) -> bool:
+    """Whether a bare list names an item twice."""
+    items = [plain(item) for item in text.split(",")]
+    return len(items) > len(set(items)) and _outer(text) is None
 
 
 def plain(text: str) -> str:

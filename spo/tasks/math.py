@@ -75,16 +75,19 @@ def equal(given: str, answer: str) -> bool:
     """
     if len(given) > MAX_LENGTH or _depth(given) > MAX_DEPTH:
         return False
+    spelled = latex.is_text(answer)
     given, answer = latex.clean(given), latex.clean(answer)
     if not given or not answer:
         return False
     if latex.plain(given) == latex.plain(answer):
         return True
-    if latex.is_words(answer):
+    if spelled or latex.is_words(answer):
         return latex.words(given) == latex.words(answer)
     if (based := latex.with_base(answer)) is not None:
         return latex.with_base(given, based[1]) == based
-    given = latex.in_base_ten(given)
+    given = latex.without_unit(latex.in_base_ten(given))
+    if latex.repeats(answer) and given.count(",") != answer.count(","):
+        return False
     sides = [given] if latex.has_relation(answer) else latex.sides(given)
     try:
         with _budget(BUDGET_S):
@@ -101,7 +104,7 @@ def _same(given: str, answer: str) -> bool:
         return False
     if not latex.same_brackets(given, answer) or latex.has_loose_digits(given):
         return False
-    return _compare(given, answer)
+    return _compare(latex.exact_decimals(given), latex.exact_decimals(answer))
 
 
 def _compare(given: str, answer: str) -> bool:
