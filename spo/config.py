@@ -111,15 +111,16 @@ class ShapeConfig:
     number."""
     num_probes: int = 9
     """chain: completions that estimate the value of a boundary."""
-    partition: Literal["cutpoint", "fixed", "steps"] = "cutpoint"
+    partition: Literal["cutpoint", "fixed", "steps", "sentences"] = "cutpoint"
     """chain: where to cut: before every `interval`-th low-probability token, every
-    `segment_tokens[0]` tokens, or after line breaks (VinePPO)."""
+    `segment_tokens[0]` tokens, after line breaks (VinePPO), or after those and sentences outside of
+    LaTeX math (VinePPO on MATH)."""
     prob_threshold: float = 0.9
     """chain: a token is a cutpoint if its sampling probability is below this."""
     interval: int = 5
     """chain: cutpoints per segment."""
     max_steps: int = 25
-    """chain with partition steps: most segments per response."""
+    """chain with partition steps or sentences: most segments per response."""
     rescore: bool = False
     """chain: take the probabilities from the trainer's forward instead of the sampler."""
 

@@ -101,7 +101,7 @@ def boundaries(config: Config) -> range:
                 f"found {shape.segment_tokens}"
             )
         return range(shape.segment_tokens[0], longest, shape.segment_tokens[0])
-    if shape.partition == "steps":
+    if shape.partition in ("steps", "sentences"):
         return range(1, min(shape.max_steps, longest))
     return range(1, longest, shape.interval)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from spo.config import AdvantageConfig, ShapeConfig
 from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Completion, Prompt
+from spo.steps import line_ends, sentence_ends
 from spo_kernels import cutpoint_segments
 
 
@@ -200,16 +202,20 @@ def fixed_partition(segment_tokens: int) -> Partition:
     return lambda token_ids, logprobs: list(range(0, len(token_ids), segment_tokens))
 
 
-def step_partition(is_break: np.ndarray, max_steps: int = 25) -> Partition:
-    """A boundary after each line break, at most `max_steps` steps; `is_break` (V,) bool marks the
-    tokens that end a line. Tokens past the last allowed boundary belong to the last step.
+def step_partition(
+    text_of: Callable[[int], str],  # a token's own part of the text
+    ends: Callable[[str], list[int]],  # where steps of a text end
+    max_steps: int = 25,
+) -> Partition:
+    """A boundary before the first token behind each end of a step, at most `max_steps` steps.
+    Tokens past the last allowed boundary belong to the last step.
     """
 
     def partition(token_ids: np.ndarray, logprobs: np.ndarray) -> list[int]:
-        ends = np.flatnonzero(is_break[token_ids]) + 1
-        runs = ends[np.append(np.diff(ends) > 1, True)] if len(ends) else ends
-        inner = [int(e) for e in runs if 0 < e < len(token_ids)]
-        return [0, *inner][:max_steps]
+        pieces = [text_of(token) for token in token_ids.tolist()]
+        starts = np.cumsum([0, *map(len, pieces)])[:-1]
+        inner = np.unique(np.searchsorted(starts, ends("".join(pieces)))).tolist()
+        return [0, *(start for start in inner if 0 < start < len(pieces))][:max_steps]
 
     return partition
 
@@ -317,6 +323,16 @@ def _shared(tree: Tree, parent: int, token_ids: Sequence[int], finish: int) -> i
     return None
 
 
+def _text_of(tokenizer) -> Callable[[int], str]:
+    """What a token adds to a text; some tokenizers drop the space before the first word."""
+
+    @cache
+    def text_of(token: int) -> str:
+        return tokenizer.decode([token, token])[len(tokenizer.decode([token])) :]
+
+    return text_of
+
+
 def make_shape(
     config: ShapeConfig,
     advantage: AdvantageConfig,
@@ -343,10 +359,8 @@ def make_shape(
             )
         partition = fixed_partition(config.segment_tokens[0])
     else:
-        ids = range(len(tokenizer))
-        partition = step_partition(
-            np.array(["\n" in tokenizer.decode([i]) for i in ids]), config.max_steps
-        )
+        ends = line_ends if config.partition == "steps" else sentence_ends
+        partition = step_partition(_text_of(tokenizer), ends, config.max_steps)
     return ChainShape(
         config.group_size,
         config.num_probes,

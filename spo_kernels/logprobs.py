@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels import dispatch, head, memory
+from spo_kernels import dispatch, gradients, head, memory
 from spo_kernels import rows as _rows
 from spo_kernels.library import define
 
@@ -171,8 +171,9 @@ def _row_grads(
 def _logprobs_grad(ctx, grad_logprobs, grad_entropy, *_):
     inputs, output = _restore(ctx)
     grads = _row_grads(output[0], grad_logprobs, grad_entropy)
-    dlogits = _logprobs_backward(*inputs, *output, *grads)
-    return dlogits, *[None] * (len(inputs) - 1)
+    with torch.no_grad():
+        dlogits = _logprobs_backward(*inputs, *output, *grads)
+    return gradients.first_order(dlogits, *[None] * (len(inputs) - 1))
 
 
 _logprobs.register_autograd(_logprobs_grad, setup_context=_setup)
@@ -265,9 +266,10 @@ def _(hidden, weight, bias, hidden_index, needs_grad, *others):
 def _linear_logprobs_grad(ctx, grad_logprobs, grad_entropy, *_):
     inputs, output = _restore(ctx)
     grads = _row_grads(output[0], grad_logprobs, grad_entropy)
-    products = _linear_logprobs_backward(*inputs, *output, *grads)
+    with torch.no_grad():
+        products = _linear_logprobs_backward(*inputs, *output, *grads)
     needed = (x if need else None for x, need in zip(products, inputs[4], strict=True))
-    return *needed, *[None] * (len(inputs) - 3)
+    return gradients.first_order(*needed, *[None] * (len(inputs) - 3))
 
 
 _linear_logprobs.register_autograd(_linear_logprobs_grad, setup_context=_setup)
@@ -281,7 +283,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,  # a number, or a tensor that broadcasts; (B,) per sequence
     entropy: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # (...) fp32, or that and the entropy (...)
+) -> Tensor | tuple[Tensor, Tensor]:  # (...) fp32 (fp64 from fp64), or that and the entropy (...)
     """log_softmax(logits / temperature) at token_ids; with `entropy=True` also the entropy.
 
     Both are differentiable. Masked tokens give 0; their logits are not read and get zero gradients.
@@ -289,6 +291,7 @@ def token_logprobs(
     Raises TypeError for wrong dtypes; ValueError for wrong shapes, for an id outside [0, V) or a
     temperature that is not positive where the mask is set, and for a `backend` that cannot run.
     """
+    _rows.check_floating("logits", logits)
     shape = logits.shape[:-1]
     ids, mask, heat = _prepare("logits", logits, shape, token_ids, loss_mask, temperature)
     chosen = dispatch.choose("logprobs", logits, backend)
@@ -312,7 +315,7 @@ def linear_token_logprobs(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int = MEMORY_BUDGET,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # (...) fp32, or that and the entropy (...)
+) -> Tensor | tuple[Tensor, Tensor]:  # (...) fp32 (fp64 from fp64), or that and the entropy (...)
     """`token_logprobs(hidden @ weight.T + bias, ...)` with at most `memory_budget` bytes of logits.
 
     Masked tokens never reach the projection. Products are fp32, or `logits_dtype` if that is
@@ -346,6 +349,8 @@ def _prepare(
     """Check and flatten the per-token arguments: ids (N,), mask (N,), temperature (N,) or (1,)."""
     _rows.check_floating(name, like)
     _rows.check_devices(like, token_ids=token_ids, loss_mask=loss_mask, temperature=temperature)
+    _rows.check_tensors(token_ids=token_ids)
+    _rows.check_tensors(optional=True, loss_mask=loss_mask)
     ids = _rows.flat_ids("token_ids", token_ids, shape)
     mask = _rows.flat_mask("loss_mask", loss_mask, ids, shape)
     return ids, mask, _rows.flat_temperature(temperature, like, shape, _rows.math_dtype(like))

@@ -65,7 +65,7 @@ class Tokens:
 
     def check(self, vocab: int) -> None:
         kept = self.policy_mask if self.kl_mask is None else self.policy_mask | self.kl_mask
-        rows.check_rows(self.ids, self.temperature, kept, vocab)
+        rows.check_rows(self.ids, self.temperature, kept, vocab, self.old_logprobs)
 
     def take(self, index: Tensor) -> Tokens:
         """The rows (n,) named by `index` only."""
@@ -102,15 +102,19 @@ class Tokens:
 
 def policy_mask(
     old_logprobs: Tensor,  # (...) of the sampling policy
-    loss_mask: Tensor,  # (...) bool
+    loss_mask: Tensor,  # (...) bool, integer or float, non-zero = trained
     prob_threshold: float | None,
 ) -> Tensor:  # (...) bool
-    """The tokens that train: M = loss_mask and old probability < prob_threshold (strictly)."""
+    """The tokens that train: M = loss_mask and old probability < prob_threshold (strictly).
+
+    A NaN, which is no probability, counts as unsure, so that a loss over it is not right by chance.
+    """
+    trained = loss_mask != 0
     if prob_threshold is None:
-        return loss_mask
+        return trained
     if not 0 < prob_threshold <= 1:
         raise ValueError(f"prob_threshold must be in (0, 1] or None, found {prob_threshold}")
-    return loss_mask & (old_logprobs.float() < math.log(prob_threshold))
+    return trained & ~(old_logprobs.float() >= math.log(prob_threshold))
 
 
 def prepare(
@@ -150,6 +154,8 @@ def prepare(
         policy_norm=policy_norm,
         kl_norm=kl_norm,
     )
+    rows.check_tensors(token_ids=token_ids, old_logprobs=old_logprobs, advantages=advantages)
+    rows.check_tensors(optional=True, loss_mask=loss_mask, ref_logprobs=ref_logprobs)
     if kl_estimator not in KL_ESTIMATORS:
         raise ValueError(f"kl_estimator must be k1, k2 or k3, found {kl_estimator!r}")
     if kl_scope not in ("masked", "all"):
@@ -201,7 +207,11 @@ def _scale(
         if not 0 <= norm < math.inf:
             raise ValueError(f"{name} must be a finite count >= 0, found {norm}")
         return torch.full((), coef / norm if norm else 0.0, dtype=dtype, device=like.device)
+    if norm.numel() != 1:
+        raise ValueError(f"{name} must be one number, found shape {tuple(norm.shape)}")
     norm = norm.detach().reshape(()).to(dtype)
+    if not rows.is_captured(norm) and norm.device.type == "cpu" and not 0 <= norm < math.inf:
+        raise ValueError(f"{name} must be a finite count >= 0, found {float(norm)}")
     return torch.where(norm == 0, 0.0, coef / norm)
 
 

@@ -221,7 +221,7 @@ class _InplaceGrad(torch.autograd.Function):
         (logits,) = ctx.saved_tensors
         dlogits = logits.detach()
         gradients.scale(dlogits, grad_output)
-        return dlogits, *[None] * (len(ctx.needs_input_grad) - 1)
+        return gradients.first_order(dlogits, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
 @define(
@@ -337,6 +337,7 @@ def masked_ppo_loss(
     [0, V) or a temperature that is not positive on a kept token (ids of dropped tokens may be
     anything), and for a `backend` that cannot run this.
     """
+    _rows.check_floating("logits", logits)
     tokens = objective.prepare(
         "logits",
         logits,

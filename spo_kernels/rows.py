@@ -19,8 +19,16 @@ def math_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def check_tensors(optional: bool = False, **tensors: Tensor | None) -> None:
+    """TypeError for what is no tensor, or None where that is no option."""
+    for name, tensor in tensors.items():
+        if not (isinstance(tensor, Tensor) or (optional and tensor is None)):
+            raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     """TypeError unless the tensor holds floats that the ops know."""
+    check_tensors(**{name: tensor})
     if tensor.dtype not in (*DTYPES, torch.float64):
         raise TypeError(
             f"{name} must be float32, bfloat16, float16 or float64, found {tensor.dtype}"
@@ -82,17 +90,30 @@ def flat_temperature(
     return torch.full((1,), temperature, dtype=dtype, device=like.device)
 
 
-def check_rows(ids: Tensor, temperature: Tensor, kept: Tensor, vocab: int) -> None:
-    """ValueError if a kept row has an id outside the vocabulary or a temperature not above 0.
+def check_rows(
+    ids: Tensor,
+    temperature: Tensor,
+    kept: Tensor,
+    vocab: int,
+    old_logprobs: Tensor | None = None,
+) -> None:
+    """ValueError if a kept row has an id outside the vocabulary, a temperature that is not positive
+    and finite, or an old logprob that is NaN.
 
     Not while a CUDA graph is captured, which cannot look at data: kernels answer with NaN then.
     """
     if ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     bad = ((ids < 0) | (ids >= vocab)) & kept
-    cold = ~(temperature > 0) & kept
-    if not (bad | cold).any():  # the only wait for a GPU
+    cold = ~((temperature > 0) & (temperature < math.inf)) & kept
+    unknown = kept & old_logprobs.isnan() if old_logprobs is not None else torch.zeros_like(kept)
+    if not (bad | cold | unknown).any():  # the only wait for a GPU
         return
+    if unknown.any():
+        row = int(unknown.nonzero()[0, 0])
+        raise ValueError(
+            f"old_logprobs must not be NaN where a token is kept, found it at row {row}"
+        )
     if bad.any():
         row = int(bad.nonzero()[0, 0])
         raise ValueError(
@@ -101,7 +122,7 @@ def check_rows(ids: Tensor, temperature: Tensor, kept: Tensor, vocab: int) -> No
         )
     row = int(cold.nonzero()[0, 0])
     found = float(temperature.expand(kept.shape)[row])
-    raise ValueError(f"temperature must be positive, found {found} at row {row}")
+    raise ValueError(f"temperature must be positive and finite, found {found} at row {row}")
 
 
 def is_captured(tensor: Tensor) -> bool:

@@ -489,6 +489,34 @@ def test_compiles_into_one_graph():
         torch.testing.assert_close(compiled, eager)
 
 
+def test_a_mask_may_hold_numbers():
+    old = tensor([-1.0, -1.0, -0.01, -1.0])
+    for mask in (tensor([2, 0, 1, 1]), tensor([0.5, 0.0, 1.0, 1.0])):
+        assert spo_kernels.policy_mask(old, mask, 0.9).tolist() == [True, False, False, True]
+        assert spo_kernels.policy_mask(old, mask, None).tolist() == [True, False, True, True]
+
+
+@needs_native
+def test_second_derivatives_are_refused():
+    """A gradient penalty over the formed gradient would count as zero."""
+    x = torch.randn(4, 16)
+    hidden, weight = torch.randn(4, 8), torch.randn(16, 8)
+    others = torch.arange(4), torch.full((4,), -2.0), torch.ones(4)
+    for leaf, value in (
+        (x, lambda x: masked_ppo_loss(x, *others).loss),
+        (x, lambda x: masked_ppo_loss(x * 1, *others, inplace_grad=True).loss),
+        (x, lambda x: spo_kernels.token_logprobs(x, others[0]).sum()),
+        (hidden, lambda h: spo_kernels.linear_masked_ppo_loss(h, weight, *others).loss),
+        (hidden, lambda h: spo_kernels.linear_token_logprobs(h, weight, others[0]).sum()),
+    ):
+        leaf = leaf.clone().requires_grad_()
+        (want,) = torch.autograd.grad(value(leaf), leaf)
+        (grad,) = torch.autograd.grad(value(leaf), leaf, create_graph=True)
+        assert torch.equal(grad, want)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            grad.square().sum().backward()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -505,7 +533,14 @@ def test_compiles_into_one_graph():
         ({"prob_threshold": 0.0}, ValueError, r"prob_threshold must be in \(0, 1\]"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive"),
         ({"temperature": torch.zeros(4)}, ValueError, "temperature must be positive"),
+        ({"temperature": tensor(math.inf)}, ValueError, "temperature must be positive and finite"),
+        ({"old_logprobs": tensor([-1.0, -1, math.nan, -1])}, ValueError, "NaN .* at row 2"),
+        ({"logits": [[0.0] * 16] * 4}, TypeError, "logits must be a tensor, found list"),
+        ({"advantages": 1.0}, TypeError, "advantages must be a tensor, found float"),
+        ({"loss_mask": [1] * 4}, TypeError, "loss_mask must be a tensor, found list"),
         ({"policy_norm": -1}, ValueError, "policy_norm must be a finite count"),
+        ({"policy_norm": tensor(-1.0)}, ValueError, "policy_norm must be a finite count"),
+        ({"policy_norm": torch.ones(2)}, ValueError, "policy_norm must be one number"),
         ({"log_ratio_clamp": 0}, ValueError, "log_ratio_clamp > 0"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
     ],

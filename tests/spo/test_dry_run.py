@@ -52,12 +52,13 @@ def test_no_partition_cuts_more_often_than_is_counted():
     import numpy as np
 
     from spo.shapes import cutpoint_partition, fixed_partition, step_partition
+    from spo.steps import line_ends
 
     ids, unsure = np.ones(20, int), np.full(20, -2.0)
     makers = {
         "cutpoint": cutpoint_partition(0.9, 3),
         "fixed": fixed_partition(6),
-        "steps": step_partition(np.array([True, True]), 5),
+        "steps": step_partition("a\n".__mul__, line_ends, 5),
     }
     for name, partition in makers.items():
         config = load_config(

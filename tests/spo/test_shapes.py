@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from spo.config import AdvantageConfig, PolicyConfig, ShapeConfig
+from spo.model import load_tokenizer
 from spo.records import LENGTH, SEGMENT, STOP, Completion, Prompt
 from spo.shapes import (
     ChainShape,
@@ -12,9 +14,11 @@ from spo.shapes import (
     TreeShape,
     cutpoint_partition,
     fixed_partition,
+    make_shape,
     star,
     step_partition,
 )
+from spo.steps import line_ends, sentence_ends
 
 
 def sample(token_ids, logprobs=None, finish=STOP, index=0):
@@ -58,12 +62,52 @@ def test_fixed():
 
 
 def test_steps():
-    is_break = np.array([False] * 9 + [True])
-    cut = step_partition(is_break, max_steps=3)
+    cut = step_partition(lambda token: "\n" if token == 9 else "a b", line_ends, max_steps=3)
     ids = np.array([1, 2, 9, 3, 9, 9, 4, 5, 9])
     assert cut(ids, np.zeros(9)) == [0, 3, 6]  # a run of breaks is one; the last ends the text
     assert cut(np.array([1, 9, 1, 9, 1, 9, 1, 9, 1]), np.zeros(9)) == [0, 2, 4]  # at most 3
     assert cut(np.array([1, 2]), np.zeros(2)) == [0]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        ["We add.", " Then we stop.\n", "Done"],
+        ["Is it 5?", " Yes!", " Then 1.5 e.g. Two vs. Three, no."],
+        ["Let $x = 5. A$ hold.", " $y$ is 3.", " \\(z. A\\) too"],
+        [
+            "So $x = 5.$",
+            " Then\n\n",
+            "\\[ a. B\n= c \\]\n",
+            "\\begin{align} a. B\n\\end{align}\n",
+            "end",
+        ],
+        ["It costs $5.", " Then $6.", " So $11.\n", "Open \\[ xyz.", " Cut"],
+    ],
+)
+def test_sentences_end_outside_of_math(steps):
+    cut = step_partition(chr, sentence_ends)
+    ids = np.array([ord(letter) for letter in "".join(steps)])
+    assert cut(ids, np.zeros(len(ids))) == [sum(map(len, steps[:i])) for i in range(len(steps))]
+    assert step_partition(chr, sentence_ends, 2)(ids, np.zeros(len(ids))) == [0, len(steps[0])]
+
+
+def test_a_boundary_inside_a_token_comes_before_the_next():
+    pieces = ["x.", " Y", "\n\nz", "www.", " ", "A", "\n"]
+    cut = step_partition(pieces.__getitem__, sentence_ends)
+    assert cut(np.arange(7), np.zeros(7)) == [0, 3, 4]
+
+
+def test_a_token_adds_its_own_text():
+    tokenizer = load_tokenizer(PolicyConfig())
+    text = "\n".join(["3 + 4 = 7", "7 * 2 = 14"])
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    shape = make_shape(
+        ShapeConfig(kind="chain", partition="sentences"), AdvantageConfig(), 64, tokenizer, None
+    )
+    (start,) = shape.partition(np.array(ids), np.zeros(len(ids)))[1:]
+    assert tokenizer.decode(ids[start:]).strip() == "7 * 2 = 14"
+    assert "7 * 2" not in tokenizer.decode(ids[:start])
 
 
 def test_tree_grows_level_by_level():
