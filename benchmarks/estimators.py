@@ -57,7 +57,9 @@ from spo.shapes import (
     cutpoint_partition,
     star,
     step_partition,
+    text_of,
 )
+from spo.steps import line_ends
 from spo.tasks import prompts_of
 from spo.train import engine_of
 
@@ -86,8 +88,8 @@ def starts(config: Config, size: int) -> list[int]:
     return [0, *(int(n) for n in np.cumsum(config.shape.segment_tokens) if n < size)]
 
 
-def growings(config: Config, kind: str, is_break: np.ndarray) -> list[Growing]:
-    """Every method, on the task of an SPO-tree recipe; `is_break` (V,) bool marks line ends."""
+def growings(config: Config, kind: str, words) -> list[Growing]:
+    """Every method, on the task of an SPO-tree recipe; `words` is the policy's tokenizer."""
     room = config.sampling.max_new_tokens
 
     def same(token_ids: np.ndarray, logprobs: np.ndarray) -> list[int]:
@@ -104,7 +106,7 @@ def growings(config: Config, kind: str, is_break: np.ndarray) -> list[Growing]:
     mean, others = AdvantageConfig(), AdvantageConfig(baseline="loo")
     return [
         Growing(lambda n: star(n, room), {"GRPO": mean, "RLOO": others}),
-        chain("VinePPO", step_partition(is_break), "mc"),
+        chain("VinePPO", step_partition(text_of(words), line_ends), "mc"),
         chain("SPO-chain", cutpoint_partition(THRESHOLD, INTERVAL), "group"),
         Growing(lambda n: tree, {"SPO-tree": mean, "SPO-tree, loo": others}, sized=False),
     ]
@@ -197,8 +199,7 @@ def measure(
 ) -> list[Record]:
     """What each method does on the targets of one kind."""
     words = sampler.tokenizer
-    is_break = np.array(["\n" in words.decode([token]) for token in range(len(words))])
-    methods = growings(config, kind, is_break)
+    methods = growings(config, kind, words)
     truths = [
         true_advantage(sampler, t, probes, path_seed(1, i, 0, ())) for i, t in enumerate(targets)
     ]

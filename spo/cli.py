@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -85,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("view", _view, "write an HTML page of a forest or of a run", recipe=False)
     sub.add_argument("path", type=Path, help="forest file, or a run folder")
     sub.add_argument("-o", "--output", type=Path, help="default: beside the input")
-    sub.add_argument("--policy", default="embedded", help="where the forest's tokenizer is")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="of the forest's recipe")
+    sub.add_argument(
+        "--recipe", type=Path, help="what the forest was grown with; default: the run's around it"
+    )
     sub = command(
         "compare",
         _compare,
@@ -149,7 +153,7 @@ def _eval(arguments) -> None:
     temperature = arguments.temperature
     if temperature is None:
         temperature = config.sampling.temperature
-    if not temperature >= 0:
+    if not 0 <= temperature < math.inf:
         raise ValueError(f"--temperature: expected 0 (greedy) or more, found {temperature:g}")
     limits = _limits(arguments.max_new_tokens) or [config.sampling.max_new_tokens]
     if arguments.checkpoint is not None:
@@ -281,7 +285,8 @@ def _rollout(arguments) -> None:
 
 
 def _view(arguments) -> None:
-    from spo.config import AdvantageConfig, PolicyConfig
+    from spo.checkpoint import latest_checkpoint
+    from spo.config import load_config
     from spo.model import load_tokenizer
     from spo.report import write_report
 
@@ -291,8 +296,10 @@ def _view(arguments) -> None:
     if arguments.path.is_dir():
         console.print(f"report: {write_run_report(arguments.path, arguments.output)}")
         return
-    tokenizer = load_tokenizer(PolicyConfig(path=arguments.policy))
-    view = tree_view(arguments.path.stem, arguments.path, AdvantageConfig(), 0.9, tokenizer)
+    run = latest_checkpoint(arguments.path.parent)
+    config = load_config(arguments.recipe or (run and run / "recipe.yaml"), arguments.overrides)
+    tokenizer = load_tokenizer(config.policy)
+    view = tree_view(arguments.path.stem, arguments.path, config, tokenizer)
     output = arguments.output or arguments.path.with_suffix(".html")
     write_report(output, [], [view], title=arguments.path.name)
     console.print(f"report: {output}")
@@ -392,25 +399,21 @@ def run_views(run: Path, name: str) -> list:
     for when in ("first", "last"):
         path = run / f"forest-{when}.safetensors"
         if path.exists():
-            title = f"{name}, {when} iteration"
-            rho = config.loss.prob_threshold
-            views.append(tree_view(title, path, config.advantage, rho, tokenizer))
+            views.append(tree_view(f"{name}, {when} iteration", path, config, tokenizer))
     return views
 
 
-def tree_view(title: str, path: os.PathLike, rule, prob_threshold: float | None, tokenizer):
-    """A forest file with its values and advantages, ready to show."""
-    import math
-
+def tree_view(title: str, path: os.PathLike, config, tokenizer):
+    """A forest file with the values and advantages of a recipe, ready to show."""
     from spo.advantages import assign
     from spo.records import Forest
     from spo.report import TreeView
 
     forest = Forest.load(path)
-    values, advantages = assign(forest, rule)
+    values, advantages = assign(forest, config.advantage)
     kept = None
-    if prob_threshold is not None:
-        kept = forest.rollout_logprobs < math.log(prob_threshold)
+    if config.loss.prob_threshold is not None:
+        kept = forest.rollout_logprobs < math.log(config.loss.prob_threshold)
     return TreeView(title, forest, values, advantages, tokenizer.decode, kept)
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -332,12 +332,18 @@ def load_config(path: str | os.PathLike | None = None, overrides: Sequence[str] 
             loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"recipe {path}: cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"recipe {path}: not UTF-8 text ({error.reason})") from error
         except yaml.YAMLError as error:
             where = " ".join(str(error).split())
             raise ValueError(f"recipe {path}: not valid YAML ({where})") from error
         if not isinstance(loaded or {}, dict):
             raise ValueError(f"recipe {path}: expected a mapping of settings")
-        tree = loaded or {}
+        groups = {f.name for f in dataclasses.fields(Config) if f.default_factory is not MISSING}
+        tree = {
+            key: {} if value is None and key in groups else value  # a group with nothing in it
+            for key, value in (loaded or {}).items()
+        }
     for override in overrides:
         _override(tree, override)
     try:
@@ -378,6 +384,8 @@ def check(config: Config) -> None:
                 f"advantage.{key}={value} needs siblings of one kind: "
                 "it works for trees and stars, not for shape.kind=chain"
             )
+    if not 0 <= train.seed < 1 << 31:
+        raise ValueError(f"train.seed: expected 0 to 2147483647, found {train.seed}")
     _check_method(config)
     for name in ("shape.prob_threshold", "loss.prob_threshold"):
         group, key = name.split(".")
@@ -394,9 +402,12 @@ def check(config: Config) -> None:
         "train.learning_rate": train.learning_rate,
         "sampling.max_new_tokens": sampling.max_new_tokens,
         "engine.max_num_seqs": config.engine.max_num_seqs,
+        "engine.max_model_len": config.engine.max_model_len,
         "eval.problems": config.eval.problems,
         "train.replay_age": train.replay_age,
-        "train.replay_samples": 1 if train.replay_samples is None else train.replay_samples,
+        "train.replay_samples": train.replay_samples,
+        "train.max_generated_tokens": train.max_generated_tokens,
+        "data.max_prompt_tokens": config.data.max_prompt_tokens,
         "train.max_grad_norm": train.max_grad_norm,
         "shape.interval": shape.interval,
         "shape.max_steps": shape.max_steps,
@@ -407,7 +418,7 @@ def check(config: Config) -> None:
         "critic.value_clip": config.critic.value_clip,
     }
     for name, value in positive.items():
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a positive number, found {value}")
     not_negative = {
         "train.stream_depth": train.stream_depth,
@@ -472,6 +483,12 @@ def _check_method(config: Config) -> None:
         raise ValueError(
             "sampling.stages: expected shares between 0 and 1 and limits up to "
             f"max_new_tokens={sampling.max_new_tokens}, both rising, found {sampling.stages}"
+        )
+    inner = sum(config.shape.segment_tokens)
+    if config.shape.kind == "tree" and sampling.stages and inner >= tokens[1]:
+        raise ValueError(
+            f"sampling.stages: a limit of {tokens[1]} leaves nothing behind the "
+            f"{inner} tokens of shape.segment_tokens"
         )
 
 

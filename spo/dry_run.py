@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spo.config import Config, PolicyConfig
 from spo.shapes import TreeShape
-from spo.tasks import get_task
+from spo.tasks import get_task, options_of
 from spo.tasks.datafiles import state
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -143,8 +143,8 @@ def _policy_state(policy: PolicyConfig) -> str:
 def _data(config: Config) -> list[str]:
     hub = getattr(get_task(config.task), "SOURCE", {})
     lines = []
-    for split, source in (("train", config.data.train), ("test", config.data.test)):
-        source = source or hub.get(split)
+    for split in ("train", "test"):
+        source = options_of(config, split).get("source") or hub.get(split)
         where = f"{source}: {STATES[state(source)]}" if source else "generated"
         lines.append(f"{split:7s} {where}")
     return lines

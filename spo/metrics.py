@@ -113,8 +113,9 @@ def _whole_lines(path: Path) -> list[tuple[bytes, dict]]:
     for number, raw in enumerate(raws, start=1):
         try:
             line = json.loads(raw)
-            whole = raw.endswith(b"\n") and isinstance(line["iteration"], int)
-        except (ValueError, TypeError, KeyError):  # not JSON, not an object, no iteration
+            whole = raw.endswith(b"\n")
+            _check({key: math.nan if value is None else value for key, value in line.items()})
+        except (ValueError, TypeError, AttributeError):  # not JSON, no object, not all of a line
             whole = False
         if whole:
             lines.append((raw, line))

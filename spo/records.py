@@ -130,14 +130,16 @@ class Forest:
             with safe_open(os.fspath(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("spo", "{}"))
                 if header.get("format") != FOREST_FORMAT:
-                    raise ValueError(f"{path} is not a forest file of this version")
+                    raise ValueError("another format")
                 tensors = {name: file.get_tensor(name) for name in FOREST_TENSORS}
+            prompts = tuple(
+                Prompt(**p | {"prompt_ids": tuple(p["prompt_ids"])}) for p in header["prompts"]
+            )
+            return cls(**tensors, prompts=prompts, temperature=header["temperature"])
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable forest file: {error}") from error
-        prompts = tuple(
-            Prompt(**p | {"prompt_ids": tuple(p["prompt_ids"])}) for p in header["prompts"]
-        )
-        return cls(**tensors, prompts=prompts, temperature=header["temperature"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a forest file of this version") from error
 
 
 FOREST_TENSORS = tuple(

@@ -323,7 +323,7 @@ def _shared(tree: Tree, parent: int, token_ids: Sequence[int], finish: int) -> i
     return None
 
 
-def _text_of(tokenizer) -> Callable[[int], str]:
+def text_of(tokenizer) -> Callable[[int], str]:
     """What a token adds to a text; some tokenizers drop the space before the first word."""
 
     @cache
@@ -360,7 +360,7 @@ def make_shape(
         partition = fixed_partition(config.segment_tokens[0])
     else:
         ends = line_ends if config.partition == "steps" else sentence_ends
-        partition = step_partition(_text_of(tokenizer), ends, config.max_steps)
+        partition = step_partition(text_of(tokenizer), ends, config.max_steps)
     return ChainShape(
         config.group_size,
         config.num_probes,

@@ -242,6 +242,8 @@ def main() -> None:
     parser.add_argument("--eval", type=int, default=500, help="test problems per task")
     args = parser.parse_args()
 
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out: {args.out} is a file; name a folder")
     torch.set_num_threads(args.threads)
     plan = PLANS[args.plan]
     tokenizer = build_tokenizer()

@@ -40,6 +40,11 @@ def problems(config: Config, split: str, seed: int) -> Iterator[Problem]:
     Raises ValueError on an unknown task or split, on options that the task does not have, and if
     the data cannot be read.
     """
+    return get_task(config.task).problems(split, seed, **options_of(config, split))
+
+
+def options_of(config: Config, split: str) -> dict[str, object]:
+    """The keyword arguments of the task's `problems`. Raises ValueError for unknown ones."""
     task, data = get_task(config.task), config.data
     options: dict[str, object] = dict(data.options)
     source = data.train if split == "train" else data.test
@@ -53,7 +58,7 @@ def problems(config: Config, split: str, seed: int) -> Iterator[Problem]:
                 f"{where}: task {config.task} does not take {name}; "
                 f"it takes {', '.join(known) or 'no options'}"
             )
-    return task.problems(split, seed, **options)
+    return options
 
 
 def prompts_of(

@@ -234,7 +234,15 @@ def _json(path: Path) -> list:
 def _json_lines(path: Path) -> list:
     # Not splitlines: U+2028 may stand inside a string.
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"data file {path}, line {number}: damaged JSON ({error.msg})"
+            ) from error
+    return rows
 
 
 def _parquet(path: Path) -> list[dict]:

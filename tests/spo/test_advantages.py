@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from spo.shapes import (
     fixed_partition,
     step_partition,
 )
+from spo.steps import line_ends
 
 NAN = float("nan")
 
@@ -182,7 +182,7 @@ def test_segments_per_trajectory_counts_those_on_a_path():
 
 
 UNSURE, SURE = math.log(0.5), math.log(0.95)
-IS_BREAK = np.array([False] * 9 + [True])
+TEXT = "abcdefghi\n"  # of tokens 0 to 9
 CUTPOINTS = cutpoint_partition(0.9, 2)
 
 
@@ -226,7 +226,7 @@ LINE = (4, 9, 5, 6, 9, 1)  # two lines and a stop token
     [
         (CUTPOINTS, [[4], [9, 5, 6], [9, 1]]),  # before cutpoints 1 and 3
         (fixed_partition(2), [[4, 9], [5, 6], [9, 1]]),
-        (step_partition(IS_BREAK), [[4, 9], [5, 6, 9], [1]]),
+        (step_partition(TEXT.__getitem__, line_ends), [[4, 9], [5, 6, 9], [1]]),
     ],
 )
 def test_every_partition(partition, segments):

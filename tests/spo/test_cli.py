@@ -106,7 +106,14 @@ def test_rollout_and_view(recipe, tmp_path, capsys):
     assert len(forest.prompts) == 2
     assert f"{forest.num_generated} tokens generated" in " ".join(printed.split())
     assert run("view", file) == 0
-    assert (tmp_path / "forest.html").exists()
+    page = tmp_path / "forest.html"
+    first = page.read_text()
+    assert run("view", file, "advantage.scale=std", "loss.prob_threshold=null") == 0
+    assert page.read_text() != first
+    star = tmp_path / "star.yaml"
+    star.write_text("policy: {path: nowhere}\n")
+    assert run("view", file, "--recipe", star) != 0  # its tokenizer is the policy's
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_view_and_eval_refuse_what_is_not_there(recipe, tmp_path, capsys):
@@ -116,9 +123,11 @@ def test_view_and_eval_refuse_what_is_not_there(recipe, tmp_path, capsys):
     (tmp_path / "bad.safetensors").write_bytes(b"x" * 100)
     assert run("view", tmp_path / "bad.safetensors") == 2
     assert run("eval", recipe, *SMALL, "--checkpoint", tmp_path / "empty") == 2
+    assert run("eval", recipe, *SMALL, "--temperature", "inf") == 2
+    assert run("train", recipe, *SMALL, "data.options.foo=1", "--dry-run") == 2
     assert run("eval", recipe, *SMALL, "--max-new-tokens", "2k") == 2
     errors = capsys.readouterr().err.strip().splitlines()
-    assert len(errors) == 5 and "--max-new-tokens" in errors[-1]
+    assert len(errors) == 7 and "--max-new-tokens" in errors[-1]
 
 
 def test_compare(recipe, tmp_path, capsys):

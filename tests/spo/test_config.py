@@ -54,6 +54,12 @@ def test_saved_recipe_reads_back(tmp_path):
         (["shape.interval=0"], ["shape.interval", "0"]),
         (["shape.max_steps=0"], ["shape.max_steps", "0"]),
         (["engine.name=sglang"], ["engine.name", "sglang"]),
+        (["engine.max_model_len=0"], ["engine.max_model_len", "0"]),
+        (["train.max_generated_tokens=-5"], ["train.max_generated_tokens", "-5"]),
+        (["data.max_prompt_tokens=0"], ["data.max_prompt_tokens", "0"]),
+        (["train.seed=-1"], ["train.seed", "-1"]),
+        (["train.seed=99999999999"], ["train.seed", "99999999999"]),
+        (["sampling.stages=[[0.5,60]]"], ["sampling.stages", "60", "shape.segment_tokens"]),
         (["iterations"], ["key=value"]),
         (["name.x=3"], ["name"]),
     ],
@@ -77,6 +83,15 @@ def test_missing_and_broken_recipes(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="expected a mapping"):
         load_config(tmp_path / "list.yaml")
+
+
+def test_groups_may_be_empty_and_recipes_must_be_text(tmp_path):
+    (tmp_path / "empty.yaml").write_text("name: here\ntrain:\nshape:\n")
+    assert load_config(tmp_path / "empty.yaml") == Config(name="here")
+    assert load_config(tmp_path / "empty.yaml", ["train.seed=3"]).train.seed == 3
+    (tmp_path / "odd.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ValueError, match=r"odd\.yaml: not UTF-8"):
+        load_config(tmp_path / "odd.yaml")
 
 
 def test_every_setting_has_a_docstring():

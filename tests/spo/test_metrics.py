@@ -73,7 +73,7 @@ def test_a_last_line_cut_at_any_byte_is_dropped(tmp_path):
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, [line(0), line(1)])
-    for broken in (b'{"iteration": 0, "sec', b"[]", b'{"loss": 1}', b"\xff"):
+    for broken in (b'{"iteration": 0, "sec', b"[]", b'{"loss": 1}', b'{"iteration": 0}', b"\xff"):
         path.write_bytes(broken + b"\n" + path.read_bytes().splitlines(keepends=True)[-1])
         with pytest.raises(ValueError, match="line 1 is not a metrics line"):
             read_metrics(path)

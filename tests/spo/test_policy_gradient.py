@@ -10,7 +10,6 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
 
@@ -29,6 +28,7 @@ from spo.shapes import (
     star,
     step_partition,
 )
+from spo.steps import line_ends
 from spo_kernels import masked_ppo_loss
 
 END = 0  # the stop token
@@ -311,8 +311,7 @@ def test_chain_cut_at_cutpoints_is_no_multiple():
 
 def test_vineppo_is_unbiased_where_line_breaks_come_singly():
     """A run of breaks is one boundary: whether it ends is known one token later."""
-    is_break = np.array([False, True, False])
-    shape = chain(WIDE, step_partition(is_break))
+    shape = chain(WIDE, step_partition("a\nb".__getitem__, line_ends))
     is_no_multiple(*step_of(WIDE, shape, MC))
     single = Toy(3, 2, seed=3)
     single.logits[single.state[(1,)], 1] = -30.0  # never two in a row

@@ -1,12 +1,14 @@
 """Forests grown by the real embedded engine and the real grader on the tiny policy."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from spo.engines.hf import HFEngine
-from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Forest, Prompt
+from spo.records import FOREST_FORMAT, LENGTH, PROMPT, SEGMENT, STOP, Forest, Prompt
 from spo.rollout import Rollout, RolloutOptions, Stream, grow, path_seed
 from spo.shapes import ChainShape, TreeShape, cutpoint_partition, star
 from spo.tasks.grading import Grader
@@ -241,3 +243,8 @@ def test_forest_file_round_trip(engine, grader, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"bad\.safetensors"):
         Forest.load(tmp_path / "bad.safetensors")
+    tensors = load_file(tmp_path / "f.safetensors")
+    for header in ("[]", "{", '{"format": 2}', json.dumps({"format": FOREST_FORMAT})):
+        save_file(tensors, tmp_path / "odd.safetensors", metadata={"spo": header})
+        with pytest.raises(ValueError, match=r"odd\.safetensors is not a forest file"):
+            Forest.load(tmp_path / "odd.safetensors")
