@@ -67,8 +67,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402
 
 KINDS = ("token", "segment")
-NUM_PROBES, THRESHOLD = 4, 0.9  # as in recipes/spo-chain.yaml
-INTERVAL = 2  # the finest of the ablation
+NUM_PROBES, THRESHOLD, INTERVAL = 4, 0.9, 5  # as in recipes/spo-chain.yaml
 PILOT = 16  # responses that say whether a problem is neither hopeless nor solved
 
 Record = dict[str, Any]

@@ -53,19 +53,28 @@ def write_between(path: Path, mark: str, body: str) -> None:
     path.write_text(f"{head}{start}\n\n{body}\n\n{end}{tail}")
 
 
-def main() -> None:
+def bodies() -> dict[tuple[Path, str], str]:
+    """What belongs between the marks of each file."""
     tables = [kernel_tables.overview(device, results.ROOT) for device in results.devices()]
     cases = rollouts()
     shown = [rollout_tables.markdown(cases[name]) for name in ("6-6-6", "stream")]
     figures = "\n\n".join([*filter(None, tables), *shown, demo()])
-    write_between(ROOT / "README.md", "figures", figures)
-    write_between(ROOT / "docs" / "rollout.md", "rollouts", rollout_tables.everything(cases))
-    paper = ROOT / "docs" / "paper.md"
-    write_between(paper, "methods", evidence.methods("arithmetic"))
-    write_between(paper, "methods, long", evidence.methods("long-arithmetic"))
-    write_between(paper, "ablations", evidence.ablations())
-    write_between(paper, "estimators", evidence.estimators())
-    write_between(ROOT / "docs" / "kernels.md", "kernels", kernel_tables.everything(results.ROOT))
+    docs = ROOT / "docs"
+    paper = docs / "paper.md"
+    return {
+        (ROOT / "README.md", "figures"): figures,
+        (docs / "rollout.md", "rollouts"): rollout_tables.everything(cases),
+        (docs / "kernels.md", "kernels"): kernel_tables.everything(results.ROOT),
+        (paper, "methods"): evidence.methods("arithmetic"),
+        (paper, "methods, long"): evidence.methods("long-arithmetic"),
+        (paper, "ablations"): evidence.ablations(),
+        (paper, "estimators"): evidence.estimators(),
+    }
+
+
+def main() -> None:
+    for (path, mark), body in bodies().items():
+        write_between(path, mark, body)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ class SamplingConfig:
     that share of `train.iterations` or `train.max_generated_tokens` is done, responses end there.
     """
     truncated: Literal["zero", "drop", "penalty"] = "zero"
-    """What a response cut by the limit earns: 0, nothing (left out), or -1."""
+    """What a response cut by the limit earns: 0, nothing (left out; of a chain the segment that was
+    cut, as probes value the others), or -1."""
 
 
 @dataclass(frozen=True)

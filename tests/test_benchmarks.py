@@ -198,6 +198,14 @@ def test_tables_hold_the_measured_figures(bench, measured, tmp_path):
     assert page.read_text() == "a <!-- k -->\n\nnew\n\n<!-- /k --> z"
 
 
+def test_the_pages_hold_what_the_committed_results_say(bench):
+    pytest.importorskip("matplotlib")
+    for (path, mark), body in bench("readme").bodies().items():
+        text = path.read_text()
+        between = text.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
+        assert between.strip() == body.strip(), f"{path.name}, {mark}: run benchmarks/readme.py"
+
+
 def test_drawings_are_small_and_the_same_every_time(bench, measured, tmp_path):
     pytest.importorskip("matplotlib")
     plot = bench("plot")
