@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
@@ -327,6 +326,8 @@ def load_config(path: str | os.PathLike | None = None, overrides: Sequence[str] 
     """
     from pydantic import TypeAdapter, ValidationError  # not needed to use a Config made in code
 
+    from spo.config_checks import check
+
     tree: dict[str, Any] = {}
     if path is not None:
         try:
@@ -359,138 +360,6 @@ def save_config(config: Config, path: Path) -> None:
     """Write the resolved recipe as YAML that `load_config` reads back."""
     tree = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples to lists, as YAML has them
     path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-
-
-def check(config: Config) -> None:
-    """Raise ValueError where settings contradict each other."""
-    sampling, shape, advantage, train = (
-        config.sampling,
-        config.shape,
-        config.advantage,
-        config.train,
-    )
-    if sampling.top_p != 1 or sampling.top_k != 0:
-        raise ValueError(
-            "sampling.top_p must be 1 and sampling.top_k 0 for training, found "
-            f"{sampling.top_p:g} and {sampling.top_k}: a truncated distribution biases the ratio"
-        )
-    if not sampling.temperature > 0:
-        raise ValueError(
-            f"sampling.temperature must be above 0 for training, found {sampling.temperature:g}"
-        )
-    by_siblings = {"baseline": "loo", "scale": "std", "node_weight": "path"}
-    for key, value in by_siblings.items():
-        if shape.kind == "chain" and getattr(advantage, key) == value:
-            raise ValueError(
-                f"advantage.{key}={value} needs siblings of one kind: "
-                "it works for trees and stars, not for shape.kind=chain"
-            )
-    if not 0 <= train.seed < 1 << 31:
-        raise ValueError(f"train.seed: expected 0 to 2147483647, found {train.seed}")
-    _check_method(config)
-    for name in ("shape.prob_threshold", "loss.prob_threshold"):
-        group, key = name.split(".")
-        value = getattr(getattr(config, group), key)
-        if value is not None and not 0 < value <= 1:
-            raise ValueError(f"{name}: expected a probability in (0, 1], found {value:g}")
-    positive = {
-        "train.iterations": train.iterations,
-        "train.prompts": train.prompts,
-        "train.epochs": train.epochs,
-        "train.minibatches": train.minibatches,
-        "train.tokens_per_batch": train.tokens_per_batch,
-        "train.checkpoint_every": train.checkpoint_every,
-        "train.learning_rate": train.learning_rate,
-        "sampling.max_new_tokens": sampling.max_new_tokens,
-        "engine.max_num_seqs": config.engine.max_num_seqs,
-        "engine.max_model_len": config.engine.max_model_len,
-        "eval.problems": config.eval.problems,
-        "train.replay_age": train.replay_age,
-        "train.replay_samples": train.replay_samples,
-        "train.max_generated_tokens": train.max_generated_tokens,
-        "data.max_prompt_tokens": config.data.max_prompt_tokens,
-        "train.max_grad_norm": train.max_grad_norm,
-        "shape.interval": shape.interval,
-        "shape.max_steps": shape.max_steps,
-        "advantage.max_correct": advantage.max_correct,
-        "loss.log_ratio_clamp": config.loss.log_ratio_clamp,
-        "loss.beta": config.loss.beta,
-        "critic.learning_rate": config.critic.learning_rate,
-        "critic.value_clip": config.critic.value_clip,
-    }
-    for name, value in positive.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name}: expected a positive number, found {value}")
-    not_negative = {
-        "train.stream_depth": train.stream_depth,
-        "train.replay_nodes": train.replay_nodes,
-        "train.weight_decay": train.weight_decay,
-        "loss.clip_eps_low": config.loss.clip_eps_low,
-        "loss.clip_eps_high": config.loss.clip_eps_high,
-        "loss.kl_coef": config.loss.kl_coef,
-        "loss.dpo_positive": config.loss.dpo_positive,
-        "eval.every": config.eval.every,
-    }
-    for name, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected 0 or more, found {value}")
-
-
-LOSS_OF = {"values": "policy", "gae": "policy", "correct": "nll", "pairs": "dpo"}
-
-
-def _check_method(config: Config) -> None:
-    """Raise ValueError where shape, estimator and loss do not belong together."""
-    sampling, advantage, loss, train = (
-        config.sampling,
-        config.advantage,
-        config.loss,
-        config.train,
-    )
-    estimator = advantage.estimator
-    if loss.kind != LOSS_OF[estimator]:
-        raise ValueError(
-            f"advantage.estimator={estimator} needs loss.kind={LOSS_OF[estimator]}, "
-            f"found {loss.kind}"
-        )
-    if estimator != "values" and (config.shape.kind != "star" or train.replay_nodes):
-        raise ValueError(
-            f"advantage.estimator={estimator} needs shape.kind=star and train.replay_nodes=0, "
-            f"found {config.shape.kind} and {train.replay_nodes}"
-        )
-    if loss.kind != "policy" and (loss.prob_threshold is not None or loss.kl_coef):
-        raise ValueError(
-            f"loss.kind={loss.kind} reads every token and has no KL term: expected "
-            "loss.prob_threshold=null and loss.kl_coef=0, found "
-            f"{loss.prob_threshold} and {loss.kl_coef:g}"
-        )
-    if loss.kind != "policy" and loss.policy_norm != "tokens":
-        raise ValueError(
-            f"loss.policy_norm={loss.policy_norm} needs loss.kind=policy, found {loss.kind}"
-        )
-    shares = {
-        "advantage.gamma": advantage.gamma,
-        "advantage.lam": advantage.lam,
-        "train.warmup_share": train.warmup_share,
-    }
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected a number in [0, 1], found {value:g}")
-    if train.restart and train.parallel == "fsdp":
-        raise ValueError("train.restart works with train.parallel=ddp, not with fsdp")
-    starts = [0.0, *(share for share, _ in sampling.stages), 1.0]
-    tokens = [0, *(tokens for _, tokens in sampling.stages), sampling.max_new_tokens + 1]
-    if any(a >= b for row in (starts, tokens) for a, b in zip(row, row[1:], strict=False)):
-        raise ValueError(
-            "sampling.stages: expected shares between 0 and 1 and limits up to "
-            f"max_new_tokens={sampling.max_new_tokens}, both rising, found {sampling.stages}"
-        )
-    inner = sum(config.shape.segment_tokens)
-    if config.shape.kind == "tree" and sampling.stages and inner >= tokens[1]:
-        raise ValueError(
-            f"sampling.stages: a limit of {tokens[1]} leaves nothing behind the "
-            f"{inner} tokens of shape.segment_tokens"
-        )
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
