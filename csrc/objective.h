@@ -1,7 +1,7 @@
 #pragma once
 // The objective of one token and its derivative by the token's logprob: the one copy that the CPU
 // and CUDA kernels share. PyTorch's counterpart is masked_ppo_loss_ref in
-// spo_kernels/policy_loss.py.
+// spo_kernels/objective.py.
 #include <cmath>
 #include <cstdint>
 

@@ -2,10 +2,11 @@
 
 from spo_kernels.dispatch import backends
 from spo_kernels.gae import gae
+from spo_kernels.linear_policy_loss import linear_masked_ppo_loss
 from spo_kernels.logprobs import linear_token_logprobs, token_logprobs
 from spo_kernels.memory import empty_cache
 from spo_kernels.objective import PolicyLoss, policy_mask
-from spo_kernels.policy_loss import linear_masked_ppo_loss, masked_ppo_loss
+from spo_kernels.policy_loss import masked_ppo_loss
 from spo_kernels.segments import cutpoint_segments, segment_advantages
 from spo_kernels.tree import tree_advantages, tree_stats, tree_values
 

@@ -11,7 +11,15 @@ from torch import tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spo_kernels
-from spo_kernels import head, linear_masked_ppo_loss, masked_ppo_loss, objective, policy_loss, rows
+from spo_kernels import (
+    head,
+    linear_masked_ppo_loss,
+    linear_policy_loss,
+    masked_ppo_loss,
+    objective,
+    policy_loss,
+    rows,
+)
 from spo_kernels.testing import DEVICE, FAST, assert_as_good_as_torch, loss_inputs, poison
 
 needs_native = pytest.mark.skipif(
@@ -272,7 +280,7 @@ def test_bf16_gradient_of_fp32_logits(vocab):
     wide = torch.full((9, vocab), math.nan)
     narrow = torch.full((9, vocab), math.nan, dtype=torch.bfloat16)
     sums = [
-        policy_loss._run_rows(FAST, inputs.logits, out, tokens, False)[0] for out in (wide, narrow)
+        policy_loss.run_rows(FAST, inputs.logits, out, tokens, False)[0] for out in (wide, narrow)
     ]
     assert torch.equal(*sums) and wide.count_nonzero() > 0
     assert torch.equal(narrow, wide.bfloat16())
@@ -328,7 +336,7 @@ class Unsynced(TorchDispatchMode):
         if func.namespace != "spo_kernels":
             return func(*args, **(kwargs or {}))
         with self:
-            return policy_loss._linear_policy_loss.kernel(*args)
+            return linear_policy_loss._linear_policy_loss.kernel(*args)
 
 
 @needs_native

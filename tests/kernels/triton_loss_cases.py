@@ -242,7 +242,7 @@ def run_rows(inputs, dlogits, **changes):
         0,
     )
     tokens = dataclasses.replace(tokens, **changes)
-    return policy_loss._run_rows("triton", inputs.logits, dlogits, tokens, True)
+    return policy_loss.run_rows("triton", inputs.logits, dlogits, tokens, True)
 
 
 def test_unknown_ids_are_not_read():
