@@ -13,6 +13,7 @@ from ablations import ABLATIONS
 from end_to_end import METHODS, best_rate
 from runs import Record
 
+MOST_SEEDS = len(runs.STUDENT) + 1
 MEASURES = {
     "greedy": lambda record: record["evals"][-1]["greedy"],
     "sampled": lambda record: record["evals"][-1]["sampled"],
@@ -40,8 +41,8 @@ def table(head: list[str], rows: list[str]) -> str:
 
 
 def methods(task: str) -> str:
-    """Every method at its best rate; differences from SPO-tree."""
-    arguments = runs.options("", [""]).parse_args([f"--task={task}"])
+    """Every method at its best rate, all seeds that have run; differences from SPO-tree."""
+    arguments = runs.options("", [""]).parse_args([f"--task={task}", f"--seeds={MOST_SEEDS}"])
     ledger = runs.Ledger(runs.RESULTS / "runs.jsonl")
     searched = runs.Ledger(runs.RESULTS / "learning_rates.jsonl")
     found = {}

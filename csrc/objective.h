@@ -1,7 +1,6 @@
 #pragma once
 // The objective of one token and its derivative by the token's logprob: the one copy that the CPU
-// and CUDA kernels share. PyTorch's counterpart is masked_ppo_loss_ref in
-// spo_kernels/objective.py.
+// and CUDA kernels share. PyTorch's counterpart is token_objective in spo_kernels/objective.py.
 #include <cmath>
 #include <cstdint>
 

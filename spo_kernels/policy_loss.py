@@ -218,9 +218,10 @@ def masked_ppo_loss(
     (they may be NaN) and get zeros. `entropy=True` adds the entropy as a metric.
     `inplace_grad=True` writes the gradient over the logits: use them for nothing else.
 
-    Raises TypeError for wrong dtypes; ValueError for wrong shapes or options, for an id outside
-    [0, V) or a temperature that is not positive on a kept token (ids of dropped tokens may be
-    anything), and for a `backend` that cannot run this.
+    Raises TypeError for wrong types; ValueError for wrong shapes or options, for an id outside
+    [0, V), a temperature that is not positive or an old logprob that is NaN on a kept token (what
+    dropped tokens hold does not matter), and for a `backend` that cannot run this; RuntimeError
+    from a second derivative.
     """
     _rows.check_floating("logits", logits)
     tokens = objective.prepare(
