@@ -28,7 +28,7 @@ METHODS = (
     Arm("RLOO", "rloo.yaml", learning_rates=RATES),
     Arm("PPO", "ppo.yaml", learning_rates=RATES),
     Arm("RestEM", "restem.yaml", ("eval.every=1",), (1e-4, 2e-4, 4e-4, 8e-4)),
-    Arm("DPO", "dpo.yaml", learning_rates=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 4e-4)),
+    Arm("DPO", "dpo.yaml", learning_rates=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4)),
     Arm("DPO-Positive", "dpo-positive.yaml", learning_rates=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4)),
     Arm("GRPO, staged", "grpo-staged.yaml", learning_rates=RATES),
 )

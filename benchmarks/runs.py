@@ -57,7 +57,7 @@ TASKS = {
             "data.options={operations: 10}",
             "sampling.max_new_tokens=96",
             "engine.max_model_len=128",
-            "eval.every=5",
+            "eval.every=1",
         ),
         {
             "spo-tree.yaml": ("shape.segment_tokens=[20,20]",),
