@@ -26,7 +26,7 @@ def row(name: str, records: list[Record], base: list[Record], more: str = "") ->
     cells = [spread([measure(r) for r in records]) for measure in MEASURES.values()]
     of_seed = {r["seed"]: runs.area(r) for r in base}
     pairs = [runs.area(r) - of_seed[r["seed"]] for r in records if r["seed"] in of_seed]
-    cells.append("" if records is base else spread(pairs, sign="+"))
+    cells.append(spread(pairs, sign="+") if pairs and records is not base else "")
     seconds = np.mean([r["evals"][-1]["seconds"] for r in records])
     return f"| {name} |{more} {len(records)} | {' | '.join(cells)} | {seconds:.0f} |"
 
@@ -54,7 +54,7 @@ def methods(task: str) -> str:
     rows = []
     for name, records in found.items():
         rate = f" {records[0]['learning_rate']:g} |"
-        rows.append(row(name, records, found["SPO-tree"], rate))
+        rows.append(row(name, records, found.get("SPO-tree", []), rate))
     return table(head, rows)
 
 
