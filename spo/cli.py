@@ -294,6 +294,8 @@ def _view(arguments) -> None:
     if not arguments.path.exists():
         raise ValueError(f"{arguments.path} does not exist")
     if arguments.path.is_dir():
+        if arguments.recipe or arguments.overrides:
+            raise ValueError(f"view: {arguments.path} is a run folder, which has its own recipe")
         console.print(f"report: {write_run_report(arguments.path, arguments.output)}")
         return
     run = latest_checkpoint(arguments.path.parent)

@@ -341,13 +341,14 @@ def load_config(path: str | os.PathLike | None = None, overrides: Sequence[str] 
             raise ValueError(f"recipe {path}: not valid YAML ({where})") from error
         if not isinstance(loaded or {}, dict):
             raise ValueError(f"recipe {path}: expected a mapping of settings")
-        groups = {f.name for f in dataclasses.fields(Config) if f.default_factory is not MISSING}
-        tree = {
-            key: {} if value is None and key in groups else value  # a group with nothing in it
-            for key, value in (loaded or {}).items()
-        }
+        tree = loaded or {}
     for override in overrides:
         _override(tree, override)
+    groups = {f.name for f in dataclasses.fields(Config) if f.default_factory is not MISSING}
+    tree = {
+        key: {} if value is None and key in groups else value  # a group with nothing in it
+        for key, value in tree.items()
+    }
     try:
         config = TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
@@ -368,7 +369,9 @@ def _override(tree: dict[str, Any], text: str) -> None:
         raise ValueError(f"override {text!r}: expected key=value, such as train.learning_rate=1e-5")
     *groups, key = name.lstrip("-").split(".")
     for group in groups:
-        tree = tree.setdefault(group, {})
+        if tree.get(group) is None:
+            tree[group] = {}
+        tree = tree[group]
         if not isinstance(tree, dict):
             raise ValueError(f"override {text!r}: {group} is a value, not a group of settings")
     try:

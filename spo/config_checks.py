@@ -26,6 +26,8 @@ POSITIVE = (
     "train.max_generated_tokens",
     "data.max_prompt_tokens",
     "train.max_grad_norm",
+    "shape.group_size",
+    "shape.num_probes",
     "shape.interval",
     "shape.max_steps",
     "advantage.max_correct",
@@ -36,6 +38,8 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "train.stream_depth",
+    "train.max_skipped",
+    "train.probe_tolerance",
     "train.replay_nodes",
     "train.weight_decay",
     "loss.clip_eps_low",
@@ -60,9 +64,10 @@ def check(config: Config) -> None:
             "sampling.top_p must be 1 and sampling.top_k 0 for training, found "
             f"{sampling.top_p:g} and {sampling.top_k}: a truncated distribution biases the ratio"
         )
-    if not sampling.temperature > 0:
+    if not 0 < sampling.temperature < math.inf:
         raise ValueError(
-            f"sampling.temperature must be above 0 for training, found {sampling.temperature:g}"
+            "sampling.temperature must be above 0 and finite for training, found "
+            f"{sampling.temperature:g}"
         )
     by_siblings = {"baseline": "loo", "scale": "std", "node_weight": "path"}
     for key, value in by_siblings.items():

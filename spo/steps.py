@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 
+# Display math has at most 1000 characters, so that what is opened and never closed costs little.
 # Inline math: on one line, no space inside its dollars and no digit behind, as money has them.
 _MATH = re.compile(
-    r"\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)|\\begin\{([^{}]*)\}.*?\\end\{\1\}|\[asy\].*?\[/asy\]"
-    r"|(?<!\\)\$(?=\S)[^$\n]*(?<![\s\\])\$(?!\d)",
+    r"\$\$.{0,1000}?\$\$|\\\[.{0,1000}?\\\]|\\\(.{0,1000}?\\\)"
+    r"|\\begin\{([^{}]{0,40})\}.{0,1000}?\\end\{\1\}|\[asy\].{0,1000}?\[/asy\]"
+    r"|(?<!\\)\$(?=\S)(?:[^$\n\\]|\\.)*(?<!\s)\$(?!\d)",
     re.DOTALL,
 )
 _LINE_END = re.compile(r"\n+")
+_ABBREVIATIONS = ("e.g.", "i.e.", "vs.", "cf.", "Mr.", "Mrs.", "Dr.", "No.", "Fig.", "Eq.")
 _STEP_END = re.compile(
-    r"\n+|(?<=[.!?])(?<!\b[A-Za-z]\.)(?<!\b[A-Za-z]{2}\.)(?=\s+[A-Z])"  # not after `e.g.` or `vs.`
+    r"\n+|(?<=[.!?])"
+    + "".join(rf"(?<!\b{re.escape(word)})" for word in _ABBREVIATIONS)
+    + r"(?=\s+[A-Z])"
 )
 
 
@@ -25,8 +30,9 @@ def sentence_ends(text: str) -> list[int]:
     """Where lines and sentences end that no math goes on beyond, as VinePPO cuts MATH solutions
     (arXiv 2410.01679), but for its cuts inside of long steps.
 
-    A sentence ends with `.`, `!` or `?` before a space and a capital or math; inside of math in
-    dollars, brackets or an environment nothing ends.
+    A sentence ends with `.`, `!` or `?` before a space and a capital or math, but for some
+    abbreviations; inside of math in brackets, an environment, or dollars without spaces at their
+    inner sides nothing ends.
     """
     return [match.end() for match in _STEP_END.finditer(_MATH.sub(_hidden, text))]
 

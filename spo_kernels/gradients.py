@@ -44,20 +44,21 @@ def keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...], places: dict[int, 
     ctx.holders = [weakref.ref(output[o]) for o in places.values()]
 
 
-def first_order(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What a `backward` returns: differentiating it again raises instead of giving zeros."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return grads
-    message = "the ops of spo_kernels have no second derivative; use backend='reference'"
-    found = [i for i, grad in enumerate(grads) if grad is not None]
-    delayed = torch._C._functions.DelayedError(message, len(found))
-    marked = delayed(*(grads[i].detach().requires_grad_() for i in found))
-    marked = dict(zip(found, marked if isinstance(marked, tuple) else (marked,), strict=True))
-    return tuple(marked.get(i) for i in range(len(grads)))
+def refuse_second_order(grad: Tensor) -> None:
+    """RuntimeError in a backward with create_graph=True: what it returns carries no graph, so a
+    second derivative would count as zero. `grad` is one of its gradients; tracers may go on.
+    """
+    traced = torch.compiler.is_compiling() or type(grad) is not Tensor
+    if torch.is_grad_enabled() and not traced:
+        raise RuntimeError(
+            "create_graph=True asks for second derivatives, which the ops of spo_kernels do not "
+            "have; use backend='reference'"
+        )
 
 
 def hand_out(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """`backward`: the gradients times grad_output."""
+    refuse_second_order(grad_output)
     if ctx.formed is None:
         raise RuntimeError(
             "the gradients of this loss were handed out by an earlier backward; "
@@ -72,4 +73,4 @@ def hand_out(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, 
         ctx.formed = None
         for grad in formed.values():
             scale(grad, grad_output)
-    return first_order(*(formed.pop(i, None) for i in range(ctx.num_inputs)))
+    return tuple(formed.pop(i, None) for i in range(ctx.num_inputs))

@@ -171,9 +171,9 @@ def _row_grads(
 def _logprobs_grad(ctx, grad_logprobs, grad_entropy, *_):
     inputs, output = _restore(ctx)
     grads = _row_grads(output[0], grad_logprobs, grad_entropy)
-    with torch.no_grad():
-        dlogits = _logprobs_backward(*inputs, *output, *grads)
-    return gradients.first_order(dlogits, *[None] * (len(inputs) - 1))
+    gradients.refuse_second_order(grads[0])
+    dlogits = _logprobs_backward(*inputs, *output, *grads)
+    return dlogits, *[None] * (len(inputs) - 1)
 
 
 _logprobs.register_autograd(_logprobs_grad, setup_context=_setup)
@@ -266,10 +266,10 @@ def _(hidden, weight, bias, hidden_index, needs_grad, *others):
 def _linear_logprobs_grad(ctx, grad_logprobs, grad_entropy, *_):
     inputs, output = _restore(ctx)
     grads = _row_grads(output[0], grad_logprobs, grad_entropy)
-    with torch.no_grad():
-        products = _linear_logprobs_backward(*inputs, *output, *grads)
+    gradients.refuse_second_order(grads[0])
+    products = _linear_logprobs_backward(*inputs, *output, *grads)
     needed = (x if need else None for x, need in zip(products, inputs[4], strict=True))
-    return gradients.first_order(*needed, *[None] * (len(inputs) - 3))
+    return *needed, *[None] * (len(inputs) - 3)
 
 
 _linear_logprobs.register_autograd(_linear_logprobs_grad, setup_context=_setup)
@@ -288,8 +288,9 @@ def token_logprobs(
 
     Both are differentiable. Masked tokens give 0; their logits are not read and get zero gradients.
 
-    Raises TypeError for wrong dtypes; ValueError for wrong shapes, for an id outside [0, V) or a
-    temperature that is not positive where the mask is set, and for a `backend` that cannot run.
+    Raises TypeError for wrong types; ValueError for wrong shapes, for an id outside [0, V) or a
+    temperature that is not positive and finite where the mask is set, and for a `backend` that
+    cannot run. A backward with create_graph=True is a RuntimeError: there is no second derivative.
     """
     _rows.check_floating("logits", logits)
     shape = logits.shape[:-1]

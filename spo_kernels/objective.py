@@ -108,7 +108,9 @@ def policy_mask(
     """The tokens that train: M = loss_mask and old probability < prob_threshold (strictly).
 
     A NaN, which is no probability, counts as unsure, so that a loss over it is not right by chance.
+    Raises TypeError for what is no tensor, ValueError for a threshold outside of (0, 1].
     """
+    rows.check_tensors(old_logprobs=old_logprobs, loss_mask=loss_mask)
     trained = loss_mask != 0
     if prob_threshold is None:
         return trained
@@ -160,8 +162,8 @@ def prepare(
         raise ValueError(f"kl_estimator must be k1, k2 or k3, found {kl_estimator!r}")
     if kl_scope not in ("masked", "all"):
         raise ValueError(f"kl_scope must be 'masked' or 'all', found {kl_scope!r}")
-    if not kl_coef >= 0:
-        raise ValueError(f"kl_coef must be >= 0, found {kl_coef}")
+    if not 0 <= kl_coef < math.inf:
+        raise ValueError(f"kl_coef must be >= 0 and finite, found {kl_coef}")
     if kl_coef > 0 and ref_logprobs is None:
         raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs")
     if not (clip_eps_low >= 0 and clip_eps_high >= 0 and log_ratio_clamp > 0):

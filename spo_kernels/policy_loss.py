@@ -171,10 +171,11 @@ class _InplaceGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, *_):
+        gradients.refuse_second_order(grad_output)
         (logits,) = ctx.saved_tensors
         dlogits = logits.detach()
         gradients.scale(dlogits, grad_output)
-        return gradients.first_order(dlogits, *[None] * (len(ctx.needs_input_grad) - 1))
+        return dlogits, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def masked_ppo_loss(
@@ -219,9 +220,9 @@ def masked_ppo_loss(
     `inplace_grad=True` writes the gradient over the logits: use them for nothing else.
 
     Raises TypeError for wrong types; ValueError for wrong shapes or options, for an id outside
-    [0, V), a temperature that is not positive or an old logprob that is NaN on a kept token (what
-    dropped tokens hold does not matter), and for a `backend` that cannot run this; RuntimeError
-    from a second derivative.
+    [0, V), a temperature that is not positive and finite or an old logprob that is NaN on a kept
+    token (what dropped tokens hold does not matter), and for a `backend` that cannot run this. A
+    backward with create_graph=True is a RuntimeError: there is no second derivative.
     """
     _rows.check_floating("logits", logits)
     tokens = objective.prepare(

@@ -221,7 +221,7 @@ def _read(path: Path) -> list[Row]:
 
 def _json(path: Path) -> list:
     """One object (MATH), a list of objects, or JSON lines under this name."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -233,15 +233,14 @@ def _json(path: Path) -> list:
 
 def _json_lines(path: Path) -> list:
     # Not splitlines: U+2028 may stand inside a string.
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"data file {path}, line {number}: damaged JSON ({error.msg})"
-            ) from error
+        except (ValueError, RecursionError) as error:
+            where = f"data file {path}, line {number}"
+            raise ValueError(f"{where}: damaged JSON ({error})") from error
     return rows
 
 

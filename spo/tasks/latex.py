@@ -48,7 +48,10 @@ _REPLACED = [
 _TEXT = re.compile(
     r"\\(text(?:bf|it|rm|normal)?|mbox|hbox|mathrm|mathbf)\s*\{([^{}]*)\}(\s*\^\s*\{?[0-9]\}?)?"
 )
-_MEANS = re.compile(r"(?<![\^{])[0-9]|\b(?:or|and|not|maybe|if|either)\b", re.IGNORECASE)
+_MEANS = re.compile(
+    r"(?<![\^{])[0-9]|\b(?:or|and|not|maybe|if|either|odd|even|[ap]\.?m)\b", re.IGNORECASE
+)
+_ITEM = re.compile(r"(?:^|[,;(\[{]|\b(?:or|and)\s*\})\s*$")
 _SCALE = re.compile(rf"([0-9])\s*(?:\\text\s*\{{)?\s*({'|'.join(SCALES)})\b([^{{}}]*\}})?")
 _REPEATING = re.compile(r"([0-9]{0,12})\.([0-9]{0,12})\\overline\s*\{([0-9]{1,12})\}")
 _RELATION = re.compile(rf"[=<>]|\\(?:le|ge|ne|neq|lt|gt|in|equiv|sim){_END}")
@@ -57,12 +60,17 @@ _NUMERIC = re.compile(
     rf"\\(?:frac|sqrt|pi|cdot|times|infty|pm|binom|log|ln|sin|cos|tan|text){_END}"
 )
 _DECIMAL = re.compile(r"(?<![0-9_.])([0-9]*)\.([0-9]+)(?![0-9.])")
+_UNIT_WORD = (
+    r"(?:dollars?|cents?|pounds?|euros?|percent|degrees?|radians?|people|persons?|men|women|children"
+    r"|students?|boys|girls|ways|times|seconds?|minutes?|hours?|days?|weeks?|months?|years?"
+    r"|(?:kilo|centi|milli)?met(?:er|re)s?|inch(?:es)?|feet|foot|yards?|miles?|acres?|(?:kilo|milli)?grams?"
+    r"|ounces?|tons?|(?:milli)?lit(?:er|re)s?|gallons?|quarts?|pints?|cups?|units?|points?|coins?"
+    r"|apples?|books?|cards?|balls?|marbles?|numbers?|integers?|values?|solutions?|pairs?"
+    r"|[kcm]?m|in|ft|yd|mi|[km]?g|lbs?|oz|m?L|s|min|hr?|mph)"
+)
 _UNIT = re.compile(
-    r"(.*[0-9])\s+((?:(?:square|cubic|sq)\s+)?"
-    r"(?!sqrt|alpha|beta|gamma|delta|theta|lambda|sigma|omega|infinity|factorial|half|halves|thirds"
-    r"|squared|cubed|times|plus|minus|divided|over|point)"
-    r"(?:[a-z]{4,}(?:\s+[a-z]+)*|(?:[kcm]?m|in|ft|yd|mi|[km]?g|lbs?|oz|m?L|ml|s|min|hr?|mph)"
-    r"(?:/(?:s|min|hr?|[kcm]?m|m?L))?(?:\s*\^\s*\{?[23]\}?)?))",
+    rf"(.*[0-9])\s+(?:(?:square|cubic|sq\.?)\s+)?{_UNIT_WORD}(?:(?:/|\s+per\s+){_UNIT_WORD})?"
+    r"(?:\s*\^\s*\{?[23]\}?)?",
     re.IGNORECASE,
 )
 _BASED = re.compile(r"([0-9A-Fa-f]+)(?:_\s*\{?\s*([0-9]{1,2})\s*\}?)?")
@@ -78,7 +86,7 @@ def clean(text: str) -> str:
         text = pattern.sub(new, text)
     text = _SCALE.sub(lambda m: rf"{m[1]} \cdot {SCALES[m[2]]}", text.strip())
     text = _TEXT.sub(_inline, text)
-    text = re.sub(r"\b(?:or|and)\b", ",", text)
+    text = re.sub(r",?\s*\b(?:or|and)\b", ",", text)
     text = _REPEATING.sub(_fraction, text)
     text = _SIMPLE_FRACTION.sub(r"\1\2\3/\4", text) if _SIMPLE_FRACTION.fullmatch(text) else text
     text = re.sub(r"^\s*\\approx\s*|\\approx.*$|[.;,:\s\\]+$", "", text)
@@ -86,10 +94,11 @@ def clean(text: str) -> str:
 
 
 def _inline(match: re.Match) -> str:
-    """Words that begin an answer or mean something stay; others are units and go."""
+    """Words that begin an item or mean something stay; others are units and go."""
     command, words, power = match[1], match[2], match[3] or ""
     symbol = command.startswith("math") and words.strip() in _SYMBOLS
-    if match.start() == 0 or symbol or _MEANS.search(words):
+    item = _ITEM.search(match.string[: match.start()])
+    if item or symbol or _MEANS.search(words):
         return f"{words}{power}"
     return " "
 
@@ -110,20 +119,29 @@ def is_text(text: str) -> bool:
 def without_unit(text: str) -> str:
     """`18.90` of `18.90 dollars`, `5` of `5 m/s`; `5 pi` and `5 squared` as they are."""
     match = _UNIT.fullmatch(text)
-    if match is None or exact_number(match[1]) is None or _MEANS.search(match[2]):
-        return text
-    return match[1]
+    return text if match is None or exact_number(match[1]) is None else match[1]
 
 
 def exact_decimals(text: str) -> str:
-    """Decimals as fractions: math-verify rounds them, and takes 0.3333333 for a third."""
+    """Decimals as fractions: math-verify rounds them, and takes 0.3333333 for a third.
+
+    Not in percents, which it knows as numbers only.
+    """
+    if "%" in text:
+        return text
     return _DECIMAL.sub(lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
 
 
-def repeats(text: str) -> bool:
-    """Whether a bare list names an item twice."""
-    items = [plain(item) for item in text.split(",")]
-    return len(items) > len(set(items)) and _outer(text) is None
+def multiplicities(text: str) -> list[int] | None:
+    """How often each item of a list of numbers stands in it, in ascending order; math-verify takes
+    lists for sets. [1] for one number, also with separators; None for anything else.
+    """
+    if exact_number(text) is not None:
+        return [1]
+    numbers = [exact_number(item) for item in text.split(",")]
+    if None in numbers:
+        return None
+    return [numbers.count(number) for number in sorted(set(numbers))]
 
 
 def plain(text: str) -> str:

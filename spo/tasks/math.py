@@ -86,9 +86,10 @@ def equal(given: str, answer: str) -> bool:
     if (based := latex.with_base(answer)) is not None:
         return latex.with_base(given, based[1]) == based
     given = latex.without_unit(latex.in_base_ten(given))
-    if latex.repeats(answer) and given.count(",") != answer.count(","):
-        return False
     sides = [given] if latex.has_relation(answer) else latex.sides(given)
+    counts = [latex.multiplicities(side) for side in (*sides, answer)]
+    if None not in counts and any(count != counts[-1] for count in counts):
+        return False
     try:
         with _budget(BUDGET_S):
             return all(_same(latex.bracketed(side, answer), answer) for side in sides)

@@ -123,11 +123,12 @@ def test_view_and_eval_refuse_what_is_not_there(recipe, tmp_path, capsys):
     (tmp_path / "bad.safetensors").write_bytes(b"x" * 100)
     assert run("view", tmp_path / "bad.safetensors") == 2
     assert run("eval", recipe, *SMALL, "--checkpoint", tmp_path / "empty") == 2
+    assert run("view", tmp_path / "empty", "--recipe", recipe) == 2
     assert run("eval", recipe, *SMALL, "--temperature", "inf") == 2
     assert run("train", recipe, *SMALL, "data.options.foo=1", "--dry-run") == 2
     assert run("eval", recipe, *SMALL, "--max-new-tokens", "2k") == 2
     errors = capsys.readouterr().err.strip().splitlines()
-    assert len(errors) == 7 and "--max-new-tokens" in errors[-1]
+    assert len(errors) == 8 and "--max-new-tokens" in errors[-1]
 
 
 def test_compare(recipe, tmp_path, capsys):

@@ -58,6 +58,11 @@ def test_saved_recipe_reads_back(tmp_path):
         (["train.max_generated_tokens=-5"], ["train.max_generated_tokens", "-5"]),
         (["data.max_prompt_tokens=0"], ["data.max_prompt_tokens", "0"]),
         (["train.seed=-1"], ["train.seed", "-1"]),
+        (["shape.kind=star", "shape.group_size=0"], ["shape.group_size", "0"]),
+        (["shape.num_probes=-1"], ["shape.num_probes", "-1"]),
+        (["train.max_skipped=-1"], ["train.max_skipped", "-1"]),
+        (["train.probe_tolerance=.nan"], ["train.probe_tolerance", "nan"]),
+        (["sampling.temperature=.inf"], ["sampling.temperature", "inf"]),
         (["train.seed=99999999999"], ["train.seed", "99999999999"]),
         (["sampling.stages=[[0.5,60]]"], ["sampling.stages", "60", "shape.segment_tokens"]),
         (["iterations"], ["key=value"]),
@@ -89,6 +94,8 @@ def test_groups_may_be_empty_and_recipes_must_be_text(tmp_path):
     (tmp_path / "empty.yaml").write_text("name: here\ntrain:\nshape:\n")
     assert load_config(tmp_path / "empty.yaml") == Config(name="here")
     assert load_config(tmp_path / "empty.yaml", ["train.seed=3"]).train.seed == 3
+    assert load_config(None, ["train=", "train.seed=3"]).train.seed == 3
+    assert load_config(None, ["train=null"]) == Config()
     (tmp_path / "odd.yaml").write_bytes(b"name: \xff\xfe")
     with pytest.raises(ValueError, match=r"odd\.yaml: not UTF-8"):
         load_config(tmp_path / "odd.yaml")

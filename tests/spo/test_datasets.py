@@ -193,6 +193,7 @@ def test_a_training_stream_shuffles_all_problems_again_and_again(tmp_path):
     [
         ("a.jsonl", '{"question": "q"', ["a.jsonl", "damaged"]),
         ("a.jsonl", '{"a": 1}\n\n{"b"\n', ["a.jsonl, line 3", "damaged"]),
+        ("a.jsonl", "[" * 100_000 + "\n", ["a.jsonl, line 1", "damaged"]),
         ("a.jsonl", "[1]\n", ["a.jsonl", "expected an object with named columns, found [1]"]),
         ("a.jsonl", "", ["hold no rows"]),
         ("a.json", "[", ["a.json", "damaged"]),
