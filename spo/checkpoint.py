@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import platform
 import shutil
@@ -116,10 +117,7 @@ def check_resumed(path: Path, config: Config) -> None:
     """
     saved = load_config(path / "recipe.yaml")
     for name in FIXED:
-        group, _, key = name.partition(".")
-        before, now = (
-            getattr(getattr(c, group), key) if key else getattr(c, group) for c in (saved, config)
-        )
+        before, now = map(operator.attrgetter(name), (saved, config))
         if before != now:
             raise ValueError(
                 f"{name}: the run to resume has {before!r}, the recipe {now!r}; "
