@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ORDER = [  # a room may import from rooms of lower rank, and from its own group
-    ("records", "config", "config_checks", "steps", "metrics", "attention", "distributed"),
+    ("named", "records", "config", "config_checks", "steps", "metrics", "attention", "distributed"),
     ("tasks", "engines", "model", "checkpoint"),
     ("shapes",),
     ("assemble",),

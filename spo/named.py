@@ -1,0 +1,156 @@
+"""Tasks, shapes and credit rules by name: the package's own, `module:Name`, or `file.py:Name`.
+
+What a name stands for is a dataclass: its fields are the settings that a recipe gives, its methods
+do the work. The package's own come through the same door as those from outside of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+OWN: dict[str, dict[str, str]] = {
+    "task": {
+        "aime24": "spo.tasks.aime24:Aime24",
+        "arithmetic": "spo.tasks.arithmetic:Arithmetic",
+        "countdown": "spo.tasks.countdown:Countdown",
+        "gsm8k": "spo.tasks.gsm8k:Gsm8k",
+        "knights_knaves": "spo.tasks.knights_knaves:KnightsKnaves",
+        "math": "spo.tasks.math:Math",
+        "point24": "spo.tasks.point24:Point24",
+    },
+    "shape.kind": {
+        "star": "spo.grow.shapes:Star",
+        "tree": "spo.grow.shapes:Tree",
+        "chain": "spo.grow.chain:Chain",
+    },
+    "credit.type": {
+        "values": "spo.credit.values:Values",
+        "gae": "spo.credit.gae:Gae",
+        "correct": "spo.credit.correct:Correct",
+        "pairs": "spo.credit.pairs:Pairs",
+    },
+}
+"""Key of the recipe -> short name -> where it is."""
+
+METHODS = {
+    "task": ("problems", "grade"),
+    "shape.kind": ("make", "cost"),
+    "credit.type": ("assign",),
+}
+"""What each kind must be able to do; docs/extend.md says how."""
+
+T = TypeVar("T")
+
+
+def find(key: str, name: str, folder: Path | None = None) -> type[Any]:
+    """The dataclass that `name` stands for under the recipe's `key` (one of `OWN`).
+
+    A relative file is looked for in `folder` (that of the recipe), then in the current one. Raises
+    ValueError with one sentence if there is none, it cannot be imported, or it lacks a method.
+    """
+    spec = OWN[key].get(name, name)
+    place, separator, attribute = spec.rpartition(":")
+    if not separator or not place or not attribute.isidentifier():
+        raise ValueError(
+            f"{key}: expected {', '.join(OWN[key])}, module:Name or ./file.py:Name, found {name!r}"
+        )
+    try:
+        if place.endswith(".py"):
+            module = _from_file(key, place, folder)
+        else:
+            if "" not in sys.path and str(Path.cwd()) not in sys.path:
+                sys.path.append(str(Path.cwd()))  # the command `spo` does not look there
+            module = importlib.import_module(place)
+    except (ValueError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # whatever the user's own code raises while it is imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{key}: {place} cannot be imported ({reason})") from error
+    found = getattr(module, attribute, None)
+    if not isinstance(found, type):
+        raise ValueError(f"{key}: {place} has no class {attribute}")
+    if not dataclasses.is_dataclass(found):
+        raise ValueError(f"{key}: {name} must be a dataclass, whose fields are its settings")
+    if missing := [m for m in METHODS[key] if not callable(getattr(found, m, None))]:
+        raise ValueError(f"{key}: {name} has no method {' and no method '.join(missing)}")
+    return found
+
+
+def name_of(key: str, kind: type) -> str:
+    """What a recipe calls a class, from any folder: the inverse of `find`."""
+    module = kind.__module__
+    place = f"{module}:{kind.__qualname__}"
+    for short, own in OWN[key].items():
+        if own == place:
+            return short
+    if module.startswith(_FILE):
+        return f"{sys.modules[module].__file__}:{kind.__qualname__}"
+    return place
+
+
+def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
+    """`kind(**settings)`, checked by its annotations. Raises ValueError that names the setting."""
+    from pydantic import TypeAdapter, ValidationError
+    from pydantic.errors import PydanticUserError
+
+    known = [f.name for f in dataclasses.fields(kind) if f.init]  # type: ignore[arg-type]
+    for key in settings:
+        if key not in known:
+            raise ValueError(
+                f"recipe: unknown key {where}.{key}; known here: {', '.join(known) or 'none'}"
+            )
+    try:
+        return TypeAdapter(kind).validate_python(dict(settings))
+    except ValidationError as error:
+        raise ValueError(_sentence(error, where)) from error
+    except PydanticUserError as error:
+        raise ValueError(
+            f"{where}: the types of its settings cannot be checked ({error})"
+        ) from error
+
+
+def _sentence(error: Any, where: str) -> str:
+    """The first of pydantic's errors, as one sentence that names the setting."""
+    first = error.errors()[0]
+    place = ".".join([where, *(str(part) for part in first["loc"])])
+    if first["type"] == "value_error":  # a check of our own, or of a class from outside
+        said = str(first["ctx"]["error"])
+        return said if said.startswith(f"{where}.") else f"{place}: {said}"
+    if first["type"] == "unexpected_keyword_argument":
+        return f"recipe: unknown key {place}"
+    return f"recipe: {place}: {first['msg']}, found {first['input']!r}"
+
+
+_FILE = "spo_file_"  # modules of files: name + digest of the path
+
+
+def _from_file(key: str, place: str, folder: Path | None):
+    """The module of a file, loaded once however it is spelled."""
+    given = Path(place).expanduser()
+    tried = [given] if given.is_absolute() else [f / given for f in (folder, Path.cwd()) if f]
+    path = next((p.resolve() for p in tried if p.is_file()), None)
+    if path is None:
+        raise ValueError(f"{key}: there is no file {' or '.join(map(str, tried))}")
+    name = _FILE + hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{key}: {path} is no Python file")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # for what it imports from its own folder
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
