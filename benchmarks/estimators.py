@@ -5,7 +5,7 @@
 What is compared. A target is a stretch of one sampled response, from state s to state s'. Its true
 advantage V(s') - V(s) comes from thousands of probes at both states. A method estimates it many
 times over: each time it grows a new tree under the prompt, whose first response runs through the
-target and is sampled anew behind s', and `spo.advantages.assign` says what the target's tokens get.
+target and is sampled anew behind s', and its credit rule says what the target's tokens get.
 All methods generate about as many tokens for a prompt, probes included: the tree's widths are
 given, the others grow as many responses as that pays for (at least 2). Targets are
 
@@ -46,10 +46,8 @@ from rich.console import Console
 from rich.table import Table
 from through import Estimates, Sampler, Target, estimate
 
-from spo.config import AdvantageConfig, Config
-from spo.model import load_tokenizer
-from spo.rollout import path_seed
-from spo.shapes import (
+from spo.config.recipe import AdvantageConfig, Config
+from spo.grow.shapes import (
     ChainShape,
     Partition,
     Shape,
@@ -59,9 +57,11 @@ from spo.shapes import (
     step_partition,
     text_of,
 )
-from spo.steps import line_ends
+from spo.grow.steps import line_ends
+from spo.grow.stream import path_seed
+from spo.learn.model import load_tokenizer
+from spo.loop import engine_of
 from spo.tasks import prompts_of
-from spo.train import engine_of
 
 matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402

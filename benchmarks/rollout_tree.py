@@ -45,11 +45,11 @@ from policy import build_policy
 from rich.console import Console
 from rollout_tables import STREAMS, median, table, verdicts
 
-from spo.checkpoint import versions
-from spo.engines import make_engine
+from spo.engines.make import make_engine
+from spo.grow.shapes import ChainShape, Shape, TreeShape, fixed_partition
+from spo.grow.stream import Rollout, RolloutOptions, Stream
+from spo.learn.checkpoint import versions
 from spo.records import Prompt
-from spo.rollout import Rollout, RolloutOptions, Stream
-from spo.shapes import ChainShape, Shape, TreeShape, fixed_partition
 from spo.tasks.grading import Grader
 
 WAYS = ("naive", "level", "group", "frontier", "depth", "aligned")

@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from spo.checkpoint import versions
-from spo.config import Config, load_config
+from spo.config.recipe import Config, load_config
+from spo.learn.checkpoint import versions
+from spo.loop import engine_of, train
 from spo.metrics import read_metrics
-from spo.train import engine_of, train
 
 ROOT = Path(__file__).parents[1]
 RECIPES, RESULTS = ROOT / "recipes", ROOT / "benchmarks" / "results" / "cpu"

@@ -9,13 +9,13 @@ from itertools import count
 import numpy as np
 import torch
 
-from spo.advantages import assign
-from spo.assemble import assemble, is_leaf
-from spo.config import AdvantageConfig
-from spo.engines import Engine
+from spo.config.recipe import AdvantageConfig
+from spo.credit.values import assign
+from spo.engines.protocol import Engine
+from spo.grow.assemble import assemble, is_leaf
+from spo.grow.shapes import Growth, Shape, Tree
+from spo.grow.stream import path_seed
 from spo.records import LENGTH, STOP, Completion, Prompt, Request
-from spo.rollout import path_seed
-from spo.shapes import Growth, Shape, Tree
 from spo.tasks import get_task
 
 

@@ -32,10 +32,10 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from spo.batch import PackStats, pack
-from spo.config import LossConfig, PolicyConfig
-from spo.loss import policy_loss
-from spo.model import load_policy
+from spo.config.recipe import LossConfig, PolicyConfig
+from spo.learn.loss import policy_loss
+from spo.learn.model import load_policy
+from spo.learn.pack import PackStats, pack
 from spo.records import PROMPT, SEGMENT, STOP, Batch, Forest, Prompt
 
 THRESHOLD = 0.9

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         if recipe:
             sub.add_argument(
-                "recipe", help="YAML file; every setting is documented in spo/config.py"
+                "recipe", help="YAML file; every setting is documented in spo/config/recipe.py"
             )
             sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
         return sub
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(arguments):
-    from spo.config import load_config
+    from spo.config.recipe import load_config
 
     return load_config(arguments.recipe, arguments.overrides)
 
@@ -119,12 +119,12 @@ def _quiet() -> None:
 
 
 def _train(arguments) -> None:
-    from spo.train import train
+    from spo.loop import train
 
     _quiet()
     config = _config(arguments)
     if arguments.dry_run:
-        from spo.dry_run import describe
+        from spo.plan import describe
 
         console.print(describe(config), markup=False)
         return
@@ -136,14 +136,14 @@ def _train(arguments) -> None:
 
 
 def _eval(arguments) -> None:
-    from spo.checkpoint import latest_checkpoint, versions
-    from spo.evaluate import accuracies
+    from spo.grow.evaluate import accuracies
+    from spo.grow.stream import RolloutOptions
+    from spo.learn.checkpoint import latest_checkpoint, versions
+    from spo.learn.model import load_tokenizer
+    from spo.loop import engine_of
     from spo.metrics import finite
-    from spo.model import load_tokenizer
-    from spo.rollout import RolloutOptions
     from spo.tasks import prompts_of
     from spo.tasks.grading import Grader
-    from spo.train import engine_of
 
     _quiet()
     config = _config(arguments)
@@ -231,12 +231,12 @@ def _writable(path: Path | None) -> None:
 
 
 def _rollout(arguments) -> None:
-    from spo.model import load_policy, load_tokenizer, sequence_logprobs
-    from spo.rollout import RolloutOptions, grow
-    from spo.shapes import make_shape
+    from spo.grow.shapes import make_shape
+    from spo.grow.stream import RolloutOptions, grow
+    from spo.learn.model import load_policy, load_tokenizer, sequence_logprobs
+    from spo.loop import engine_of
     from spo.tasks import prompts_of
     from spo.tasks.grading import Grader
-    from spo.train import engine_of
 
     _quiet()
     config = _config(arguments)
@@ -285,9 +285,9 @@ def _rollout(arguments) -> None:
 
 
 def _view(arguments) -> None:
-    from spo.checkpoint import latest_checkpoint
-    from spo.config import load_config
-    from spo.model import load_tokenizer
+    from spo.config.recipe import load_config
+    from spo.learn.checkpoint import latest_checkpoint
+    from spo.learn.model import load_tokenizer
     from spo.report import write_report
 
     _quiet()
@@ -308,11 +308,11 @@ def _view(arguments) -> None:
 
 
 def _compare(arguments) -> None:
-    from spo.checkpoint import versions
-    from spo.config import load_config
+    from spo.config.recipe import load_config
+    from spo.learn.checkpoint import versions
+    from spo.loop import engine_of, train
     from spo.report import RunCurve, write_report
     from spo.report.compare import accuracy_table, verdict
-    from spo.train import engine_of, train
 
     _quiet()
     recipes = [r for r in arguments.recipes if "=" not in r]
@@ -388,9 +388,9 @@ def write_run_report(run: Path, output: Path | None = None) -> Path:
 
 def run_views(run: Path, name: str) -> list:
     """The first and the last forest of a run, ready to show."""
-    from spo.checkpoint import latest_checkpoint
-    from spo.config import load_config
-    from spo.model import load_tokenizer
+    from spo.config.recipe import load_config
+    from spo.learn.checkpoint import latest_checkpoint
+    from spo.learn.model import load_tokenizer
 
     found = latest_checkpoint(run)
     if found is None:
@@ -407,7 +407,7 @@ def run_views(run: Path, name: str) -> list:
 
 def tree_view(title: str, path: os.PathLike, config, tokenizer):
     """A forest file with the values and advantages of a recipe, ready to show."""
-    from spo.advantages import assign
+    from spo.credit.values import assign
     from spo.records import Forest
     from spo.report import TreeView
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from spo.engines import COUNTERS, check_request
-from spo.engines.attention import SharedSpan, SlotView
+from spo.engines.protocol import COUNTERS, check_request
+from spo.engines.slot_attention import SharedSpan, SlotView
 from spo.engines.slots import Slots, own_view
 from spo.records import LENGTH, STOP, Completion, Request
 

@@ -12,7 +12,7 @@ from itertools import count
 
 from torch import Tensor
 
-from spo.engines import Engine
+from spo.engines.protocol import Engine
 from spo.records import Completion, Request
 
 

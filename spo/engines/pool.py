@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from spo.engines import Engine
+from spo.engines.protocol import Engine
 from spo.records import LENGTH, Completion, Request
 
 

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spo.engines import COUNTERS, check_request
+from spo.engines.protocol import COUNTERS, check_request
 from spo.records import LENGTH, STOP, Completion, Request
 
 GENERATE = "/inference/v1/generate"

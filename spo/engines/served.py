@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from safetensors.torch import load_file
 
-from spo.engines import COUNTERS
+from spo.engines.protocol import COUNTERS
 from spo.engines.vllm import count_step, repack_cpu_linears
 
 EXTENSION = "spo.engines.served.Served"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spo.engines.attention import SharedSpan
+from spo.engines.slot_attention import SharedSpan
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from spo.engines import COUNTERS, check_request
+from spo.engines.protocol import COUNTERS, check_request
 from spo.records import LENGTH, STOP, Completion, Request
 
 QUIET = {

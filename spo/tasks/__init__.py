@@ -14,7 +14,7 @@ from spo.tasks.problem import Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from spo.config import Config
+    from spo.config.recipe import Config
     from spo.records import Prompt
 
 __all__ = ["TASKS", "Problem", "get_task", "problems", "prompts", "prompts_of"]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from spo.config import load_config
-from spo.train import train
+from spo.config.recipe import load_config
+from spo.loop import train
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo-tree.yaml"
 

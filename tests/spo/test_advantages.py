@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 
-from spo.advantages import assign, summarize
-from spo.assemble import assemble, is_leaf, leave_out_unrewarded
-from spo.config import AdvantageConfig
-from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Completion, Prompt
-from spo.shapes import (
+from spo.config.recipe import AdvantageConfig
+from spo.credit.values import assign, summarize
+from spo.grow.assemble import assemble, is_leaf, leave_out_unrewarded
+from spo.grow.shapes import (
     ChainShape,
     Node,
     Tree,
@@ -18,7 +17,8 @@ from spo.shapes import (
     fixed_partition,
     step_partition,
 )
-from spo.steps import line_ends
+from spo.grow.steps import line_ends
+from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Completion, Prompt
 
 NAN = float("nan")
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from spo.attention import BACKENDS
-from spo.batch import pack
-from spo.config import LossConfig
-from spo.loss import policy_loss
+from spo.config.recipe import LossConfig
+from spo.learn.attention import BACKENDS
+from spo.learn.loss import policy_loss
+from spo.learn.pack import pack
 from spo.records import PROMPT, SEGMENT, STOP, Forest, Prompt
 
 RHO = 0.9

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spo.config import Config, load_config, save_config
+from spo.config.recipe import Config, load_config, save_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 
@@ -102,7 +102,7 @@ def test_groups_may_be_empty_and_recipes_must_be_text(tmp_path):
 
 
 def test_every_setting_has_a_docstring():
-    source = (Path(__file__).parents[2] / "spo" / "config.py").read_text()
+    source = (Path(__file__).parents[2] / "spo" / "config" / "recipe.py").read_text()
     for group in dataclasses.fields(Config):
         if dataclasses.is_dataclass(group.default_factory):
             for f in dataclasses.fields(group.default_factory):

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from spo.assemble import assemble
-from spo.batch import pack, unpack
-from spo.config import PolicyConfig
-from spo.critic import (
+from spo.config.recipe import PolicyConfig
+from spo.grow.assemble import assemble
+from spo.grow.shapes import Node, Tree
+from spo.learn.critic import (
     clipped_errors,
     explained_variance,
     load_critic,
@@ -17,8 +17,8 @@ from spo.critic import (
     token_credit,
     value_loss,
 )
+from spo.learn.pack import pack, unpack
 from spo.records import LENGTH, STOP, Prompt
-from spo.shapes import Node, Tree
 
 NAN = float("nan")
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from spo.config import Config, DataConfig
+from spo.config.recipe import Config, DataConfig
 from spo.tasks import TASKS, datafiles, prompts_of
 from spo.tasks.datafiles import read_rows, state
 

@@ -11,21 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spo.checkpoint import latest_checkpoint, load_state
-from spo.config import PolicyConfig, load_config
-from spo.distributed import join
+from spo.config.recipe import PolicyConfig, load_config
+from spo.learn.checkpoint import latest_checkpoint, load_state
+from spo.learn.distributed import join
+from spo.learn.model import load_policy
+from spo.loop import train
 from spo.metrics import read_metrics
-from spo.model import load_policy
-from spo.train import train
 
 GRADIENTS = """
 import json, sys
 import torch
 from test_batch import RHO, load_fp64, random_forest
-from spo import distributed
-from spo.batch import pack
-from spo.config import LossConfig
-from spo.loss import policy_loss
+from spo.learn import distributed
+from spo.learn.pack import pack
+from spo.config.recipe import LossConfig
+from spo.learn.loss import policy_loss
 
 mode, folder, out = sys.argv[1:]
 ranks = distributed.join(mode, "cpu")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from spo.config import Config, DataConfig, PolicyConfig, load_config
-from spo.dry_run import boundaries, describe, parameters, tokens_per_iteration
+from spo.config.recipe import Config, DataConfig, PolicyConfig, load_config
+from spo.plan import boundaries, describe, parameters, tokens_per_iteration
 from spo.tasks import PLACE
 
 PAPER = sorted((Path(__file__).parents[2] / "recipes" / "paper").glob("*.yaml"))
@@ -51,8 +51,8 @@ def test_tokens_of_an_iteration(overrides, sampled, probed, graded):
 def test_no_partition_cuts_more_often_than_is_counted():
     import numpy as np
 
-    from spo.shapes import cutpoint_partition, fixed_partition, step_partition
-    from spo.steps import line_ends
+    from spo.grow.shapes import cutpoint_partition, fixed_partition, step_partition
+    from spo.grow.steps import line_ends
 
     ids, unsure = np.ones(20, int), np.full(20, -2.0)
     makers = {

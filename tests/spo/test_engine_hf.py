@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spo.engines import make_engine
 from spo.engines.hf import HFEngine, uniform
+from spo.engines.make import make_engine
 from spo.records import LENGTH, STOP, Request
 
 

@@ -6,9 +6,9 @@ from transformers import AutoModelForCausalLM
 
 from spo.engines.hf import HFEngine
 from spo.engines.pool import EnginePool
+from spo.grow.shapes import TreeShape
+from spo.grow.stream import RolloutOptions, grow
 from spo.records import Prompt, Request
-from spo.rollout import RolloutOptions, grow
-from spo.shapes import TreeShape
 from spo.tasks.grading import Grader
 
 PROMPTS = [Prompt((5, 9, 3 + i, 8)[: 3 + i % 2], 7, "arithmetic") for i in range(6)]

@@ -17,12 +17,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import spo
-from spo.engines import make_engine
+from spo.engines.make import make_engine
 from spo.engines.remote import RemoteEngine
 from spo.engines.served import EXTENSION
+from spo.grow.shapes import TreeShape
+from spo.grow.stream import RolloutOptions, grow
 from spo.records import LENGTH, SEGMENT, STOP, Request
-from spo.rollout import RolloutOptions, grow
-from spo.shapes import TreeShape
 from spo.tasks import prompts
 from spo.tasks.grading import Grader
 

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from spo.config import load_config
-from spo.engines import make_engine
+from spo.config.recipe import load_config
+from spo.engines.make import make_engine
 from spo.engines.pool import EnginePool
 from spo.engines.remote import GENERATE, RemoteEngine
 from spo.records import Request

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spo.engines.attention import SlotView, merge, partial_attention, slot_attention
 from spo.engines.hf import HFEngine
+from spo.engines.slot_attention import SlotView, merge, partial_attention, slot_attention
 from spo.engines.slots import Slots
 from spo.records import Request
 

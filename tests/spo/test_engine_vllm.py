@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spo.engines import make_engine
+from spo.engines.make import make_engine
+from spo.grow.shapes import TreeShape
+from spo.grow.stream import RolloutOptions, grow
 from spo.records import LENGTH, Prompt, Request
-from spo.rollout import RolloutOptions, grow
-from spo.shapes import TreeShape
 from spo.tasks.grading import Grader
 
 pytestmark = pytest.mark.skipif(

@@ -5,12 +5,12 @@ from itertools import islice
 
 import pytest
 
-from spo.config import PolicyConfig
+from spo.config.recipe import PolicyConfig
 from spo.engines.hf import HFEngine
-from spo.evaluate import accuracies
-from spo.model import EMBEDDED, load_tokenizer
+from spo.grow.evaluate import accuracies
+from spo.grow.stream import RolloutOptions
+from spo.learn.model import EMBEDDED, load_tokenizer
 from spo.records import LENGTH, STOP, Completion
-from spo.rollout import RolloutOptions
 from spo.tasks import prompts
 from spo.tasks.grading import Grader
 from spo.tasks.problem import tag

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 from test_distributed import distance, torchrun
 
-from spo.advantages import assign
-from spo.checkpoint import State, latest_checkpoint
-from spo.config import load_config
+from spo.config.recipe import load_config
+from spo.credit.values import assign
 from spo.engines.hf import HFEngine
-from spo.model import EMBEDDED
+from spo.learn.checkpoint import State, latest_checkpoint
+from spo.learn.model import EMBEDDED
+from spo.loop import response_limit, train
 from spo.records import LENGTH, Forest
-from spo.train import response_limit, train
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 METHODS = sorted(path.stem for path in RECIPES.glob("*.yaml") if "demo" not in path.stem)
@@ -102,15 +102,15 @@ def test_ppo_resumes_to_the_same_weights(tmp_path, engine):
 
 
 def test_a_critic_that_is_not_finite_is_skipped(tmp_path, engine, monkeypatch):
-    import spo.learner
+    import spo.learn.learner
 
-    real = spo.learner.value_loss
+    real = spo.learn.learner.value_loss
 
     def broken(*arguments):
         out = real(*arguments)
         return type(out)(out.loss * math.nan, out.metrics | {"loss": math.nan})
 
-    monkeypatch.setattr(spo.learner, "value_loss", broken)
+    monkeypatch.setattr(spo.learn.learner, "value_loss", broken)
     with pytest.raises(RuntimeError, match="3 steps in a row"):
         run("ppo", tmp_path, engine, "train.max_skipped=3")
 

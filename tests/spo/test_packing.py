@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from test_batch import random_forest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spo import attention
-from spo.attention import BACKENDS, BLOCK, BUCKETS
-from spo.batch import pack
-from spo.config import LossConfig, PolicyConfig, load_config
-from spo.loss import policy_loss
-from spo.model import EMBEDDED, hidden_states, load_policy
+from spo.config.recipe import LossConfig, PolicyConfig, load_config
+from spo.learn import attention
+from spo.learn.attention import BACKENDS, BLOCK, BUCKETS
+from spo.learn.loss import policy_loss
+from spo.learn.model import EMBEDDED, hidden_states, load_policy
+from spo.learn.pack import pack
+from spo.loop import train
 from spo.records import Forest
-from spo.train import train
 
 
 def random_pack(seed, trees=2, nodes=8, longest=40):
@@ -358,7 +358,7 @@ def test_rows_refuse_trees_and_packs_need_a_layout(folder_of):
     (batch,), _ = pack(forest, advantages, prob_threshold=0.9, tokens_per_batch=1000)
     with pytest.raises(ValueError, match="packed as rows, found trees"):
         hidden_states(load_policy(PolicyConfig(path=folder, packing="rows")), batch)
-    with pytest.raises(ValueError, match="call spo.model.hidden_states"):
+    with pytest.raises(ValueError, match="call spo.learn.model.hidden_states"):
         load_policy(PolicyConfig(path=folder))(batch.token_ids[None])
 
 

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from spo.advantages import assign
-from spo.assemble import assemble, is_leaf
-from spo.batch import pack
-from spo.config import AdvantageConfig
-from spo.critic import token_credit
-from spo.records import LENGTH, STOP, Completion, Prompt
-from spo.shapes import (
+from spo.config.recipe import AdvantageConfig
+from spo.credit.values import assign
+from spo.grow.assemble import assemble, is_leaf
+from spo.grow.shapes import (
     ChainShape,
     Tree,
     TreeShape,
@@ -28,7 +25,10 @@ from spo.shapes import (
     star,
     step_partition,
 )
-from spo.steps import line_ends
+from spo.grow.steps import line_ends
+from spo.learn.critic import token_credit
+from spo.learn.pack import pack
+from spo.records import LENGTH, STOP, Completion, Prompt
 from spo_kernels import masked_ppo_loss
 
 END = 0  # the stop token

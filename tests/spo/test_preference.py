@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spo.advantages import assign
-from spo.assemble import assemble
-from spo.batch import pack, unpack
-from spo.config import AdvantageConfig, LossConfig, PolicyConfig
-from spo.loss import likelihood_loss
-from spo.model import load_policy, row_logprobs
-from spo.preference import node_sums, pair_credit, pair_loss, pair_nodes
+from spo.config.recipe import AdvantageConfig, LossConfig, PolicyConfig
+from spo.credit.pairs import node_sums, pair_credit, pair_loss, pair_nodes
+from spo.credit.values import assign
+from spo.grow.assemble import assemble
+from spo.grow.shapes import Node, Tree
+from spo.learn.loss import likelihood_loss
+from spo.learn.model import load_policy, row_logprobs
+from spo.learn.pack import pack, unpack
 from spo.records import LENGTH, STOP, Prompt
-from spo.shapes import Node, Tree
 
 NAN = float("nan")
 

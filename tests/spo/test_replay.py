@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_batch import random_forest
 
+from spo.credit.replay import concat, merge, select
 from spo.records import Prompt, Replay
-from spo.replay import concat, merge, select
 
 
 def forest(seed, born=0, trees=3):

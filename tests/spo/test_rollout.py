@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spo.engines.hf import HFEngine
+from spo.grow.shapes import ChainShape, TreeShape, cutpoint_partition, star
+from spo.grow.stream import Rollout, RolloutOptions, Stream, grow, path_seed
 from spo.records import FOREST_FORMAT, LENGTH, PROMPT, SEGMENT, STOP, Forest, Prompt
-from spo.rollout import Rollout, RolloutOptions, Stream, grow, path_seed
-from spo.shapes import ChainShape, TreeShape, cutpoint_partition, star
 from spo.tasks.grading import Grader
 
 PROMPTS = [Prompt((5, 9, 3 + i), 7, "arithmetic") for i in range(5)]

@@ -6,10 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from spo.config import AdvantageConfig, PolicyConfig, ShapeConfig
-from spo.model import load_tokenizer
-from spo.records import LENGTH, SEGMENT, STOP, Completion, Prompt
-from spo.shapes import (
+from spo.config.recipe import AdvantageConfig, PolicyConfig, ShapeConfig
+from spo.grow.shapes import (
     ChainShape,
     Tree,
     TreeShape,
@@ -19,7 +17,9 @@ from spo.shapes import (
     star,
     step_partition,
 )
-from spo.steps import line_ends, sentence_ends
+from spo.grow.steps import line_ends, sentence_ends
+from spo.learn.model import load_tokenizer
+from spo.records import LENGTH, SEGMENT, STOP, Completion, Prompt
 
 
 def sample(token_ids, logprobs=None, finish=STOP, index=0):

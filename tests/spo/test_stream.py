@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from spo.engines.hf import HFEngine
 from spo.engines.lanes import Lane
 from spo.engines.pool import EnginePool
+from spo.grow.shapes import TreeShape, star
+from spo.grow.stream import Rollout, RolloutOptions, Stream, grow
 from spo.records import LENGTH, STOP, Prompt, Request
-from spo.rollout import Rollout, RolloutOptions, Stream, grow
-from spo.shapes import TreeShape, star
 from spo.tasks.grading import Grader
 
 PROMPTS = [Prompt((5, 9, 3 + i), 7, "arithmetic") for i in range(12)]

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spo.advantages import assign
-from spo.checkpoint import latest_checkpoint, load_state
-from spo.config import AdvantageConfig, load_config
+from spo.config.recipe import AdvantageConfig, load_config
+from spo.credit.values import assign
+from spo.learn.checkpoint import latest_checkpoint, load_state
+from spo.loop import train
 from spo.metrics import read_metrics
 from spo.records import Forest
-from spo.train import train
 
 SMALL = [
     "engine.name=hf",
@@ -168,7 +168,7 @@ STREAMED = ["train.stream_depth=1", "train.iterations=4"]
 
 def test_a_streamed_run_trains_on_its_own_prompts_at_most_one_version_late(reference, tmp_path):
     from spo.engines.hf import HFEngine
-    from spo.model import EMBEDDED
+    from spo.learn.model import EMBEDDED
 
     engine = HFEngine(str(EMBEDDED), max_num_seqs=64, max_model_len=96)
     lines = train(config(tmp_path, *STREAMED), engine=engine)
@@ -210,7 +210,7 @@ def test_damaged_checkpoints_get_a_sentence(reference, tmp_path):
 
 
 def test_non_finite_gradients_never_reach_the_weights(tmp_path, monkeypatch):
-    from spo.loss import LOSSES
+    from spo.learn.loss import LOSSES
 
     real, calls = LOSSES["policy"], []
 
@@ -254,7 +254,7 @@ def test_a_constant_norm_divides_by_what_no_sample_decides(tmp_path):
 
 def test_stale_weights_are_noticed(tmp_path):
     from spo.engines.hf import HFEngine
-    from spo.model import EMBEDDED
+    from spo.learn.model import EMBEDDED
 
     class Deaf(HFEngine):
         def load_weights(self, named_tensors, version):

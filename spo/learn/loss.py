@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from spo.config import LossConfig
-from spo.model import hidden_states, inside
+from spo.config.recipe import LossConfig
+from spo.learn.model import hidden_states, inside
 from spo.records import Batch, LossOutput
 from spo_kernels import linear_masked_ppo_loss, linear_token_logprobs, policy_mask
 

@@ -50,7 +50,7 @@ def packed_attention(
 ):
     """The interface's function: query (1, H, T, hd), key and value (1, KVH, T, hd)."""
     if layout is None:
-        raise ValueError("this model was loaded for packed batches: call spo.model.hidden_states")
+        raise ValueError("this model takes packed batches: call spo.learn.model.hidden_states")
     if dropout:
         raise ValueError(f"packed training has no attention dropout, the policy asks {dropout:g}")
     for name in ("softcap", "s_aux"):

@@ -15,12 +15,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from spo.attention import PREFIX, make_layout, tree_spans
-from spo.config import PolicyConfig
+from spo.config.recipe import PolicyConfig
+from spo.learn.attention import PREFIX, make_layout, tree_spans
 from spo.records import Batch
 from spo_kernels import linear_token_logprobs
 
-EMBEDDED = Path(__file__).parent / "assets" / "policy"
+EMBEDDED = Path(__file__).parents[1] / "assets" / "policy"
 
 
 def model_folder(path: str) -> str:
@@ -171,7 +171,7 @@ def _row_states(model: torch.nn.Module, batch: Batch) -> Tensor:
 
 def inside(model: torch.nn.Module, function: Callable, *arguments):
     """`function(model, *arguments)`, with the weights gathered where the model is sharded."""
-    run = getattr(model, "run_inside", None)  # see spo.distributed.shard
+    run = getattr(model, "run_inside", None)  # see spo.learn.distributed.shard
     return function(model, *arguments) if run is None else run(function, *arguments)
 
 

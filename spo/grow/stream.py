@@ -14,10 +14,10 @@ from itertools import count
 
 import numpy as np
 
-from spo.assemble import assemble, is_leaf, leave_out_unrewarded
-from spo.engines import Engine
+from spo.engines.protocol import Engine
+from spo.grow.assemble import assemble, is_leaf, leave_out_unrewarded
+from spo.grow.shapes import Growth, Shape, Tree
 from spo.records import LENGTH, Completion, Forest, Prompt, Request
-from spo.shapes import Growth, Shape, Tree
 from spo.tasks.grading import Grader
 
 BARRIERS = ("none", "group", "level")

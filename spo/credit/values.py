@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spo.config import AdvantageConfig
+from spo.config.recipe import AdvantageConfig
 from spo.records import Forest
 from spo_kernels import tree_advantages, tree_stats, tree_values
 
@@ -24,7 +24,7 @@ def assign(forest: Forest, rule: AdvantageConfig) -> tuple[Tensor, Tensor]:
     `rule.node_weight` path multiplies a node's advantage by the share of its path, which weighs its
     tokens alike: the loss is linear in the size of an advantage. Z counts tokens as before.
 
-    RestEM and DPO: `keep_correct` and `mark_pairs`. PPO: see spo.critic, which replaces these.
+    RestEM and DPO: `keep_correct` and `mark_pairs`. PPO: spo.learn.critic replaces these.
 
     Raises ValueError if a trained node's advantage is not finite.
     """

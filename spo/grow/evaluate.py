@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from spo.engines import Engine
+from spo.engines.protocol import Engine
+from spo.grow.shapes import star
+from spo.grow.stream import RolloutOptions, grow
 from spo.metrics import mean_stderr
 from spo.records import STOP, Prompt
-from spo.rollout import RolloutOptions, grow
-from spo.shapes import star
 from spo.tasks.grading import Grader
 
 

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spo import batch, checkpoint, distributed, preference
-from spo.advantages import whiten
-from spo.config import Config
-from spo.critic import (
+from spo.config.recipe import Config
+from spo.credit import pairs as preference
+from spo.credit.values import whiten
+from spo.learn import checkpoint, distributed
+from spo.learn import pack as batch
+from spo.learn.critic import (
     Targets,
     explained_variance,
     load_critic,
@@ -23,9 +25,9 @@ from spo.critic import (
     token_credit,
     value_loss,
 )
-from spo.distributed import Ranks
-from spo.loss import LOSSES
-from spo.model import load_policy, row_logprobs, score, to_device
+from spo.learn.distributed import Ranks
+from spo.learn.loss import LOSSES
+from spo.learn.model import load_policy, row_logprobs, score, to_device
 from spo.records import Batch, Forest, LossOutput
 
 SUMS = ("loss", "kl", "kept", "clipfrac", "entropy", "mismatch_kl")  # over the batches of a step

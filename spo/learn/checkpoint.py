@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from spo.config import Config, load_config, save_config
+from spo.config.recipe import Config, load_config, save_config
 from spo.records import Forest, Replay
 
 FIXED = (  # what a run keeps from its first iteration to its last

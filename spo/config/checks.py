@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 
-from spo.config import Config
+from spo.config.recipe import Config
 
 LOSS_OF = {"values": "policy", "gae": "policy", "correct": "nll", "pairs": "dpo"}
 # None stands for no limit.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from spo.grow.shapes import Node, Tree
 from spo.records import LENGTH, STOP, Forest
-from spo.shapes import Node, Tree
 
 
 def is_leaf(node: Node) -> bool:

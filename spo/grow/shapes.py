@@ -14,9 +14,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from spo.config import AdvantageConfig, ShapeConfig
+from spo.config.recipe import AdvantageConfig, ShapeConfig
+from spo.grow.steps import line_ends, sentence_ends
 from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Completion, Prompt
-from spo.steps import line_ends, sentence_ends
 from spo_kernels import cutpoint_segments
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spo.advantages import ZERO_ADVANTAGE
+from spo.credit.values import ZERO_ADVANTAGE
 from spo.records import FOREST_TENSORS, Forest, Replay
 
 

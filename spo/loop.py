@@ -10,18 +10,21 @@ from itertools import chain, islice
 
 import torch
 
-from spo import advantages, checkpoint, distributed, replay
-from spo.config import Config
-from spo.distributed import Ranks
-from spo.engines import Engine, make_engine
+from spo.config.recipe import Config
+from spo.credit import replay
+from spo.credit import values as advantages
 from spo.engines.lanes import Lane
-from spo.evaluate import pass_at_1
-from spo.learner import Learner
+from spo.engines.make import make_engine
+from spo.engines.protocol import Engine
+from spo.grow.evaluate import pass_at_1
+from spo.grow.shapes import make_shape
+from spo.grow.stream import Rollout, RolloutOptions, RolloutStats, Stream
+from spo.learn import checkpoint, distributed
+from spo.learn.distributed import Ranks
+from spo.learn.learner import Learner
+from spo.learn.model import load_tokenizer, model_folder, require_device, sequence_logprobs
 from spo.metrics import MetricsWriter
-from spo.model import load_tokenizer, model_folder, require_device, sequence_logprobs
 from spo.records import Completion, Forest, Prompt, Replay, Request
-from spo.rollout import Rollout, RolloutOptions, RolloutStats, Stream
-from spo.shapes import make_shape
 from spo.tasks import get_task, prompts_of
 from spo.tasks.grading import Grader
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spo.advantages import ZERO_ADVANTAGE
+from spo.credit.values import ZERO_ADVANTAGE
 from spo.records import Batch, Forest
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
-from spo.config import PolicyConfig
-from spo.model import hidden_states, inside, load_model
+from spo.config.recipe import PolicyConfig
+from spo.learn.model import hidden_states, inside, load_model
 from spo.records import Batch, Forest, LossOutput
 from spo_kernels import gae
 

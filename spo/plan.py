@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spo.config import Config, PolicyConfig
-from spo.shapes import TreeShape
+from spo.config.recipe import Config, PolicyConfig
+from spo.grow.shapes import TreeShape
 from spo.tasks import get_task, options_of
 from spo.tasks.datafiles import state
 
@@ -111,7 +111,7 @@ def parameters(policy: PolicyConfig) -> int | None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from spo.model import model_folder
+    from spo.learn.model import model_folder
 
     folder = model_folder(policy.path)
     if _policy_state(policy) == STATES["download"]:

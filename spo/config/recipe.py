@@ -326,7 +326,7 @@ def load_config(path: str | os.PathLike | None = None, overrides: Sequence[str] 
     """
     from pydantic import TypeAdapter, ValidationError  # not needed to use a Config made in code
 
-    from spo.config_checks import check
+    from spo.config.checks import check
 
     tree: dict[str, Any] = {}
     if path is not None:

@@ -1,0 +1,1 @@
+"""Forests to credit: one file a rule, and the replay buffer."""

@@ -1,0 +1,48 @@
+"""A recipe's engine by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from spo.engines.protocol import Engine
+
+ENGINES = ("vllm", "hf")
+
+
+def make_engine(name: str, model: str, *, addresses: Sequence[str] = (), **options) -> Engine:
+    """Build the engine called `name` for the model folder `model`.
+
+    With `addresses` it is the pool of the vLLM servers there. They bring their own model, device
+    and memory; of `options` they take the dtype (checked) and limits below their own. Under
+    torchrun every rank takes its share of them.
+    Raises ValueError for an unknown name, a server that does not answer, or where vLLM is asked for
+    and not installed.
+    """
+    if addresses:
+        if name != "vllm":
+            raise ValueError(f"engine.addresses: servers run vllm, found engine.name={name}")
+        from spo.engines.pool import EnginePool
+        from spo.engines.remote import RemoteEngine
+
+        limits = {key: options.get(key) for key in ("dtype", "max_num_seqs", "max_model_len")}
+        return EnginePool([RemoteEngine(address, **limits) for address in _share(addresses)])
+    if name == "hf":
+        from spo.engines.hf import HFEngine
+
+        return HFEngine(model, **options)
+    if name == "vllm":
+        from spo.engines.vllm import VLLMEngine
+
+        return VLLMEngine(model, **options)
+    raise ValueError(f"engine.name: expected one of {', '.join(ENGINES)}, found {name!r}")
+
+
+def _share(addresses: Sequence[str]) -> Sequence[str]:
+    """This rank's servers: each is paused and loaded by one trainer process alone."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if len(addresses) < world:
+        raise ValueError(
+            f"engine.addresses: expected one per rank, {world} in all, found {len(addresses)}"
+        )
+    return addresses[rank::world]

@@ -1,0 +1,73 @@
+"""What every rollout engine can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import Tensor
+
+from spo.records import Completion, Request
+
+COUNTERS = (
+    "steps",
+    "running",  # samples in a step, summed over steps
+    "generated",  # tokens of finished samples (vllm) or of steps (hf)
+    "prefill",  # prefix tokens computed, the last token of every prefix included
+    "cached",  # prefix tokens taken from the cache
+    "forwarded",  # tokens through the model
+    "preempted",  # samples put back into the queue, to be recomputed
+    "step_seconds",  # inside the engine's steps
+)
+
+
+class Engine(Protocol):
+    """What the rollout loop needs. Token ids go in and come out; text never does."""
+
+    max_model_len: int  # longest prefix + completion, in tokens
+    block_size: int  # tokens that a cached prefix is shared by
+    version: int  # of the weights
+
+    @property
+    def room(self) -> int:
+        """Samples that could start at once; negative if some wait."""
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises ValueError if it cannot fit `max_model_len`."""
+
+    def poll(self) -> list[Completion]:
+        """Advance by one step and return the samples that finished in it."""
+
+    def abort(self) -> None:
+        """Drop every sample that waits or runs."""
+
+    def sleep(self) -> None:
+        """Give memory to the trainer until `load_weights`, where the engine can."""
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace the weights in place and forget every cached prefix. Samples in flight go on:
+        their prefixes are computed again, each token keeps the logprob it was sampled with.
+        """
+
+    def counters(self) -> dict[str, float]:
+        """Totals: steps, running (summed over steps), generated, prefill and cached tokens."""
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+
+
+def check_request(request: Request, max_model_len: int) -> None:
+    """Raise ValueError if `request` is malformed or cannot fit the context."""
+    if not request.prefix_ids:
+        raise ValueError("request: the prefix is empty, expected at least one token id")
+    if request.n < 1 or request.max_new_tokens < 1:
+        raise ValueError(
+            "request: n and max_new_tokens must be at least 1, found "
+            f"n={request.n}, max_new_tokens={request.max_new_tokens}"
+        )
+    total = len(request.prefix_ids) + request.max_new_tokens
+    if total > max_model_len:
+        raise ValueError(
+            f"request: prefix of {len(request.prefix_ids)} + {request.max_new_tokens} new tokens "
+            f"= {total} exceeds the context of {max_model_len}"
+        )

@@ -1,0 +1,1 @@
+"""Prompts to forests: shapes, the rollout loop, evaluation."""
