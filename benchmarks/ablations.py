@@ -44,10 +44,10 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
         Arm("GRPO", "grpo.yaml"),
     ),
     "widths": (widths(4, 24), widths(6, 8), widths(8, 4)),
-    "scale": (tree("none"), tree("std", "advantage.scale=std")),
-    "baseline": (tree("parent"), tree("leave one out", "advantage.baseline=loo")),
-    "whitening": (tree("off"), tree("batch", "advantage.whiten=batch")),
-    "node weight": (tree("token"), tree("path", "advantage.node_weight=path")),
+    "scale": (tree("none"), tree("std", "credit.scale=std")),
+    "baseline": (tree("parent"), tree("leave one out", "credit.baseline=loo")),
+    "whitening": (tree("off"), tree("batch", "credit.whiten=batch")),
+    "node weight": (tree("token"), tree("path", "credit.node_weight=path")),
 }
 
 

@@ -46,21 +46,14 @@ from rich.console import Console
 from rich.table import Table
 from through import Estimates, Sampler, Target, estimate
 
-from spo.config.recipe import AdvantageConfig, Config
-from spo.grow.shapes import (
-    ChainShape,
-    Partition,
-    Shape,
-    TreeShape,
-    cutpoint_partition,
-    star,
-    step_partition,
-    text_of,
-)
+from spo.config.recipe import Recipe
+from spo.credit.values import Values
+from spo.engines.make import engine_of
+from spo.grow.chain import ChainShape, Partition, cutpoint_partition, step_partition, text_of
+from spo.grow.rollout import path_seed
+from spo.grow.shapes import Shape, TreeShape, star
 from spo.grow.steps import line_ends
-from spo.grow.stream import path_seed
-from spo.learn.model import load_tokenizer
-from spo.loop import engine_of
+from spo.grow.tokenizer import load_tokenizer
 from spo.tasks import prompts_of
 
 matplotlib.use("svg")
@@ -78,41 +71,41 @@ class Growing:
     """How to grow a group, and the methods that judge what has grown: name -> advantage rule."""
 
     shape: Callable[[int], Shape]
-    rules: dict[str, AdvantageConfig]
+    rules: dict[str, Values]
     sized: bool = True  # whether the group size sets the cost; a tree has its widths
 
 
-def starts(config: Config, size: int) -> list[int]:
+def starts(config: Recipe, size: int) -> list[int]:
     """Where the tree's segments begin in a response of `size` tokens."""
     return [0, *(int(n) for n in np.cumsum(config.shape.segment_tokens) if n < size)]
 
 
-def growings(config: Config, kind: str, words) -> list[Growing]:
+def growings(config: Recipe, kind: str, words) -> list[Growing]:
     """Every method, on the task of an SPO-tree recipe; `words` is the policy's tokenizer."""
     room = config.sampling.max_new_tokens
 
     def same(token_ids: np.ndarray, logprobs: np.ndarray) -> list[int]:
         return starts(config, len(token_ids))
 
-    def chain(name: str, partition: Partition, root: str) -> Growing:
+    def chain(name: str, partition: Partition, probe_prompt: bool = False) -> Growing:
         cut = same if kind == "segment" else partition
         return Growing(
-            lambda n: ChainShape(n, NUM_PROBES, cut, room, probe_prompt=root == "mc"),
-            {name: AdvantageConfig(root_value=root)},
+            lambda n: ChainShape(n, NUM_PROBES, cut, room, probe_prompt=probe_prompt),
+            {name: Values()},
         )
 
     tree = TreeShape(config.shape.widths, config.shape.segment_tokens, room)
-    mean, others = AdvantageConfig(), AdvantageConfig(baseline="loo")
+    mean, others = Values(), Values(baseline="loo")
     return [
         Growing(lambda n: star(n, room), {"GRPO": mean, "RLOO": others}),
-        chain("VinePPO", step_partition(text_of(words), line_ends), "mc"),
-        chain("SPO-chain", cutpoint_partition(THRESHOLD, INTERVAL), "group"),
+        chain("VinePPO", step_partition(text_of(words), line_ends), probe_prompt=True),
+        chain("SPO-chain", cutpoint_partition(THRESHOLD, INTERVAL)),
         Growing(lambda n: tree, {"SPO-tree": mean, "SPO-tree, loo": others}, sized=False),
     ]
 
 
 def find_targets(
-    sampler: Sampler, config: Config, number: int, seed: int
+    sampler: Sampler, config: Recipe, number: int, seed: int
 ) -> dict[str, list[Target]]:
     """`number` targets of each kind, on a response to each of as many problems that the policy
     solves sometimes: at least 3 times of 16, at most 13.
@@ -194,7 +187,7 @@ def figures(
 
 
 def measure(
-    sampler: Sampler, config: Config, kind: str, targets: list[Target], probes: int, repeats: int
+    sampler: Sampler, config: Recipe, kind: str, targets: list[Target], probes: int, repeats: int
 ) -> list[Record]:
     """What each method does on the targets of one kind."""
     words = sampler.tokenizer

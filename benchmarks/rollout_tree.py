@@ -46,8 +46,10 @@ from rich.console import Console
 from rollout_tables import STREAMS, median, table, verdicts
 
 from spo.engines.make import make_engine
-from spo.grow.shapes import ChainShape, Shape, TreeShape, fixed_partition
-from spo.grow.stream import Rollout, RolloutOptions, Stream
+from spo.grow.chain import ChainShape, fixed_partition
+from spo.grow.rollout import Rollout, RolloutOptions
+from spo.grow.shapes import Shape, TreeShape
+from spo.grow.stream import Stream
 from spo.learn.checkpoint import versions
 from spo.records import Prompt
 from spo.tasks.grading import Grader

@@ -21,13 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from spo.config.recipe import Config, load_config
+from spo.config.recipe import Recipe, load_recipe
+from spo.engines.make import engine_of
 from spo.learn.checkpoint import versions
-from spo.loop import engine_of, train
+from spo.loop import train
 from spo.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-RECIPES, RESULTS = ROOT / "recipes", ROOT / "benchmarks" / "results" / "cpu"
+RECIPES, RESULTS = ROOT / "spo" / "recipes", ROOT / "benchmarks" / "results" / "cpu"
 FIGURES = ROOT / "docs" / "methods"
 HELD_OUT = 1000  # the seed of learning-rate searches; never among those that are reported
 UNLIMITED = 1_000_000  # iterations: the budget ends a run
@@ -101,11 +102,11 @@ def shorten(arguments: argparse.Namespace) -> argparse.Namespace:
     return arguments
 
 
-def config_of(arm: Arm, seed: int, arguments: argparse.Namespace, *more: str) -> Config:
+def config_of(arm: Arm, seed: int, arguments: argparse.Namespace, *more: str) -> Recipe:
     """The resolved recipe of one run."""
     task, recipe = TASKS[arguments.task], RECIPES / arm.recipe
     common = [
-        f"train.prompts={load_config(recipe).train.prompts // task.length}",
+        f"train.prompts={load_recipe(recipe).train.prompts // task.length}",
         f"engine.name={arguments.engine}",
         "engine.max_num_seqs=256",
         f"train.iterations={UNLIMITED}",
@@ -118,23 +119,26 @@ def config_of(arm: Arm, seed: int, arguments: argparse.Namespace, *more: str) ->
         *task.of_recipe.get(arm.recipe, ()),
     ]
     quick = ["train.prompts=4", "eval.every=1"] if arguments.quick else []
-    return load_config(recipe, [*common, *arm.overrides, *quick, *more])
+    return load_recipe(recipe, [*common, *arm.overrides, *quick, *more])
 
 
-def digest(config: Config) -> str:
-    """What identifies a run: all that its recipe sets to other than the default, but for folders.
+def digest(config: Recipe) -> str:
+    """What identifies a run: all that its recipe sets to other than the default, but for folders,
+    and the content of its start policy.
 
     So a setting that the package gains later, off by default, does not void the finished runs.
     """
-    policy = dataclasses.replace(config.policy, path=Path(config.policy.path).name)
+    policy = dataclasses.replace(config.policy, path=config.policy.content())
     config = dataclasses.replace(config, out=None, policy=policy)
-    text = json.dumps(_changes(config, Config()), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    tree = _changes(config, Recipe()) | {"kinds": [config.shape_kind, config.credit_type]}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _changes(config: Any, default: Any) -> Any:
     if not dataclasses.is_dataclass(config):
         return config
+    if type(default) is not type(config):
+        default = type(config)()  # another kind of shape, rule or loss
     names = [f.name for f in dataclasses.fields(config)]
     pairs = {name: (getattr(config, name), getattr(default, name)) for name in names}
     return {name: _changes(*pair) for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -165,7 +169,7 @@ def finished(
 
 
 def run_all(
-    jobs: Iterable[tuple[Arm, Config]],
+    jobs: Iterable[tuple[Arm, Recipe]],
     ledger: Ledger,
     arguments: argparse.Namespace,
     console: Console,
@@ -196,7 +200,7 @@ def run_all(
     return records
 
 
-def record_of(arm: Arm, task: str, config: Config, folder: Path) -> Record:
+def record_of(arm: Arm, task: str, config: Recipe, folder: Path) -> Record:
     """What is kept of a finished run."""
     lines = read_metrics(folder / "metrics.jsonl")
     trained = [line for line in lines if line["stage"] == "train"]

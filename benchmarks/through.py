@@ -9,12 +9,11 @@ from itertools import count
 import numpy as np
 import torch
 
-from spo.config.recipe import AdvantageConfig
-from spo.credit.values import assign
+from spo.credit.values import Values
 from spo.engines.protocol import Engine
 from spo.grow.assemble import assemble, is_leaf
+from spo.grow.rollout import path_seed
 from spo.grow.shapes import Growth, Shape, Tree
-from spo.grow.stream import path_seed
 from spo.records import LENGTH, STOP, Completion, Prompt, Request
 from spo.tasks import get_task
 
@@ -190,7 +189,7 @@ class _Grower:
 def estimate(
     sampler: Sampler,
     shape: Shape,
-    rules: Sequence[AdvantageConfig],
+    rules: Sequence[Values],
     targets: Sequence[Target],
     repeats: int,
     seed: int,
@@ -209,10 +208,8 @@ def estimate(
         return figures.double().numpy().reshape(len(targets), repeats)
 
     costs = [per_target(counts).mean(1) for counts in (generated, trained)]
-    return [
-        [
-            Estimates(*row)
-            for row in zip(per_target(assign(forest, rule)[1][nodes]), *costs, strict=True)
-        ]
-        for rule in rules
-    ]
+    found = []
+    for rule in rules:
+        advantages = per_target(rule.advantages(forest, rule.values(forest))[nodes])
+        found.append([Estimates(*row) for row in zip(advantages, *costs, strict=True)])
+    return found

@@ -32,7 +32,9 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from spo.config.recipe import LossConfig, PolicyConfig
+from spo.config.loss import PolicyLossConfig
+from spo.config.policy import PolicyConfig
+from spo.credit.nodes import of_tokens
 from spo.learn.loss import policy_loss
 from spo.learn.model import load_policy
 from spo.learn.pack import PackStats, pack
@@ -166,7 +168,7 @@ def eager_step(model, forest: Forest, credit: Tensor, batches, norm: float) -> N
 
 def fused_step(model, batches: list[Batch]) -> None:
     for batch in batches:
-        policy_loss(model, batch, LossConfig(prob_threshold=THRESHOLD), 1.0).loss.backward()
+        policy_loss(model, batch, PolicyLossConfig(prob_threshold=THRESHOLD), 1.0).loss.backward()
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def build_case(shape: str, models: dict, arguments: argparse.Namespace) -> Case:
     forest, credit = build_forest(shape, arguments.prompt, arguments.vocabulary, arguments.kept)
     options = {"prob_threshold": THRESHOLD, "tokens_per_batch": arguments.tokens_per_batch}
     packs = {
-        way: pack(forest, credit, **options, packing=packing)
+        way: pack(forest, of_tokens(forest, credit), **options, packing=packing)
         for way, packing in (("rows", "rows"), ("packed", "tree"))
     }
     stats = packs["packed"][1]

@@ -1,3 +1,40 @@
-"""SPO: a thin trainer for Segment Policy Optimization and its relatives, built on spo_kernels."""
+"""SPO: a thin trainer for Segment Policy Optimization and its relatives, built on spo_kernels.
+
+    import spo
+    spo.train("spo-tree", ["engine.name=hf"])
+
+Names are bound when they are first used: importing this package loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spo.api import evaluate, rollout, train
+    from spo.config.recipe import Recipe, load_recipe
+    from spo.records import Forest
+
+__all__ = ["Forest", "Recipe", "evaluate", "load_recipe", "rollout", "train"]
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    "Forest": "spo.records",
+    "Recipe": "spo.config.recipe",
+    "evaluate": "spo.api",
+    "load_recipe": "spo.config.recipe",
+    "rollout": "spo.api",
+    "train": "spo.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'spo' has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

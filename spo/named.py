@@ -13,7 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 OWN: dict[str, dict[str, str]] = {
     "task": {
@@ -26,9 +26,9 @@ OWN: dict[str, dict[str, str]] = {
         "point24": "spo.tasks.point24:Point24",
     },
     "shape.kind": {
-        "star": "spo.grow.shapes:Star",
-        "tree": "spo.grow.shapes:Tree",
-        "chain": "spo.grow.chain:Chain",
+        "star": "spo.grow.shapes:StarConfig",
+        "tree": "spo.grow.shapes:TreeConfig",
+        "chain": "spo.grow.chain:ChainConfig",
     },
     "credit.type": {
         "values": "spo.credit.values:Values",
@@ -39,12 +39,11 @@ OWN: dict[str, dict[str, str]] = {
 }
 """Key of the recipe -> short name -> where it is."""
 
-METHODS = {
-    "task": ("problems", "grade"),
-    "shape.kind": ("make", "cost"),
-    "credit.type": ("assign",),
-}
-"""What each kind must be able to do; docs/extend.md says how."""
+METHODS = {"task": ("problems", "grade")}
+"""What a class must be able to do."""
+
+BASES = {"shape.kind": "spo.config.shape:ShapeConfig", "credit.type": "spo.config.credit:Rule"}
+"""What it must inherit."""
 
 T = TypeVar("T")
 
@@ -78,8 +77,12 @@ def find(key: str, name: str, folder: Path | None = None) -> type[Any]:
         raise ValueError(f"{key}: {place} has no class {attribute}")
     if not dataclasses.is_dataclass(found):
         raise ValueError(f"{key}: {name} must be a dataclass, whose fields are its settings")
-    if missing := [m for m in METHODS[key] if not callable(getattr(found, m, None))]:
+    if missing := [m for m in METHODS.get(key, ()) if not callable(getattr(found, m, None))]:
         raise ValueError(f"{key}: {name} has no method {' and no method '.join(missing)}")
+    if base := BASES.get(key):
+        place, _, attribute = base.partition(":")
+        if not issubclass(found, getattr(importlib.import_module(place), attribute)):
+            raise ValueError(f"{key}: {name} must inherit {attribute} of {place}")
     return found
 
 
@@ -95,8 +98,11 @@ def name_of(key: str, kind: type) -> str:
     return place
 
 
-def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
-    """`kind(**settings)`, checked by its annotations. Raises ValueError that names the setting."""
+def build(kind: type[T], settings: Mapping[str, Any], where: str, chosen: str = "") -> T:
+    """`kind(**settings)`, checked by its annotations. Raises ValueError that names the setting.
+
+    `chosen` says in errors what chose the kind, such as `shape.kind=tree`.
+    """
     from pydantic import TypeAdapter, ValidationError
     from pydantic.errors import PydanticUserError
 
@@ -104,16 +110,34 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str) -> T:
     for key in settings:
         if key not in known:
             raise ValueError(
-                f"recipe: unknown key {where}.{key}; known here: {', '.join(known) or 'none'}"
+                f"recipe: unknown key {where}.{key}; known here"
+                f"{f' ({chosen})' if chosen else ''}: {', '.join(known) or 'none'}"
             )
+    values = dict(settings)
+    for key, inner in _groups(kind).items():
+        if isinstance(values.get(key), Mapping):
+            values[key] = build(inner, values[key], f"{where}.{key}")
     try:
-        return TypeAdapter(kind).validate_python(dict(settings))
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise ValueError(_sentence(error, where)) from error
-    except PydanticUserError as error:
-        raise ValueError(
-            f"{where}: the types of its settings cannot be checked ({error})"
-        ) from error
+    except (PydanticUserError, NameError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where}: its settings' types cannot be checked ({reason})") from error
+
+
+def _groups(kind: type) -> dict[str, type]:
+    """The fields that are dataclasses, or may be: pydantic alone would pass over unknown keys."""
+    try:
+        hints = get_type_hints(kind)
+    except NameError:  # `build` says which
+        return {}
+    found = {}
+    for key, hint in hints.items():
+        for choice in (hint, *get_args(hint)):
+            if isinstance(choice, type) and dataclasses.is_dataclass(choice):
+                found[key] = choice
+    return found
 
 
 def _sentence(error: Any, where: str) -> str:

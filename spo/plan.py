@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spo.config.recipe import Config, PolicyConfig
-from spo.grow.shapes import TreeShape
+from spo.config.policy import PolicyConfig
+from spo.config.recipe import Recipe
+from spo.config.shape import Cost
 from spo.tasks import get_task, options_of
 from spo.tasks.datafiles import state
 
@@ -14,75 +15,57 @@ GIB = 1 << 30
 STATES = {"local": "local", "cached": "in the hub's cache", "download": "would be downloaded"}
 
 
-def describe(config: Config) -> str:
+def describe(recipe: Recipe) -> str:
     """A page of text: sources, memory of the parameters, tokens of an iteration.
 
     Asks no server. Raises ValueError where a source neither exists nor can be on the hub.
     """
-    counts = tokens_per_iteration(config)
-    train, evals = config.train, config.eval
+    cost = cost_of_iteration(recipe)
+    train, evals = recipe.train, recipe.eval
     steps = train.epochs * min(train.minibatches, train.prompts)
     sections = {
         "sources": [
-            f"policy  {config.policy.path}: {_policy_state(config.policy)}",
-            *_data(config),
+            f"policy  {recipe.policy.path}: {_policy_state(recipe.policy)}",
+            *_data(recipe),
         ],
-        "memory": _memory(config),
+        "memory": _memory(recipe),
         "an iteration, at most": [
-            f"{train.prompts} prompts, {counts['graded']:,} responses to grade",
-            f"{counts['sampled']:,} tokens sampled to be trained on",
-            f"{counts['probed']:,} tokens of probes" if counts["probed"] else None,
-            _replayed(config),
+            f"{train.prompts} prompts, {cost.graded:,} responses to grade",
+            f"{cost.sampled:,} tokens sampled to be trained on",
+            f"{cost.probed:,} tokens of probes" if cost.probed else None,
+            _replayed(recipe),
             f"{steps} optimiser steps",
         ],
         "the run": [
             f"{train.iterations:,} iterations, {train.iterations * steps:,} optimiser steps",
-            f"at most {train.iterations * (counts['sampled'] + counts['probed']):,} tokens",
-            f"and {evaluations(config)} evaluations of at most "
-            f"{evals.problems * (1 + evals.sampled) * config.sampling.max_new_tokens:,} tokens",
+            f"at most {train.iterations * (cost.sampled + cost.probed):,} tokens",
+            f"and {evaluations(recipe)} evaluations of at most "
+            f"{evals.problems * (1 + evals.sampled) * recipe.sampling.max_new_tokens:,} tokens",
         ],
     }
-    lines = [f"{config.name}: {config.shape.kind} on {config.task}"]
+    lines = [f"{recipe.name}: {recipe.shape_kind} on {recipe.task}"]
     for title, entries in sections.items():
         lines += ["", title, *(f"  {entry}" for entry in entries if entry)]
     return "\n".join(lines)
 
 
-def tokens_per_iteration(config: Config) -> dict[str, int]:
-    """Upper bounds on one rollout: `sampled` and `probed` tokens, `graded` responses.
-
-    They assume that no response ends early and, for chains, that every token is a boundary that
-    the partition may take. `engine.align_segments` may add half a cache block per segment.
+def cost_of_iteration(recipe: Recipe) -> Cost:
+    """Upper bounds on one rollout: they assume that no response ends early and, for chains, that
+    every token is a boundary that the partition may take. `engine.align_segments` may add half a
+    cache block per segment.
     """
-    shape, prompts, longest = config.shape, config.train.prompts, config.sampling.max_new_tokens
-    if shape.kind == "tree":
-        TreeShape(shape.widths, shape.segment_tokens, longest)  # says what is wrong with them
-        nodes, tokens = prompts, 0
-        lengths = [*shape.segment_tokens, longest - sum(shape.segment_tokens)]
-        for width, length in zip(shape.widths, lengths, strict=True):
-            nodes *= width
-            tokens += nodes * length
-        return {"sampled": tokens, "probed": 0, "graded": nodes}
-    responses = prompts * shape.group_size
-    probes = probed = 0
-    if shape.kind == "chain":
-        starts = boundaries(config)
-        probes = responses * len(starts) * shape.num_probes
-        probed = responses * shape.num_probes * sum(longest - start for start in starts)
-        if config.advantage.root_value == "mc":
-            probes += prompts * shape.num_probes
-            probed += prompts * shape.num_probes * longest
-    return {"sampled": responses * longest, "probed": probed, "graded": responses + probes}
+    one, prompts = recipe.shape.cost(recipe.sampling.max_new_tokens), recipe.train.prompts
+    return Cost(one.sampled * prompts, one.graded * prompts, one.probed * prompts)
 
 
-def evaluations(config: Config) -> int:
+def evaluations(recipe: Recipe) -> int:
     """How often a run of full length evaluates: at its start, at its end and in between."""
-    iterations, every = config.train.iterations, config.eval.every
+    iterations, every = recipe.train.iterations, recipe.eval.every
     return 2 + (iterations - 1) // every if every else 2
 
 
-def _replayed(config: Config) -> str | None:
-    train = config.train
+def _replayed(recipe: Recipe) -> str | None:
+    train = recipe.train
     if not train.replay_nodes:
         return None
     if train.replay_samples is not None:
@@ -91,34 +74,16 @@ def _replayed(config: Config) -> str | None:
     return f"{waiting * train.replay_nodes:,} nodes trained, those that wait from before included"
 
 
-def boundaries(config: Config) -> range:
-    """Where a chain's response of full length is probed, if it is cut as often as can be."""
-    shape, longest = config.shape, config.sampling.max_new_tokens
-    if shape.partition == "fixed":
-        if len(shape.segment_tokens) != 1 or shape.segment_tokens[0] < 1:
-            raise ValueError(
-                "shape.segment_tokens: partition fixed takes one positive length, "
-                f"found {shape.segment_tokens}"
-            )
-        return range(shape.segment_tokens[0], longest, shape.segment_tokens[0])
-    if shape.partition in ("steps", "sentences"):
-        return range(1, min(shape.max_steps, longest))
-    return range(1, longest, shape.interval)
-
-
 def parameters(policy: PolicyConfig) -> int | None:
     """Number of weights, from the model's config alone; None if that is not on this machine."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from spo.learn.model import model_folder
-
-    folder = model_folder(policy.path)
     if _policy_state(policy) == STATES["download"]:
         return None
     options = {"trust_remote_code": policy.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+        config = AutoConfig.from_pretrained(policy.source, local_files_only=True, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"policy.path: {policy.path} holds no model config ({reason})") from error
@@ -140,28 +105,26 @@ def _policy_state(policy: PolicyConfig) -> str:
     return STATES["cached" if cached else "download"]
 
 
-def _data(config: Config) -> list[str]:
-    hub = getattr(get_task(config.task), "SOURCE", {})
+def _data(recipe: Recipe) -> list[str]:
+    hub = getattr(get_task(recipe.task), "SOURCE", {})
     lines = []
     for split in ("train", "test"):
-        source = options_of(config, split).get("source") or hub.get(split)
+        source = options_of(recipe, split).get("source") or hub.get(split)
         where = f"{source}: {STATES[state(source)]}" if source else "generated"
         lines.append(f"{split:7s} {where}")
     return lines
 
 
-def _memory(config: Config) -> list[str]:
-    count = parameters(config.policy)
-    trained, sampler = BYTES[config.policy.dtype], BYTES[config.engine.dtype]
+def _memory(recipe: Recipe) -> list[str]:
+    count = parameters(recipe.policy)
+    trained, sampler = BYTES[recipe.policy.dtype], BYTES[recipe.engine.dtype]
     per_weight = {
-        f"weights, {config.policy.dtype}": trained,
+        f"weights, {recipe.policy.dtype}": trained,
         "gradients": trained,
         "optimiser": 2 * trained,  # AdamW's two moments
-        "reference": trained if config.loss.kl_coef or config.loss.kind == "dpo" else 0,
-        "critic, its gradients and optimiser": (
-            4 * trained if config.advantage.estimator == "gae" else 0
-        ),
-        f"engine's weights, {config.engine.dtype}": sampler,
+        "reference": trained if recipe.loss.kl_coef or recipe.credit.reference else 0,
+        "critic, its gradients and optimiser": (4 * trained if recipe.credit.critic else 0),
+        f"engine's weights, {recipe.engine.dtype}": sampler,
     }
     per_weight = {name: size for name, size in per_weight.items() if size}
     if count is None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -147,12 +149,71 @@ FOREST_TENSORS = tuple(
 )
 
 
+def concat(forests: Sequence[Forest]) -> Forest:
+    """One forest of all trees, in order."""
+    fields = {name: [getattr(f, name) for f in forests] for name in FOREST_TENSORS}
+    nodes, tokens, trees = 0, 0, 0
+    for i, f in enumerate(forests):
+        fields["parent"][i] = torch.where(f.parent >= 0, f.parent + nodes, f.parent)
+        fields["prompt"][i] = f.prompt + trees
+        fields["cu_tokens"][i] = (f.cu_tokens + tokens)[0 if i == 0 else 1 :]
+        nodes, tokens, trees = (
+            nodes + f.num_nodes,
+            tokens + f.token_ids.numel(),
+            trees + len(f.prompts),
+        )
+    return Forest(
+        **{name: torch.cat(parts) for name, parts in fields.items()},
+        prompts=tuple(p for f in forests for p in f.prompts),
+        temperature=forests[0].temperature,
+    )
+
+
+def select(forest: Forest, trees: Tensor) -> Forest:
+    """The trees marked in `trees` (B,) bool."""
+    nodes = trees[forest.prompt.long()]
+    sizes = forest.cu_tokens.diff()
+    tokens = nodes.repeat_interleave(sizes)
+    place = nodes.cumsum(0).to(torch.int32) - 1
+    parent = forest.parent[nodes]
+    per_node = set(FOREST_TENSORS) - {"token_ids", "rollout_logprobs", "cu_tokens"}
+    fields = {name: getattr(forest, name)[nodes] for name in per_node}
+    fields["parent"] = torch.where(parent >= 0, place[parent.clamp(min=0).long()], parent)
+    fields["prompt"] = (trees.cumsum(0).to(torch.int32) - 1)[forest.prompt[nodes].long()]
+    return Forest(
+        **fields,
+        token_ids=forest.token_ids[tokens],
+        rollout_logprobs=forest.rollout_logprobs[tokens],
+        cu_tokens=torch.cat([torch.zeros(1, dtype=torch.int64), sizes[nodes].cumsum(0)]),
+        prompts=tuple(p for p, keep in zip(forest.prompts, trees.tolist(), strict=True) if keep),
+        temperature=forest.temperature,
+    )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a critic learns from one rollout."""
+
+    values: Tensor  # (T,) fp32, its own estimates when the credit was assigned
+    returns: Tensor  # (T,) fp32
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What the tokens of a forest are worth."""
+
+    tokens: Tensor  # (T,) fp32, 0 where a token does not train
+    figures: dict[str, float] = field(default_factory=dict)  # to report
+    targets: Targets | None = None  # of a critic
+    norm: float | None = None  # divides the loss of a step; None: what the recipe's loss says
+
+
 @dataclass(frozen=True)
 class Replay:
     """Trees kept between iterations; `forest.trained` marks the nodes still to train."""
 
     forest: Forest | None = None  # None: empty
-    advantages: Tensor | None = None  # (S,) fp32
+    credit: Tensor | None = None  # (T,) fp32
 
 
 @dataclass(frozen=True)

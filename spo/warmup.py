@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from spo.learn.model import EMBEDDED
+from spo.config.policy import EMBEDDED
 from spo.tasks import TASKS, prompts
 from spo.tasks.problem import CLOSE, OPEN
 

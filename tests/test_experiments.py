@@ -72,7 +72,7 @@ def test_a_run_is_known_by_what_its_recipe_changes(runs):
         return runs.digest(runs.config_of(runs.Arm("a", recipe, overrides), seed, arguments))
 
     plain = name()
-    assert plain == name("grpo.yaml", "out=elsewhere") == name("grpo.yaml", "loss.beta=0.1")
+    assert plain == name("grpo.yaml", "out=elsewhere") == name("grpo.yaml", "loss.clip_eps_low=0.2")
     assert name("grpo.yaml", "policy.path=/a/small") == name("grpo.yaml", "policy.path=b/small")
     others = [
         name("grpo.yaml", "loss.prob_threshold=0.8"),

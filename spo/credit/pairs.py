@@ -1,4 +1,4 @@
-"""DPO and DPO-Positive: pairs of a right and a wrong response to one prompt.
+"""Right against wrong responses to one prompt: DPO and DPO-Positive.
 
 A pair's loss reads the sums of its two responses' logprobs, and those may lie in different packs
 or on different ranks. So a step first scores its responses without a graph; the derivative of the
@@ -11,20 +11,76 @@ is that of the pair loss. No pack needs to hold both responses.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from spo.records import Forest
+from spo.config.credit import Models, Rule
+from spo.config.ranges import NotNegative, Positive
+from spo.config.shape import ShapeConfig
+from spo.credit.nodes import figures, of_nodes, of_tokens, rank_in_group, responses
+from spo.credit.values import Values
+from spo.records import Credit, Forest
 
 
-def pair_nodes(forest: Forest, credit: Tensor) -> Tensor:
-    """(P, 2) int64, nodes (right, wrong): those of positive and of negative credit of each prompt,
-    in the order of sampling. Raises ValueError if their numbers differ.
+@dataclass(frozen=True)
+class Pairs(Rule):
+    """1 on right and -1 on wrong responses, equally many of each under a prompt: the first of both
+    in the order of sampling, so that every response stands in one pair at most. Before a step the
+    marks become the derivative of the pair loss; the start policy is its reference.
     """
-    right, wrong = (torch.nonzero(mark)[:, 0] for mark in (credit > 0, credit < 0))
-    trees = [forest.prompt[nodes] for nodes in (right, wrong)]
-    if not torch.equal(*trees):
+
+    loss: ClassVar[str] = "likelihood"
+    reference: ClassVar[bool] = True
+
+    beta: Positive = 0.1
+    """How strongly the policy is held to the reference."""
+    positive: NotNegative = 0.0
+    """Above 0 it is DPO-Positive, and this the weight of its penalty."""
+
+    def check(self, shape: ShapeConfig) -> None:
+        shape.require_whole_responses("credit.type=pairs")
+
+    def assign(self, forest: Forest, models: Models | None = None) -> Credit:
+        marks = torch.zeros(forest.num_nodes)
+        answers = responses(forest)
+        counts = [torch.bincount(forest.prompt[a], minlength=len(forest.prompts)) for a in answers]
+        pairs = torch.minimum(*counts)
+        for nodes, mark in zip(answers, (1.0, -1.0), strict=True):
+            trees = forest.prompt[nodes]
+            marks[nodes[rank_in_group(trees) < pairs[trees.long()]]] = mark
+        reported = figures(forest, Values().values(forest), marks[forest.trained])
+        return Credit(of_tokens(forest, marks), reported)
+
+    def before_step(
+        self, forest: Forest, credit: Credit, trees: Sequence[int], models: Models
+    ) -> Credit:
+        chosen = torch.zeros(len(forest.prompts), dtype=torch.bool)
+        chosen[list(trees)] = True
+        marks = torch.where(chosen[forest.prompt.long()], of_nodes(forest, credit.tokens), 0.0)
+        pairs = pair_nodes(forest, marks)
+        tokens = of_tokens(forest, marks)
+        if not len(pairs):
+            return dataclasses.replace(credit, tokens=tokens, figures={})
+        logprobs = models.score(("policy", "reference"), forest, tokens, trees)
+        found, reported = pair_credit(
+            forest, pairs, *logprobs, beta=self.beta, positive=self.positive
+        )
+        # A mean over pairs, not over tokens.
+        return Credit(of_tokens(forest, found), reported, norm=reported["pairs"])
+
+
+def pair_nodes(forest: Forest, marks: Tensor) -> Tensor:
+    """(P, 2) int64, nodes (right, wrong): those of positive and of negative mark of each prompt, in
+    the order of sampling. Raises ValueError if their numbers differ.
+    """
+    right, wrong = (torch.nonzero(mark)[:, 0] for mark in (marks > 0, marks < 0))
+    if not torch.equal(forest.prompt[right], forest.prompt[wrong]):
         raise ValueError("pairs: a prompt has unequal numbers of right and wrong responses")
     return torch.stack([right, wrong], dim=1)
 

@@ -1,13 +1,42 @@
-"""A recipe's engine by name."""
+"""A recipe's engine."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
+import torch
+
+from spo.config.recipe import Recipe
 from spo.engines.protocol import Engine
 
 ENGINES = ("vllm", "hf")
+
+
+def engine_of(recipe: Recipe) -> Engine:
+    """The recipe's engine on the recipe's start policy."""
+    require_device(recipe.policy.device)
+    engine = recipe.engine
+    card = {"memory_fraction": engine.memory_fraction, "sleep_mode": engine.sleep_mode}
+    return make_engine(
+        engine.name,
+        recipe.policy.source,
+        addresses=engine.addresses,
+        dtype=getattr(torch, engine.dtype),
+        device=recipe.policy.device,
+        max_num_seqs=engine.max_num_seqs,
+        max_model_len=engine.max_model_len,
+        **(card if engine.name == "vllm" else {}),
+    )
+
+
+def require_device(name: str) -> None:
+    """Raise ValueError unless PyTorch can compute on a device of that name here."""
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"policy.device: expected cpu or cuda, found {name}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"policy.device: {name}, but PyTorch finds no CUDA device here")
 
 
 def make_engine(name: str, model: str, *, addresses: Sequence[str] = (), **options) -> Engine:

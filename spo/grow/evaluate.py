@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from spo.engines.protocol import Engine
+from spo.grow.rollout import RolloutOptions
 from spo.grow.shapes import star
-from spo.grow.stream import RolloutOptions, grow
+from spo.grow.stream import grow
 from spo.metrics import mean_stderr
 from spo.records import STOP, Prompt
 from spo.tasks.grading import Grader
@@ -65,17 +66,3 @@ def accuracies(
             )
         )  # fmt: skip
     return found
-
-
-def pass_at_1(
-    prompts: Sequence[Prompt],
-    engine: Engine,
-    grader: Grader,
-    decode: Callable[[list[int]], str],
-    options: RolloutOptions,
-    max_new_tokens: int,
-    samples: int = 1,
-) -> tuple[float, float]:
-    """Mean accuracy and its standard error over problems; temperature 0 is greedy."""
-    (found,) = accuracies(prompts, engine, grader, decode, options, (max_new_tokens,), samples)
-    return found.pass_at_1, found.stderr

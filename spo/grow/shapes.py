@@ -1,23 +1,21 @@
-"""Shapes: what to grow when a sample is finished. `star`, `tree` and `chain` serve every method.
+"""Shapes: what to grow when a sample is finished. Star and tree; chains have a file of their own.
 
 A shape edits the tree it is given and answers with the sibling groups to sample next; it knows
-nothing of engines, rewards or losses.
+nothing of engines, rewards or losses. A recipe names its kind: a dataclass of settings that makes
+the shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
-import torch
 
-from spo.config.recipe import AdvantageConfig, ShapeConfig
-from spo.grow.steps import line_ends, sentence_ends
+from spo.config.ranges import PositiveInt
+from spo.config.shape import Cost, Growing, ShapeConfig
 from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Completion, Prompt
-from spo_kernels import cutpoint_segments
 
 
 @dataclass
@@ -161,7 +159,7 @@ class TreeShape:
         ended = sample.finish == STOP
         last = growth.level == self.max_level
         finish = STOP if ended else LENGTH if last else SEGMENT
-        node = tree.add(_sampled(growth.parent, sample, finish, trained=True, in_value=True))
+        node = tree.add(sampled(growth.parent, sample, finish, trained=True, in_value=True))
         if ended or last:
             return []
         return [self._group(tree, node, growth.level + 1, (*growth.path, sample.index))]
@@ -180,192 +178,47 @@ def star(group_size: int, max_new_tokens: int) -> TreeShape:
     return TreeShape((group_size,), (), max_new_tokens)
 
 
-Partition = Callable[[np.ndarray, np.ndarray], list[int]]
-"""(token_ids (L,), logprobs (L,)) -> segment starts, ascending, the first 0."""
+@dataclass(frozen=True)
+class StarConfig(ShapeConfig):
+    """Independent responses to each prompt: GRPO, RLOO, PPO, RestEM, DPO."""
 
+    whole_responses: ClassVar[bool] = True
 
-def cutpoint_partition(prob_threshold: float, interval: int) -> Partition:
-    """A boundary before every `interval`-th token whose probability is below the threshold."""
+    group_size: PositiveInt = 8
+    """Responses per prompt."""
 
-    def partition(token_ids: np.ndarray, logprobs: np.ndarray) -> list[int]:
-        packed = torch.from_numpy(logprobs.astype(np.float32))
-        cu_seqlens = torch.tensor([0, len(token_ids)])
-        return cutpoint_segments(packed, cu_seqlens, prob_threshold, interval)[0][:-1].tolist()
+    def make(self, growing: Growing) -> Shape:
+        return star(self.group_size, growing.max_new_tokens)
 
-    return partition
-
-
-def fixed_partition(segment_tokens: int) -> Partition:
-    """A boundary every `segment_tokens` tokens."""
-    if segment_tokens < 1:
-        raise ValueError(f"shape.segment_tokens: must be positive, found {segment_tokens}")
-    return lambda token_ids, logprobs: list(range(0, len(token_ids), segment_tokens))
-
-
-def step_partition(
-    text_of: Callable[[int], str],  # a token's own part of the text
-    ends: Callable[[str], list[int]],  # where steps of a text end
-    max_steps: int = 25,
-) -> Partition:
-    """A boundary before the first token behind each end of a step, at most `max_steps` steps.
-    Tokens past the last allowed boundary belong to the last step.
-    """
-
-    def partition(token_ids: np.ndarray, logprobs: np.ndarray) -> list[int]:
-        pieces = [text_of(token) for token in token_ids.tolist()]
-        starts = np.cumsum([0, *map(len, pieces)])[:-1]
-        inner = np.unique(np.searchsorted(starts, ends("".join(pieces)))).tolist()
-        return [0, *(start for start in inner if 0 < start < len(pieces))][:max_steps]
-
-    return partition
+    def cost(self, max_new_tokens: int) -> Cost:
+        return Cost(self.group_size * max_new_tokens, self.group_size)
 
 
 @dataclass(frozen=True)
-class ChainShape:
-    """`group_size` trajectories per prompt, each cut by `partition`; `num_probes` completions from
-    every inner boundary estimate its value (and from the prompt if `probe_prompt`).
+class TreeConfig(ShapeConfig):
+    """Branches at fixed lengths: SPO-tree."""
 
-    Trajectories that share a segment token for token share its node and its probes.
-    `rescore(prefix_ids, token_ids)` replaces the sampler's logprobs with the trainer's.
-    """
+    widths: tuple[PositiveInt, ...] = (6, 6, 6)
+    """Children per node, level by level."""
+    segment_tokens: tuple[PositiveInt, ...] = (30, 30)
+    """Length of the segments of every level but the last."""
 
-    group_size: int
-    num_probes: int
-    partition: Partition
-    max_new_tokens: int
-    probe_prompt: bool = False
-    rescore: Callable[[list[int], list[int]], list[float]] | None = None
-    max_level: int = 1
+    def make(self, growing: Growing) -> Shape:
+        return TreeShape(self.widths, self.segment_tokens, growing.max_new_tokens, growing.align)
 
-    def __post_init__(self):
-        if self.group_size < 1 or self.num_probes < 1:
-            raise ValueError(
-                "shape.group_size and shape.num_probes must be positive, "
-                f"found {self.group_size} and {self.num_probes}"
-            )
-
-    def start(self, tree: Tree) -> list[Growth]:
-        trunk = Growth(0, self.group_size, self.max_new_tokens, ())
-        probes = Growth(0, self.num_probes, self.max_new_tokens, (0,), 1, probe=True)
-        return [trunk, probes] if self.probe_prompt else [trunk]
-
-    def extend(self, tree: Tree, growth: Growth, sample: Completion) -> list[Growth]:
-        if growth.probe:
-            tree.add(_sampled(growth.parent, sample, sample.finish, trained=False, in_value=True))
-            return []
-        token_ids = np.array(sample.token_ids)
-        logprobs = self._logprobs(tree, token_ids, sample)
-        starts = self.partition(token_ids, logprobs)
-        growths: list[Growth] = []
-        parent = 0
-        for start, end in zip(starts, [*starts[1:], len(token_ids)], strict=True):
-            last = end == len(token_ids)
-            piece = sample.token_ids[start:end]
-            finish = sample.finish if last else SEGMENT
-            node = _shared(tree, parent, piece, finish)
-            if node is not None:
-                tree.nodes[node].weight += 1
-            else:
-                node = tree.add(
-                    Node(
-                        parent,
-                        piece,
-                        logprobs[start:end].tolist(),
-                        trained=True,
-                        in_value=False,
-                        finish=finish,
-                        born=sample.first_version,
-                        index=sample.index,
-                    )
-                )
-                if not last:
-                    room = self.max_new_tokens - end
-                    path = (1, *sample.token_ids[:end])  # equal prefixes are one node, one seed
-                    growths.append(Growth(node, self.num_probes, room, path, 1, probe=True))
-            parent = node
-        return growths
-
-    def _logprobs(self, tree: Tree, token_ids: np.ndarray, sample: Completion) -> np.ndarray:
-        """Logprobs of the trajectory; where it repeats an earlier one, that one's, so that equal
-        prefixes are cut at equal places.
-        """
-        if self.rescore is not None:
-            values = self.rescore(list(tree.prompt.prompt_ids), list(sample.token_ids))
-            logprobs = np.array(values)
-        else:
-            logprobs = np.array(sample.logprobs)
-        best, source = 0, None
-        for earlier_ids, earlier_logprobs in tree.trajectories:
-            size = min(len(earlier_ids), len(token_ids))
-            same = earlier_ids[:size] == token_ids[:size]
-            shared = size if same.all() else int(same.argmin())
-            if shared > best:
-                best, source = shared, earlier_logprobs
-        if source is not None:
-            logprobs[:best] = source[:best]
-        tree.trajectories.append((token_ids, logprobs))
-        return logprobs
+    def cost(self, max_new_tokens: int) -> Cost:
+        TreeShape(self.widths, self.segment_tokens, max_new_tokens)  # says what is wrong with them
+        nodes, tokens = 1, 0
+        lengths = [*self.segment_tokens, max_new_tokens - sum(self.segment_tokens)]
+        for width, length in zip(self.widths, lengths, strict=True):
+            nodes *= width
+            tokens += nodes * length
+        return Cost(tokens, nodes)
 
 
-def _sampled(parent: int, sample: Completion, finish: int, trained: bool, in_value: bool) -> Node:
+def sampled(parent: int, sample: Completion, finish: int, trained: bool, in_value: bool) -> Node:
+    """The node of one sample."""
     return Node(
         parent, sample.token_ids, sample.logprobs, trained, in_value, finish,
         born=sample.first_version, index=sample.index,
     )  # fmt: skip
-
-
-def _shared(tree: Tree, parent: int, token_ids: Sequence[int], finish: int) -> int | None:
-    """The trunk node under `parent` that holds exactly these tokens, if there is one."""
-    for index, node in enumerate(tree.nodes):
-        if node.parent == parent and node.trained and node.finish == finish:
-            if tuple(node.token_ids) == tuple(token_ids):
-                return index
-    return None
-
-
-def text_of(tokenizer) -> Callable[[int], str]:
-    """What a token adds to a text; some tokenizers drop the space before the first word."""
-
-    @cache
-    def text_of(token: int) -> str:
-        return tokenizer.decode([token, token])[len(tokenizer.decode([token])) :]
-
-    return text_of
-
-
-def make_shape(
-    config: ShapeConfig,
-    advantage: AdvantageConfig,
-    max_new_tokens: int,
-    tokenizer,
-    rescore: Callable[[list[int], list[int]], list[float]],
-    align: int = 1,
-) -> Shape:
-    """The shape that a recipe describes. Raises ValueError where its numbers contradict.
-
-    `align` is the engine's block size where segments shall end at the edge of a block.
-    """
-    if config.kind == "star":
-        return star(config.group_size, max_new_tokens)
-    if config.kind == "tree":
-        return TreeShape(config.widths, config.segment_tokens, max_new_tokens, align)
-    if config.partition == "cutpoint":
-        partition = cutpoint_partition(config.prob_threshold, config.interval)
-    elif config.partition == "fixed":
-        if len(config.segment_tokens) != 1:
-            raise ValueError(
-                "shape.segment_tokens: partition fixed takes one length, "
-                f"found {config.segment_tokens}"
-            )
-        partition = fixed_partition(config.segment_tokens[0])
-    else:
-        ends = line_ends if config.partition == "steps" else sentence_ends
-        partition = step_partition(text_of(tokenizer), ends, config.max_steps)
-    return ChainShape(
-        config.group_size,
-        config.num_probes,
-        partition,
-        max_new_tokens,
-        probe_prompt=advantage.root_value == "mc",
-        rescore=rescore if config.rescore else None,
-    )

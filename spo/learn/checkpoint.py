@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from spo.config.recipe import Config, load_config, save_config
+from spo.config.recipe import Recipe, load_recipe, save_recipe
 from spo.records import Forest, Replay
 
 FIXED = (  # what a run keeps from its first iteration to its last
@@ -25,8 +25,8 @@ FIXED = (  # what a run keeps from its first iteration to its last
     "policy.path",
     "policy.dtype",
     "sampling.temperature",
-    "shape.kind",
-    "advantage.estimator",
+    "shape_kind",
+    "credit_type",
     "train.seed",
 )
 
@@ -43,11 +43,12 @@ class State:
     skipped_in_row: int = 0
     generated_tokens: int = 0
     seconds: float = 0.0
+    policy: str = ""  # content of the start policy, see `PolicyConfig.content`
 
 
 def save_checkpoint(
     out_dir: Path,
-    config: Config,
+    recipe: Recipe,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
@@ -76,9 +77,9 @@ def save_checkpoint(
             torch.save({"optimizer": critic[1].state_dict()}, beside / "critic" / "optimizer.pt")
         if replay.forest is not None:
             replay.forest.save(beside / "replay.safetensors")
-            save_file({"advantages": replay.advantages}, beside / "replay_advantages.safetensors")
+            save_file({"credit": replay.credit}, beside / "replay_credit.safetensors")
         (beside / "state.json").write_text(json.dumps(asdict(state), indent=1))
-        save_config(config, beside / "recipe.yaml")
+        save_recipe(recipe, beside / "recipe.yaml")
         (beside / "versions.json").write_text(json.dumps(versions(), indent=1))
         for path in [p for p in beside.rglob("*") if p.is_file()]:
             _fsync(path)
@@ -103,6 +104,23 @@ def latest_checkpoint(out_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def find(recipe: Recipe, resume: bool) -> Path | None:
+    """The checkpoint that a run goes on from; None for a new run.
+
+    Raises ValueError where the folder holds a run and `resume` is false, or nothing to resume from,
+    or another run.
+    """
+    out = recipe.out_dir
+    found = latest_checkpoint(out)
+    if found and not resume:
+        raise ValueError(f"out: {out} already holds a run; add --resume or choose another folder")
+    if resume and not found and (out / "checkpoints").exists():
+        raise ValueError(f"out: {out} holds no complete checkpoint to resume from")
+    if found:
+        check_resumed(found, recipe)
+    return found
+
+
 def load_state(path: Path) -> State:
     """The state of a checkpoint. Raises ValueError with its name if it is damaged."""
     try:
@@ -111,18 +129,24 @@ def load_state(path: Path) -> State:
         raise ValueError(f"checkpoint {path}: state.json is damaged ({error})") from error
 
 
-def check_resumed(path: Path, config: Config) -> None:
-    """Raise ValueError where `config` is of another run than the checkpoint: its next checkpoint
+def check_resumed(path: Path, recipe: Recipe) -> None:
+    """Raise ValueError where `recipe` is of another run than the checkpoint: its next checkpoint
     would replace this one. How long the run is, how it steps and how it is evaluated may change.
     """
-    saved = load_config(path / "recipe.yaml")
+    saved = load_recipe(path / "recipe.yaml")
     for name in FIXED:
-        before, now = map(operator.attrgetter(name), (saved, config))
+        before, now = map(operator.attrgetter(name), (saved, recipe))
         if before != now:
             raise ValueError(
                 f"{name}: the run to resume has {before!r}, the recipe {now!r}; "
                 "choose another folder for another run"
             )
+    before = load_state(path).policy
+    if before != recipe.policy.content():
+        raise ValueError(
+            f"policy.path: {recipe.policy.path} holds another model than the run to resume began "
+            "with; choose another folder for another run"
+        )
 
 
 def load_training(path: Path, optimizer: torch.optim.Optimizer) -> Replay:
@@ -134,10 +158,10 @@ def load_training(path: Path, optimizer: torch.optim.Optimizer) -> Replay:
     if not (path / "replay.safetensors").exists():
         return Replay()
     try:
-        advantages = load_file(path / "replay_advantages.safetensors")["advantages"]
+        credit = load_file(path / "replay_credit.safetensors")["credit"]
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"checkpoint {path}: its replay buffer is damaged ({error})") from error
-    return Replay(Forest.load(path / "replay.safetensors"), advantages)
+    return Replay(Forest.load(path / "replay.safetensors"), credit)
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict:

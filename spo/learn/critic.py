@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
-from spo.config.recipe import PolicyConfig
+from spo.config.policy import PolicyConfig
 from spo.learn.model import hidden_states, inside, load_model
-from spo.records import Batch, Forest, LossOutput
-from spo_kernels import gae
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the critic learns from one rollout."""
-
-    values: Tensor  # (T,) fp32, its own estimates when the credit was computed
-    returns: Tensor  # (T,) fp32
+from spo.records import Batch, LossOutput
 
 
 def load_critic(config: PolicyConfig, path: str | None = None) -> torch.nn.Module:
@@ -47,31 +37,6 @@ def _row_values(critic: torch.nn.Module, batch: Batch) -> Tensor:
     values = critic.score(hidden_states(critic, batch))[:, 0].float()
     # Not values[index]: on the CPU its gradient adds siblings' shares in an order that varies.
     return values.index_select(0, batch.hidden_index)
-
-
-def token_credit(
-    forest: Forest,
-    values: Tensor,  # (T,) fp32, of the state before every token; read on trained leaves alone
-    *,
-    gamma: float,
-    lam: float,
-) -> tuple[Tensor, Tensor]:  # advantages (T,), returns (T,), 0 on tokens that do not train
-    """Generalised advantages and the critic's targets on a star; the reward is the last token's.
-
-    Raises ValueError if a node trains that is not a graded leaf under its prompt.
-    """
-    leaf = forest.is_leaf & forest.rewards.isfinite() & (forest.parent >= 0)
-    under_prompt = forest.parent[forest.parent.clamp(min=0).long()] < 0
-    if not (leaf & under_prompt)[forest.trained].all():
-        raise ValueError("advantage.estimator=gae needs every trained node to be a graded response")
-    sizes = forest.cu_tokens.diff()[forest.trained]
-    cu_seqlens = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    tokens = forest.trained.repeat_interleave(forest.cu_tokens.diff())
-    rewards = values.new_zeros(int(cu_seqlens[-1]))
-    rewards[cu_seqlens[1:] - 1] = forest.rewards[forest.trained]
-    packed = gae(rewards, values[tokens], cu_seqlens, gamma=gamma, lam=lam)
-    advantages, returns = (torch.zeros_like(values).masked_scatter(tokens, x) for x in packed)
-    return advantages, returns
 
 
 def value_loss(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from spo.config.recipe import LossConfig
+from spo.config.loss import LikelihoodLossConfig, LossConfig, PolicyLossConfig
 from spo.learn.model import hidden_states, inside
 from spo.records import Batch, LossOutput
 from spo_kernels import linear_masked_ppo_loss, linear_token_logprobs, policy_mask
@@ -65,7 +65,7 @@ def likelihood_loss(
     model: torch.nn.Module, batch: Batch, config: LossConfig, temperature: float
 ) -> LossOutput:
     """-(1/Z) sum of credit * logprob: NLL where the credit is 1 (RestEM), and the gradient of a
-    loss of whole responses where it is that loss's derivative (see preference.py).
+    loss of whole responses where it is that loss's derivative (see spo/credit/pairs.py).
     """
     return LossOutput(*inside(model, _likelihood_loss, batch, temperature))
 
@@ -103,5 +103,5 @@ def _mismatch(log_ratio: torch.Tensor) -> dict[str, float]:
     }
 
 
-LOSSES = {"policy": policy_loss, "nll": likelihood_loss, "dpo": likelihood_loss}
-"""By `loss.kind`."""
+LOSSES = {PolicyLossConfig: policy_loss, LikelihoodLossConfig: likelihood_loss}
+"""By the type of their settings."""

@@ -4,52 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM
 
-from spo.config.recipe import PolicyConfig
+from spo.config.policy import PolicyConfig
 from spo.learn.attention import PREFIX, make_layout, tree_spans
 from spo.records import Batch
 from spo_kernels import linear_token_logprobs
-
-EMBEDDED = Path(__file__).parents[1] / "assets" / "policy"
-
-
-def model_folder(path: str) -> str:
-    """The folder or hub id that `policy.path` names."""
-    return str(EMBEDDED) if path == "embedded" else path
-
-
-def require_device(name: str) -> None:
-    """Raise ValueError unless PyTorch can compute on a device of that name here."""
-    kind = name.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"policy.device: expected cpu or cuda, found {name}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"policy.device: {name}, but PyTorch finds no CUDA device here")
-
-
-def load_tokenizer(config: PolicyConfig):
-    """The policy's tokenizer. Raises ValueError with one sentence if it cannot be loaded.
-
-    A tokenizer.json is taken as it stands: AutoTokenizer silently puts a pre-tokenizer of its own
-    in its place for some model types (transformers 5.19: qwen2).
-    """
-    try:
-        tokenizer = _load(PreTrainedTokenizerFast, config)
-    except ValueError:
-        tokenizer = _load(AutoTokenizer, config)  # no tokenizer.json
-    if len(tokenizer) <= len(tokenizer.all_special_ids) or tokenizer.eos_token_id is None:
-        raise ValueError(f"policy.path: {config.path} holds no tokenizer with an end token")
-    return tokenizer
 
 
 def load_policy(config: PolicyConfig, path: str | None = None) -> torch.nn.Module:
@@ -128,7 +92,7 @@ def check_packing(model: torch.nn.Module, name: str) -> None:
 
 
 def _load(auto, config: PolicyConfig, path: str | None = None, **options):
-    name = path or model_folder(config.path)
+    name = path or config.source
     try:
         return auto.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
     except (OSError, ValueError, SafetensorError) as error:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spo.credit.values import ZERO_ADVANTAGE
+from spo.credit.nodes import ZERO_CREDIT
 from spo.records import Batch, Forest
 
 
@@ -47,7 +47,7 @@ def pack(
     the budget is split at its branches; the shared prefix is repeated, its loss is not.
 
     Args:
-        credit: (S,) fp32 per node or (T,) per token. A node trains where it has any.
+        credit: (T,) fp32. A node trains where it has any.
         prob_threshold: the loss's mask; tokens at or above it need no hidden state. None: all do.
         every_token: the loss reads masked tokens too (a KL term over all tokens).
         packing: tree, or rows: a sequence of its own per trained node, the budget counts padding.
@@ -113,10 +113,9 @@ class _Plan:
         self.full = forest.cu_tokens.diff().tolist()
         self.parent = forest.parent.tolist()
         self.node_of = np.repeat(np.arange(forest.num_nodes), self.full)
-        per_token = credit.numel() == self.token_ids.size
-        self.credit = credit.numpy() if per_token else credit.numpy()[self.node_of]
+        self.credit = credit.numpy()
         credited = np.zeros(forest.num_nodes, dtype=bool)
-        credited[self.node_of[np.abs(self.credit) > ZERO_ADVANTAGE]] = True
+        credited[self.node_of[np.abs(self.credit) > ZERO_CREDIT]] = True
         trained = forest.trained.numpy() & credited
         active = (self.logprobs < _limit(prob_threshold)) & trained[self.node_of]
         where = np.flatnonzero(active)

@@ -14,7 +14,7 @@ from spo.tasks.problem import Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from spo.config.recipe import Config
+    from spo.config.recipe import Recipe
     from spo.records import Prompt
 
 __all__ = ["TASKS", "Problem", "get_task", "problems", "prompts", "prompts_of"]
@@ -34,18 +34,18 @@ def get_task(name: str) -> ModuleType:
     return TASKS[name]
 
 
-def problems(config: Config, split: str, seed: int) -> Iterator[Problem]:
+def problems(recipe: Recipe, split: str, seed: int) -> Iterator[Problem]:
     """The problems of a recipe, from its `data` sources where it names any.
 
     Raises ValueError on an unknown task or split, on options that the task does not have, and if
     the data cannot be read.
     """
-    return get_task(config.task).problems(split, seed, **options_of(config, split))
+    return get_task(recipe.task).problems(split, seed, **options_of(recipe, split))
 
 
-def options_of(config: Config, split: str) -> dict[str, object]:
+def options_of(recipe: Recipe, split: str) -> dict[str, object]:
     """The keyword arguments of the task's `problems`. Raises ValueError for unknown ones."""
-    task, data = get_task(config.task), config.data
+    task, data = get_task(recipe.task), recipe.data
     options: dict[str, object] = dict(data.options)
     source = data.train if split == "train" else data.test
     if source is not None:
@@ -55,25 +55,25 @@ def options_of(config: Config, split: str) -> dict[str, object]:
         if name not in known:
             where = f"data.{split}" if name == "source" else f"data.options.{name}"
             raise ValueError(
-                f"{where}: task {config.task} does not take {name}; "
+                f"{where}: task {recipe.task} does not take {name}; "
                 f"it takes {', '.join(known) or 'no options'}"
             )
     return options
 
 
 def prompts_of(
-    config: Config, split: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+    recipe: Recipe, split: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0
 ) -> Iterator[Prompt]:
     """The prompts of a recipe: its problems in its template, each tokenised once.
 
     Training problems longer than `data.max_prompt_tokens` are left out; test problems never.
     """
-    data = config.data
+    data = recipe.data
     if data.template.count(PLACE) != 1:
         raise ValueError(f"data.template: expected {PLACE} once, found {data.template!r}")
     limit = data.max_prompt_tokens if split == "train" else None
-    found = problems(config, split, seed)
-    return _prompts(config.task, found, tokenizer, data.template, limit)
+    found = problems(recipe, split, seed)
+    return _prompts(recipe.task, found, tokenizer, data.template, limit)
 
 
 def prompts(

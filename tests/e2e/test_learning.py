@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from spo.config.recipe import load_config
+from spo.config.recipe import load_recipe
 from spo.loop import train
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "demo-tree.yaml"
+RECIPE = Path(__file__).parents[2] / "spo" / "recipes" / "demo-tree.yaml"
 
 
 def run(out, *more):
-    return train(load_config(RECIPE, [f"out={out}", "eval.every=0", *more]))
+    return train(load_recipe(RECIPE, [f"out={out}", "eval.every=0", *more]))
 
 
 @pytest.mark.timeout(600)

@@ -6,17 +6,11 @@ import math
 import pytest
 import torch
 
-from spo.config.recipe import AdvantageConfig
-from spo.credit.values import assign, summarize
+from spo.credit.nodes import of_nodes, of_tokens
+from spo.credit.values import Values
 from spo.grow.assemble import assemble, is_leaf, leave_out_unrewarded
-from spo.grow.shapes import (
-    ChainShape,
-    Node,
-    Tree,
-    cutpoint_partition,
-    fixed_partition,
-    step_partition,
-)
+from spo.grow.chain import ChainShape, cutpoint_partition, fixed_partition, step_partition
+from spo.grow.shapes import Node, Tree
 from spo.grow.steps import line_ends
 from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Completion, Prompt
 
@@ -38,7 +32,10 @@ def forest(*nodes):
 
 
 def check(forest, expected, **rule):
-    values, advantages = assign(forest, AdvantageConfig(**rule))
+    rule = Values(**rule)
+    values = rule.values(forest)
+    advantages = rule.advantages(forest, values)
+    assert torch.equal(rule.assign(forest).tokens, of_tokens(forest, advantages))
     torch.testing.assert_close(
         advantages, torch.tensor(expected, dtype=torch.float32), atol=1e-6, rtol=0
     )
@@ -77,7 +74,7 @@ def test_path_weights():
 
 
 def test_path_weights_follow_whitening():
-    _, plain = assign(TREE, AdvantageConfig(whiten="batch"))
+    plain = of_nodes(TREE, Values(whiten="batch").assign(TREE).tokens)
     share = torch.tensor([1, 1 / 2, 1 / 2, 1 / 6, 1 / 6, 1 / 6])
     check(TREE, (plain * share).tolist(), whiten="batch", node_weight="path")
 
@@ -142,16 +139,16 @@ def test_chain_root_value_none():
 
 def test_chain_root_value_mc():
     probes = [node(0, 1.0, trained=False), node(0, 1.0, trained=False)]
-    check(chain(more=probes), [0, -0.5, 0.5, 0, -0.5, *[0] * 6], root_value="mc")
+    check(chain(more=probes), [0, -0.5, 0.5, 0, -0.5, *[0] * 6], root_value="none")
 
 
 def test_a_chain_whose_prompt_has_no_value_trains_behind_its_first_segments():
-    check(chain(), [0, 0, 0.5, 0, -0.5, 0, 0, 0, 0], root_value="mc")  # all root probes failed
+    check(chain(), [0, 0, 0.5, 0, -0.5, 0, 0, 0, 0], root_value="none")  # all root probes failed
 
 
 def test_a_trained_node_without_a_value_is_refused():
     with pytest.raises(ValueError, match="has no value"):
-        assign(forest(node(0, 1.0), node(0, finish=STOP)), AdvantageConfig())
+        Values().assign(forest(node(0, 1.0), node(0, finish=STOP)))
 
 
 def test_a_response_that_was_left_out_is_no_sibling():
@@ -174,10 +171,10 @@ def test_sorting_puts_siblings_in_the_order_of_sampling():
 def test_segments_per_trajectory_counts_those_on_a_path():
     inner = [node(0), node(0), node(1, 1.0), node(1, 0.0), node(2, 1.0), node(0, 1.0)]
     grown = forest(*inner)
-    figures = summarize(grown, *assign(grown, AdvantageConfig()))
+    figures = Values().assign(grown).figures
     assert figures["segments_per_trajectory"] == pytest.approx((2 + 2 + 2 + 1) / 4)
     shared = forest(node(0, weight=2), node(1, 1.0, weight=1), node(1, 0.0, weight=1))
-    figures = summarize(shared, *assign(shared, AdvantageConfig()))
+    figures = Values().assign(shared).figures
     assert figures["segments_per_trajectory"] == 2
 
 
@@ -212,7 +209,7 @@ def grown_chain(partition, responses, rewards, probes, prompt_probes=()):
 
 def check_trained(forest, expected, **rule):
     """The trained nodes' (tokens, advantage), in the order in which they were grown."""
-    _, advantages = assign(forest, AdvantageConfig(**rule))
+    advantages = of_nodes(forest, Values(**rule).assign(forest).tokens)
     nodes = forest.trained.nonzero()[:, 0].tolist()
     assert [forest.tokens(n) for n in nodes] == [ids for ids, _ in expected]
     assert advantages[nodes].tolist() == pytest.approx([a for _, a in expected], abs=1e-6)
@@ -239,7 +236,7 @@ def test_every_partition(partition, segments):
         prompt_probes=(1.0, 1.0),
     )
     # V: prompt 1, then 1/2, then 0; the response is right.
-    check_trained(grown, list(zip(segments, [-0.5, -0.5, 1.0], strict=True)), root_value="mc")
+    check_trained(grown, list(zip(segments, [-0.5, -0.5, 1.0], strict=True)), root_value="none")
 
 
 def test_no_cutpoint_is_one_segment_from_the_prompt():
@@ -254,7 +251,7 @@ def test_a_cutpoint_at_the_start_leaves_no_empty_segment():
     grown = grown_chain(
         CUTPOINTS, [((4, 5, 6, 1), "xxx.")], {(4, 5, 6, 1): 0.0}, {(4, 5): (1.0, 0.0)}, (1.0, 0.0)
     )
-    check_trained(grown, [([4, 5], 0.0), ([6, 1], -0.5)], root_value="mc")
+    check_trained(grown, [([4, 5], 0.0), ([6, 1], -0.5)], root_value="none")
 
 
 def test_a_response_of_one_token():
@@ -279,7 +276,7 @@ def test_a_response_without_a_verdict_is_no_zero():
 
 
 def test_whitening_is_over_trained_nodes():
-    _, advantages = assign(TREE, AdvantageConfig(whiten="batch"))
+    advantages = of_nodes(TREE, Values(whiten="batch").assign(TREE).tokens)
     trained = advantages[1:]
     assert trained.mean().abs() < 1e-6 and trained.std(correction=0) == pytest.approx(1, abs=1e-5)
     raw = torch.tensor([-1 / 3, 1 / 3, 2 / 3, -1 / 3, -1 / 3])
@@ -287,10 +284,9 @@ def test_whitening_is_over_trained_nodes():
 
 
 def test_summary():
-    values, advantages = assign(STAR, AdvantageConfig())
-    figures = summarize(STAR, values, advantages)
+    figures = Values().assign(STAR).figures
     assert figures["reward_mean"] == 0.25 and figures["value_mean"] == 0.25
     assert figures["zero_advantage_share"] == 0 and figures["segments_per_trajectory"] == 1
     assert figures["mean_abs_advantage"] == pytest.approx((0.75 + 3 * 0.25) / 4)
     cut = forest(node(0, 0.0, finish=LENGTH), node(0, 0.0))
-    assert summarize(cut, *assign(cut, AdvantageConfig()))["zero_advantage_share"] == 1
+    assert Values().assign(cut).figures["zero_advantage_share"] == 1

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from spo.config.recipe import LossConfig
+from spo.config.loss import PolicyLossConfig
+from spo.credit.nodes import of_tokens
 from spo.learn.attention import BACKENDS
 from spo.learn.loss import policy_loss
 from spo.learn.pack import pack
@@ -124,7 +125,10 @@ def check(models, kind, forest, advantages, threshold, budget, ranks=1):
     wanted = gradients(plain, expected)
     packing = "rows" if kind == "rows" else "tree"
     options = {"prob_threshold": threshold, "tokens_per_batch": budget, "packing": packing}
-    shares = [pack(forest, advantages, **options, share=(rank, ranks)) for rank in range(ranks)]
+    shares = [
+        pack(forest, of_tokens(forest, advantages), **options, share=(rank, ranks))
+        for rank in range(ranks)
+    ]
     assert len({(len(batches), stats) for batches, stats in shares}) == 1
     batches, stats = [b for batches, _ in shares for b in batches], shares[0][1]
     if not batches:
@@ -133,7 +137,7 @@ def check(models, kind, forest, advantages, threshold, budget, ranks=1):
     trained.zero_grad()
     loss = 0.0
     for batch in batches:
-        out = policy_loss(trained, batch, LossConfig(prob_threshold=threshold), 1.0).loss
+        out = policy_loss(trained, batch, PolicyLossConfig(prob_threshold=threshold), 1.0).loss
         out.backward()
         loss += float(out.detach())
     assert loss == pytest.approx(float(expected.detach()), rel=1e-9, abs=1e-12)
@@ -178,19 +182,25 @@ def test_rows_are_cut_and_counted(models):
 def test_ranks_get_equal_work():
     forest, advantages = random_forest(4, trees=12, nodes=8)
     options = {"prob_threshold": RHO, "tokens_per_batch": 40}
-    shares = [pack(forest, advantages, **options, share=(rank, 2))[0] for rank in range(2)]
+    shares = [
+        pack(forest, of_tokens(forest, advantages), **options, share=(rank, 2))[0]
+        for rank in range(2)
+    ]
     tokens = [sum(b.token_ids.numel() for b in batches if b.targets.numel()) for batches in shares]
     assert len(shares[0]) == len(shares[1])
     assert abs(tokens[0] - tokens[1]) <= 20  # the smallest piece dealt last
-    assert sum(tokens) == pack(forest, advantages, **options)[1].packed_tokens
+    assert sum(tokens) == pack(forest, of_tokens(forest, advantages), **options)[1].packed_tokens
 
 
 def test_one_large_tree_is_split_between_ranks():
     forest, advantages = random_forest(6, trees=1, nodes=40)
     options = {"prob_threshold": RHO, "tokens_per_batch": 10**6}
-    whole = pack(forest, advantages, **options)[1].packed_tokens
+    whole = pack(forest, of_tokens(forest, advantages), **options)[1].packed_tokens
     tokens = [
-        sum(b.token_ids.numel() for b in pack(forest, advantages, **options, share=(rank, 2))[0])
+        sum(
+            b.token_ids.numel()
+            for b in pack(forest, of_tokens(forest, advantages), **options, share=(rank, 2))[0]
+        )
         for rank in range(2)
     ]
     assert max(tokens) < 0.75 * whole < whole < sum(tokens)
@@ -233,7 +243,9 @@ def test_layout_by_hand():
         [False, True, True, True, False],
     )
     advantages = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.0])
-    (batch,), stats = pack(forest, advantages, prob_threshold=0.9, tokens_per_batch=100)
+    (batch,), stats = pack(
+        forest, of_tokens(forest, advantages), prob_threshold=0.9, tokens_per_batch=100
+    )
     # B's last active token is its second: only its first is an input. C is predicted from A.
     assert batch.token_ids.tolist() == [2, 3, 4, 5, 6]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4]
@@ -248,7 +260,7 @@ def test_layout_by_hand():
 def test_siblings_do_not_see_each_other():
     forest = tiny([1, 2, 2], [-1, 0, 0], [0.0] + [-1.0] * 4, [False, True, True])
     (batch,), _ = pack(
-        forest, torch.tensor([0.0, 1.0, 1.0]), prob_threshold=0.9, tokens_per_batch=100
+        forest, torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]), prob_threshold=0.9, tokens_per_batch=100
     )
     assert batch.token_ids.tolist() == [2, 3, 5]
     assert batch.position_ids.tolist() == [0, 1, 1]
@@ -260,17 +272,21 @@ def test_siblings_do_not_see_each_other():
 def test_nothing_to_train():
     forest, advantages = random_forest(1)
     batches, stats = pack(
-        forest, torch.zeros_like(advantages), prob_threshold=RHO, tokens_per_batch=100
+        forest, torch.zeros(forest.token_ids.numel()), prob_threshold=RHO, tokens_per_batch=100
     )
     assert batches == [] and stats.kept_tokens == 0 and stats.packed_tokens == 0
 
 
 def test_norm_is_that_of_the_step_not_of_the_batch():
     forest, advantages = random_forest(8, trees=4)
-    whole, stats = pack(forest, advantages, prob_threshold=RHO, tokens_per_batch=20)
+    whole, stats = pack(
+        forest, of_tokens(forest, advantages), prob_threshold=RHO, tokens_per_batch=20
+    )
     assert len(whole) > 2
     assert {b.policy_norm for b in whole} == {float(stats.kept_tokens)}
-    some, part = pack(forest, advantages, prob_threshold=RHO, tokens_per_batch=20, trees=[1, 3])
+    some, part = pack(
+        forest, of_tokens(forest, advantages), prob_threshold=RHO, tokens_per_batch=20, trees=[1, 3]
+    )
     assert 0 < part.kept_tokens < stats.kept_tokens
     assert sum(int(b.old_logprobs.lt(math.log(RHO)).sum()) for b in some) == part.kept_tokens
 
@@ -280,12 +296,18 @@ def test_masked_logprobs_cost_no_input_tokens():
     high = dataclasses.replace(
         forest, rollout_logprobs=torch.full_like(forest.rollout_logprobs, -0.01)
     )
-    batches, stats = pack(high, advantages, prob_threshold=RHO, tokens_per_batch=100)
+    batches, stats = pack(
+        high, of_tokens(high, advantages), prob_threshold=RHO, tokens_per_batch=100
+    )
     assert batches == []
     sizes = forest.cu_tokens.diff() * forest.weight  # nodes without any kept token count too
     all_of_them = forest.trained & (advantages.abs() > 1e-6)
     assert stats.trained_tokens == int(sizes[all_of_them].sum()) > stats.kept_tokens == 0
     batches, stats = pack(
-        high, advantages, prob_threshold=RHO, tokens_per_batch=100, every_token=True
+        high,
+        of_tokens(high, advantages),
+        prob_threshold=RHO,
+        tokens_per_batch=100,
+        every_token=True,
     )
     assert batches and stats.kept_tokens == 0

@@ -91,7 +91,7 @@ def test_train_eval_view(recipe, tmp_path, capsys):
     assert all(r["stderr"] is None for r in saved["results"])
     capsys.readouterr()
     assert run(*one, "--temperature", "-1") == 2
-    assert "--temperature" in capsys.readouterr().err
+    assert "temperature: expected" in capsys.readouterr().err
     assert run("view", out, "-o", tmp_path / "again.html") == 0
     assert (tmp_path / "again.html").stat().st_size > 1000
     assert run("train", recipe, *SMALL, f"out={out}") == 2
@@ -108,7 +108,7 @@ def test_rollout_and_view(recipe, tmp_path, capsys):
     assert run("view", file) == 0
     page = tmp_path / "forest.html"
     first = page.read_text()
-    assert run("view", file, "advantage.scale=std", "loss.prob_threshold=null") == 0
+    assert run("view", file, "credit.scale=std", "loss.prob_threshold=null") == 0
     assert page.read_text() != first
     star = tmp_path / "star.yaml"
     star.write_text("policy: {path: nowhere}\n")
@@ -133,7 +133,7 @@ def test_view_and_eval_refuse_what_is_not_there(recipe, tmp_path, capsys):
 
 def test_compare(recipe, tmp_path, capsys):
     other = tmp_path / "star.yaml"
-    other.write_text("name: star\nshape: {kind: star, group_size: 3}\nadvantage: {scale: std}\n")
+    other.write_text("name: star\nshape: {kind: star, group_size: 3}\ncredit: {scale: std}\n")
     tree = [s for s in SMALL if not s.startswith("shape")]
     shaped = tmp_path / "tree.yaml"
     shaped.write_text("name: tree\nshape: {widths: [2, 2], segment_tokens: [8]}\n")

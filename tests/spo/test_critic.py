@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
-from spo.config.recipe import PolicyConfig
+from spo.config.policy import PolicyConfig
+from spo.credit.gae import token_credit
+from spo.credit.nodes import of_tokens
 from spo.grow.assemble import assemble
 from spo.grow.shapes import Node, Tree
 from spo.learn.critic import (
@@ -14,7 +16,6 @@ from spo.learn.critic import (
     explained_variance,
     load_critic,
     row_values,
-    token_credit,
     value_loss,
 )
 from spo.learn.pack import pack, unpack
@@ -87,7 +88,12 @@ def critic(tiny_model):
 
 
 def values_of(critic, forest, budget):
-    packs, _ = pack(forest, forest.trained.float(), prob_threshold=None, tokens_per_batch=budget)
+    packs, _ = pack(
+        forest,
+        of_tokens(forest, forest.trained).float(),
+        prob_threshold=None,
+        tokens_per_batch=budget,
+    )
     with torch.no_grad():
         return unpack(forest, packs, [row_values(critic, packed) for packed in packs])
 
@@ -112,7 +118,9 @@ def test_a_value_is_that_of_the_state_before_the_token(critic):
 
 
 def test_value_loss_of_a_batch(critic):
-    packs, _ = pack(STAR, STAR.trained.float(), prob_threshold=None, tokens_per_batch=4)
+    packs, _ = pack(
+        STAR, of_tokens(STAR, STAR.trained).float(), prob_threshold=None, tokens_per_batch=4
+    )
     assert len(packs) > 1
     returns = torch.arange(8.0)
     out = [value_loss(critic, p, torch.zeros(p.targets.numel()), returns[p.token_index], 0.2)

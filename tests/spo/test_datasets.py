@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from spo.config.recipe import Config, DataConfig
+from spo.config.data import DataConfig
+from spo.config.recipe import Recipe
 from spo.tasks import TASKS, datafiles, prompts_of
 from spo.tasks.datafiles import read_rows, state
 
@@ -309,8 +310,8 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>")
 
 
-def recipe(path: Path, **data) -> Config:
-    return Config(task="gsm8k", data=DataConfig(train=str(path), test=str(path), **data))
+def recipe(path: Path, **data) -> Recipe:
+    return Recipe(task="gsm8k", data=DataConfig(train=str(path), test=str(path), **data))
 
 
 def test_a_template_holds_the_problem_and_spells_out_special_tokens(tmp_path, tokenizer):
@@ -339,9 +340,9 @@ def test_long_problems_are_left_out_of_training_only(tmp_path, tokenizer, monkey
 
 
 def test_options_that_a_task_lacks_are_refused(tokenizer):
-    config = Config(task="countdown", data=DataConfig(options={"people": 3}))
+    config = Recipe(task="countdown", data=DataConfig(options={"people": 3}))
     with pytest.raises(ValueError, match="data.options.people: task countdown .* it takes numbers"):
         prompts_of(config, "train", tokenizer)
-    config = Config(task="arithmetic", data=DataConfig(train="here"))
+    config = Recipe(task="arithmetic", data=DataConfig(train="here"))
     with pytest.raises(ValueError, match="data.train: task arithmetic .* it takes operations"):
         prompts_of(config, "train", tokenizer)

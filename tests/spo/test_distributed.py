@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spo.config.recipe import PolicyConfig, load_config
+from spo.config.policy import PolicyConfig
+from spo.config.recipe import load_recipe
 from spo.learn.checkpoint import latest_checkpoint, load_state
 from spo.learn.distributed import join
 from spo.learn.model import load_policy
@@ -24,7 +25,7 @@ import torch
 from test_batch import RHO, load_fp64, random_forest
 from spo.learn import distributed
 from spo.learn.pack import pack
-from spo.config.recipe import LossConfig
+from spo.config.loss import PolicyLossConfig
 from spo.learn.loss import policy_loss
 
 mode, folder, out = sys.argv[1:]
@@ -38,15 +39,16 @@ for seed, trees, budget in ((0, 4, 25), (1, 3, 10**6), (2, 1, 10**6), (3, 6, 40)
     forest, advantages = random_forest(seed, trees=trees)
     options = {"prob_threshold": RHO, "tokens_per_batch": budget}
     single.zero_grad()
-    whole, stats = pack(forest, advantages, **options)
+    whole, stats = pack(forest, of_tokens(forest, advantages), **options)
     for batch in whole:
-        policy_loss(single, batch, LossConfig(), 1.0).loss.backward()
+        policy_loss(single, batch, PolicyLossConfig(), 1.0).loss.backward()
     model.zero_grad()
-    mine, same = pack(forest, advantages, **options, share=(ranks.rank, ranks.world))
+    credit = of_tokens(forest, advantages)
+    mine, same = pack(forest, credit, **options, share=(ranks.rank, ranks.world))
     figures = {"loss": 0.0, "kept": 0.0, "ratio_max": 0.0}
     for i, batch in enumerate(mine):
         distributed.begin_batch(model, ranks, last=i == len(mine) - 1)
-        out_ = policy_loss(model, batch, LossConfig(), 1.0)
+        out_ = policy_loss(model, batch, PolicyLossConfig(), 1.0)
         (out_.loss * distributed.loss_scale(ranks)).backward()
         for key in figures:
             figures[key] += out_.metrics[key]
@@ -162,7 +164,7 @@ def test_a_sharded_checkpoint_resumes_in_either_mode(one_iteration, two_iteratio
 def test_a_sharded_checkpoint_trains_on_in_one_process(one_iteration, tmp_path):
     out = tmp_path / "alone"
     shutil.copytree(one_iteration, out)
-    lines = train(load_config(None, [*SMALL, f"out={out}", "train.iterations=2"]), resume=True)
+    lines = train(load_recipe(None, [*SMALL, f"out={out}", "train.iterations=2"]), resume=True)
     assert [line["stage"] for line in lines] == ["train", "eval"]
     config = json.loads((latest_checkpoint(out) / "policy" / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"]

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from spo.config.recipe import Config, DataConfig, PolicyConfig, load_config
-from spo.plan import boundaries, describe, parameters, tokens_per_iteration
+from spo.config.data import DataConfig
+from spo.config.policy import PolicyConfig
+from spo.config.recipe import Recipe, load_recipe
+from spo.config.shape import Cost
+from spo.plan import cost_of_iteration, describe, parameters
 from spo.tasks import PLACE
 
-PAPER = sorted((Path(__file__).parents[2] / "recipes" / "paper").glob("*.yaml"))
+PAPER = sorted((Path(__file__).parents[2] / "spo" / "recipes" / "paper").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -23,13 +26,13 @@ PAPER = sorted((Path(__file__).parents[2] / "recipes" / "paper").glob("*.yaml"))
             2 * 6,
         ),
         (  # probes start after 40 and 80 tokens, 60 and 20 before the end
-            ["shape.kind=chain", "shape.partition=fixed", "shape.segment_tokens=[40]"],
+            ["shape.kind=chain", "shape.partition=fixed", "shape.segment_tokens=40"],
             2 * 8 * 100,
             2 * 8 * 9 * (60 + 20),
             2 * 8 * (1 + 9 * 2),
         ),
         (  # before cutpoints 1, 51 at the earliest; and the prompt
-            ["shape.kind=chain", "shape.interval=50", "advantage.root_value=mc"],
+            ["shape.kind=chain", "shape.interval=50", "shape.probe_prompt=true"],
             2 * 8 * 100,
             2 * 8 * 9 * (99 + 49) + 2 * 9 * 100,
             2 * 8 * (1 + 9 * 2) + 2 * 9,
@@ -43,15 +46,14 @@ PAPER = sorted((Path(__file__).parents[2] / "recipes" / "paper").glob("*.yaml"))
     ],
 )
 def test_tokens_of_an_iteration(overrides, sampled, probed, graded):
-    config = load_config(None, ["train.prompts=2", "sampling.max_new_tokens=100", *overrides])
-    counts = {"sampled": sampled, "probed": probed, "graded": graded}
-    assert tokens_per_iteration(config) == counts
+    config = load_recipe(None, ["train.prompts=2", "sampling.max_new_tokens=100", *overrides])
+    assert cost_of_iteration(config) == Cost(sampled, graded, probed)
 
 
 def test_no_partition_cuts_more_often_than_is_counted():
     import numpy as np
 
-    from spo.grow.shapes import cutpoint_partition, fixed_partition, step_partition
+    from spo.grow.chain import cutpoint_partition, fixed_partition, step_partition
     from spo.grow.steps import line_ends
 
     ids, unsure = np.ones(20, int), np.full(20, -2.0)
@@ -61,18 +63,18 @@ def test_no_partition_cuts_more_often_than_is_counted():
         "steps": step_partition("a\n".__mul__, line_ends, 5),
     }
     for name, partition in makers.items():
-        config = load_config(
+        config = load_recipe(
             None,
             [
                 "shape.kind=chain",
                 f"shape.partition={name}",
                 "shape.interval=3",
-                "shape.segment_tokens=[6]",
+                "shape.segment_tokens=6",
                 "shape.max_steps=5",
                 "sampling.max_new_tokens=20",
             ],
         )
-        assert len(partition(ids, unsure)) - 1 <= len(boundaries(config))
+        assert len(partition(ids, unsure)) - 1 <= len(config.shape.boundaries(20))
 
 
 def test_weights_are_counted_without_loading_them(tiny_model):
@@ -82,7 +84,7 @@ def test_weights_are_counted_without_loading_them(tiny_model):
     policy = PolicyConfig(path=tiny_model)
     assert parameters(policy) == real
     assert parameters(PolicyConfig(path="nobody/nothing")) is None
-    config = load_config(None, ["loss.kl_coef=1e-4", "engine.dtype=bfloat16"])
+    config = load_recipe(None, ["loss.kl_coef=1e-4", "engine.dtype=bfloat16"])
     text = describe(dataclasses.replace(config, policy=policy))
     # fp32: weights, gradients, two moments, reference; bf16: the engine
     assert f"{real:,} weights" in text and f"{real * 22 / 2**30:.3f} GiB  in all" in text
@@ -90,7 +92,7 @@ def test_weights_are_counted_without_loading_them(tiny_model):
 
 def test_sources_are_told_apart(tmp_path):
     (tmp_path / "test.jsonl").write_text("")
-    config = Config(
+    config = Recipe(
         task="gsm8k",
         policy=PolicyConfig(path="nobody/nothing"),
         data=DataConfig(test=str(tmp_path)),
@@ -100,7 +102,7 @@ def test_sources_are_told_apart(tmp_path):
     assert "  train   openai/gsm8k/main: would be downloaded" in lines
     assert f"  test    {tmp_path}: local" in lines
     assert any("unknown until the policy's config.json is here" in line for line in lines)
-    assert "  train   generated" in describe(Config()).splitlines()
+    assert "  train   generated" in describe(Recipe()).splitlines()
     for missing in (
         dataclasses.replace(config, policy=PolicyConfig(path="./nothing")),
         dataclasses.replace(config, data=DataConfig(test="./none.jsonl")),
@@ -111,7 +113,7 @@ def test_sources_are_told_apart(tmp_path):
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
 def test_paper_recipes_describe_themselves(path):
-    config = load_config(path)
+    config = load_recipe(path)
     assert config.name == path.stem and config.data.template.count(PLACE) == 1
     assert config.sampling.temperature == 0.6 and config.train.learning_rate == 1e-6
     room = (config.data.max_prompt_tokens or 0) + config.sampling.max_new_tokens
@@ -121,12 +123,12 @@ def test_paper_recipes_describe_themselves(path):
 
 def test_the_paper_s_tree_by_hand():
     (path,) = (p for p in PAPER if p.stem == "gsm8k-spo-tree")
-    counts = tokens_per_iteration(load_config(path))
-    assert counts["sampled"] == 16 * (6 * 30 + 36 * 30 + 216 * 964)
-    assert counts["graded"] == 16 * 216
-    text = describe(load_config(path))
+    cost = cost_of_iteration(load_recipe(path))
+    assert cost.sampled == 16 * (6 * 30 + 36 * 30 + 216 * 964)
+    assert cost.graded == 16 * 216
+    text = describe(load_recipe(path))
     assert "512 nodes trained" in text  # its samples per iteration
     evaluated = 1319 * 2 * 1024  # greedy and sampled
     assert f"and 101 evaluations of at most {evaluated:,} tokens" in text
     with pytest.raises(ValueError, match="one length per level"):
-        describe(load_config(path, ["shape.widths=[6,6]"]))
+        load_recipe(path, ["shape.widths=[6,6]"])

@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM
 
 from spo.engines.hf import HFEngine
 from spo.engines.pool import EnginePool
+from spo.grow.rollout import RolloutOptions
 from spo.grow.shapes import TreeShape
-from spo.grow.stream import RolloutOptions, grow
+from spo.grow.stream import grow
 from spo.records import Prompt, Request
 from spo.tasks.grading import Grader
 

@@ -20,8 +20,9 @@ import spo
 from spo.engines.make import make_engine
 from spo.engines.remote import RemoteEngine
 from spo.engines.served import EXTENSION
+from spo.grow.rollout import RolloutOptions
 from spo.grow.shapes import TreeShape
-from spo.grow.stream import RolloutOptions, grow
+from spo.grow.stream import grow
 from spo.records import LENGTH, SEGMENT, STOP, Request
 from spo.tasks import prompts
 from spo.tasks.grading import Grader

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from spo.config.recipe import load_config
+from spo.config.recipe import load_recipe
 from spo.engines.make import make_engine
 from spo.engines.pool import EnginePool
 from spo.engines.remote import GENERATE, RemoteEngine
@@ -280,7 +280,7 @@ def test_every_rank_takes_its_share(fake, monkeypatch):
 
 
 def test_the_recipe_s_addresses_become_a_pool(fake):
-    config = load_config(None, [f"engine.addresses=[{fake.address}]", "engine.max_num_seqs=3"])
+    config = load_recipe(None, [f"engine.addresses=[{fake.address}]", "engine.max_num_seqs=3"])
     built = make_engine(
         config.engine.name,
         "folder",

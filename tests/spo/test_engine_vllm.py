@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spo.engines.make import make_engine
+from spo.grow.rollout import RolloutOptions
 from spo.grow.shapes import TreeShape
-from spo.grow.stream import RolloutOptions, grow
+from spo.grow.stream import grow
 from spo.records import LENGTH, Prompt, Request
 from spo.tasks.grading import Grader
 

@@ -5,11 +5,11 @@ from itertools import islice
 
 import pytest
 
-from spo.config.recipe import PolicyConfig
+from spo.config.policy import EMBEDDED, PolicyConfig
 from spo.engines.hf import HFEngine
 from spo.grow.evaluate import accuracies
-from spo.grow.stream import RolloutOptions
-from spo.learn.model import EMBEDDED, load_tokenizer
+from spo.grow.rollout import RolloutOptions
+from spo.grow.tokenizer import load_tokenizer
 from spo.records import LENGTH, STOP, Completion
 from spo.tasks import prompts
 from spo.tasks.grading import Grader

@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file
 from test_distributed import distance, torchrun
 
-from spo.config.recipe import load_config
-from spo.credit.values import assign
+from spo.config.policy import EMBEDDED
+from spo.config.recipe import load_recipe
+from spo.credit.nodes import of_nodes
 from spo.engines.hf import HFEngine
 from spo.learn.checkpoint import State, latest_checkpoint
-from spo.learn.model import EMBEDDED
 from spo.loop import response_limit, train
 from spo.records import LENGTH, Forest
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[2] / "spo" / "recipes"
 METHODS = sorted(path.stem for path in RECIPES.glob("*.yaml") if "demo" not in path.stem)
 SMALL = [
     "engine.name=hf",
@@ -38,7 +38,7 @@ def engine():
 
 
 def config(method, out, *more):
-    return load_config(RECIPES / f"{method}.yaml", [*SMALL, f"out={out}", *more])
+    return load_recipe(RECIPES / f"{method}.yaml", [*SMALL, f"out={out}", *more])
 
 
 def run(method, out, engine, *more):
@@ -67,7 +67,7 @@ def test_every_recipe_trains(method, tmp_path, engine):
 
 
 def test_ppo_trains_its_critic(tmp_path, engine):
-    lines = run("ppo", tmp_path, engine, "train.iterations=3", "critic.learning_rate=3e-4")
+    lines = run("ppo", tmp_path, engine, "train.iterations=3", "credit.critic.learning_rate=3e-4")
     assert all(line["value_grad_norm"] > 0 for line in lines)
     # values start at 0, so the first loss is half the mean square return, at most 1/2
     assert 0 < lines[0]["value_loss"] <= 0.5 and lines[0]["explained_variance"] == 0
@@ -139,7 +139,7 @@ def test_restem_starts_every_round_anew(tmp_path, engine):
 def test_restem_trains_on_right_responses_alone(tmp_path, engine):
     run("restem", tmp_path, engine, "train.iterations=1")
     forest = Forest.load(tmp_path / "forest-last.safetensors")
-    _, credit = assign(forest, config("restem", tmp_path).advantage)
+    credit = of_nodes(forest, config("restem", tmp_path).credit.assign(forest).tokens)
     assert (forest.rewards[credit > 0] == 1).all()
     kept = torch.bincount(forest.prompt[credit > 0], minlength=4)
     right = torch.bincount(forest.prompt[forest.rewards == 1], minlength=4)
@@ -174,15 +174,15 @@ def test_a_staged_run_keeps_to_its_limits(tmp_path, engine, iterations, limit):
 @pytest.mark.parametrize(
     ("method", "override", "words"),
     [
-        ("grpo", "loss.kind=dpo", ["estimator=values", "loss.kind=policy", "dpo"]),
-        ("dpo", "loss.kind=nll", ["estimator=pairs", "loss.kind=dpo"]),
-        ("ppo", "shape.kind=tree", ["estimator=gae", "shape.kind=star", "tree"]),
-        ("restem", "train.replay_nodes=4", ["estimator=correct", "replay_nodes=0"]),
-        ("restem", "loss.prob_threshold=0.9", ["prob_threshold=null", "0.9"]),
-        ("dpo", "loss.kl_coef=0.1", ["kl_coef=0", "0.1"]),
-        ("ppo", "advantage.lam=1.5", ["advantage.lam", "1.5"]),
-        ("ppo", "critic.value_clip=0", ["critic.value_clip", "0"]),
-        ("dpo", "loss.dpo_positive=-1", ["dpo_positive", "-1"]),
+        ("grpo", "credit.beta=0.1", ["credit.beta", "credit.type=values"]),
+        ("dpo", "credit.positive=-1", ["credit.positive", "-1"]),
+        ("ppo", "shape={kind: tree, widths: [2], segment_tokens: []}", ["type=gae", "kind=star"]),
+        ("restem", "train.replay_nodes=4", ["type=correct", "replay_nodes must be 0"]),
+        ("restem", "loss.prob_threshold=0.9", ["loss.prob_threshold", "type=correct"]),
+        ("dpo", "loss.kl_coef=0.1", ["loss.kl_coef", "type=pairs"]),
+        ("ppo", "credit.lam=1.5", ["credit.lam", "1.5"]),
+        ("ppo", "credit.critic.value_clip=0", ["critic.value_clip", "0"]),
+        ("grpo", "shape.kind=tree", ["shape.group_size", "shape.kind=tree", "widths"]),
         ("restem", "train.parallel=fsdp", ["train.restart", "ddp"]),
         ("grpo", "sampling.stages=[[0.5,64]]", ["sampling.stages", "64", "48"]),
         ("grpo", "sampling.stages=[[0.5,30],[0.4,40]]", ["sampling.stages", "rising"]),

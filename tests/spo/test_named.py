@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 from pydantic import Field
+from spo.config.credit import Rule as Base
 {more}
 @dataclass(frozen=True)
-class Rule:
+class Rule(Base):
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
     mode: Literal["a", "b"] = "a"
     sizes: tuple[int, ...] = ()
@@ -78,7 +79,7 @@ def test_a_module_on_the_path_or_in_the_current_folder(folder, monkeypatch):
         ("./none.py:Rule", ["credit.type", "there is no file", "none.py"]),
         ("./rule.py:Absent", ["has no class Absent"]),
         ("./rule.py:Plain", ["must be a dataclass"]),
-        ("./rule.py:Idle", ["has no method assign"]),
+        ("./rule.py:Idle", ["must inherit Rule of spo.config.credit"]),
         ("./broken.py:Rule", ["broken.py cannot be imported", "ZeroDivisionError"]),
         ("no_such_module_here:Rule", ["cannot be imported", "no_such_module_here"]),
         ("./rule.py:", ["module:Name"]),

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from test_batch import random_forest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spo.config.recipe import LossConfig, PolicyConfig, load_config
+from spo.config.loss import PolicyLossConfig
+from spo.config.policy import EMBEDDED, PolicyConfig, hidden_states, load_policy
+from spo.config.recipe import load_recipe
+from spo.credit.nodes import of_tokens
 from spo.learn import attention
 from spo.learn.attention import BACKENDS, BLOCK, BUCKETS
 from spo.learn.loss import policy_loss
-from spo.learn.model import EMBEDDED, hidden_states, load_policy
 from spo.learn.pack import pack
 from spo.loop import train
 from spo.records import Forest
@@ -241,7 +243,7 @@ def gradient(model, batches):
     """All gradients in one vector."""
     model.zero_grad()
     for batch in batches:
-        policy_loss(model, batch, LossConfig(), 1.0).loss.backward()
+        policy_loss(model, batch, PolicyLossConfig(), 1.0).loss.backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -251,7 +253,11 @@ def packed_and_rows(folder, forest, advantages, budget, autocast=False):
     for packing in ("tree", "rows"):
         model = load_policy(PolicyConfig(path=folder, packing=packing))
         batches, _ = pack(
-            forest, advantages, prob_threshold=0.9, tokens_per_batch=budget, packing=packing
+            forest,
+            of_tokens(forest, advantages),
+            prob_threshold=0.9,
+            tokens_per_batch=budget,
+            packing=packing,
         )
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             found.append(gradient(model, batches))
@@ -294,7 +300,7 @@ RUN = [
 def packed_run(tmp_path_factory):
     """A run of one iteration, packed: its folder and its train line."""
     out = tmp_path_factory.mktemp("packed")
-    return out, train(load_config(None, [*RUN, f"out={out}"]))[1]
+    return out, train(load_recipe(None, [*RUN, f"out={out}"]))[1]
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +312,7 @@ def real_forest(packed_run):
 
 
 def test_a_run_in_rows_takes_the_same_steps(packed_run, tmp_path):
-    line = train(load_config(None, [*RUN, f"out={tmp_path}", "policy.packing=rows"]))[1]
+    line = train(load_recipe(None, [*RUN, f"out={tmp_path}", "policy.packing=rows"]))[1]
     for key in ("loss", "grad_norm", "entropy"):
         assert line[key] == pytest.approx(packed_run[1][key], rel=1e-3, abs=1e-6)
     assert line["kept_share"] == packed_run[1]["kept_share"]
@@ -335,7 +341,13 @@ def test_models_that_cannot_be_packed_are_refused(folder_of, kind):
     with pytest.raises(ValueError, match=f"{reason}.*policy.packing=rows"):
         load_policy(PolicyConfig(path=folder))
     forest, advantages = random_forest(2)
-    batches, _ = pack(forest, advantages, prob_threshold=0.9, tokens_per_batch=100, packing="rows")
+    batches, _ = pack(
+        forest,
+        of_tokens(forest, advantages),
+        prob_threshold=0.9,
+        tokens_per_batch=100,
+        packing="rows",
+    )
     model = load_policy(PolicyConfig(path=folder, packing="rows"))
     assert kind != "gemma2" or model.config._attn_implementation == "eager"
     found = gradient(model.eval(), batches)
@@ -345,7 +357,9 @@ def test_models_that_cannot_be_packed_are_refused(folder_of, kind):
 def test_a_window_shorter_than_a_path_is_refused(folder_of):
     model = load_policy(PolicyConfig(path=folder_of("mistral", sliding_window=8)))
     forest, advantages = random_forest(2)
-    (batch,), _ = pack(forest, advantages, prob_threshold=0.9, tokens_per_batch=1000)
+    (batch,), _ = pack(
+        forest, of_tokens(forest, advantages), prob_threshold=0.9, tokens_per_batch=1000
+    )
     longest = int(batch.position_ids.max()) + 1
     assert longest > 8
     with pytest.raises(ValueError, match=f"window of 8 tokens is shorter than a path of {longest}"):
@@ -355,7 +369,9 @@ def test_a_window_shorter_than_a_path_is_refused(folder_of):
 def test_rows_refuse_trees_and_packs_need_a_layout(folder_of):
     folder = folder_of("qwen2")
     forest, advantages = random_forest(2)
-    (batch,), _ = pack(forest, advantages, prob_threshold=0.9, tokens_per_batch=1000)
+    (batch,), _ = pack(
+        forest, of_tokens(forest, advantages), prob_threshold=0.9, tokens_per_batch=1000
+    )
     with pytest.raises(ValueError, match="packed as rows, found trees"):
         hidden_states(load_policy(PolicyConfig(path=folder, packing="rows")), batch)
     with pytest.raises(ValueError, match="call spo.learn.model.hidden_states"):

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import spo
 from spo import warmup
-from spo.config.recipe import PolicyConfig
-from spo.learn.model import load_tokenizer
+from spo.config.policy import PolicyConfig
+from spo.grow.tokenizer import load_tokenizer
 from spo.tasks import TASKS, prompts
 
 POLICY = Path(spo.__file__).parent / "assets" / "policy"

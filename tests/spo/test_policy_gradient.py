@@ -13,20 +13,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from spo.config.recipe import AdvantageConfig
-from spo.credit.values import assign
+from spo.credit.correct import Correct
+from spo.credit.gae import token_credit
+from spo.credit.values import Values
 from spo.grow.assemble import assemble, is_leaf
-from spo.grow.shapes import (
-    ChainShape,
-    Tree,
-    TreeShape,
-    cutpoint_partition,
-    fixed_partition,
-    star,
-    step_partition,
-)
+from spo.grow.chain import ChainShape, cutpoint_partition, fixed_partition, step_partition
+from spo.grow.shapes import Tree, TreeShape, star
 from spo.grow.steps import line_ends
-from spo.learn.critic import token_credit
 from spo.learn.pack import pack
 from spo.records import LENGTH, STOP, Completion, Prompt
 from spo_kernels import masked_ppo_loss
@@ -118,10 +111,8 @@ def collect(toy, shape, rule, threshold=None):
     parts, total = [], 0.0
     for forest, probability in outcomes(toy, shape):
         total += probability
-        advantages = rule(forest) if callable(rule) else assign(forest, rule)[1]
-        batches, stats = pack(
-            forest, advantages, prob_threshold=threshold, tokens_per_batch=1 << 20
-        )
+        credit = rule(forest) if callable(rule) else rule.assign(forest).tokens
+        batches, stats = pack(forest, credit, prob_threshold=threshold, tokens_per_batch=1 << 20)
         for batch in batches:
             states = []
             for place in batch.hidden_index.tolist():  # the path to the row, the prompt left out
@@ -174,12 +165,12 @@ def is_no_multiple(step, gradient):
 
 WIDE = Toy(vocabulary=3, depth=2, seed=3)
 DEEP = Toy(vocabulary=2, depth=3, seed=1)
-LOO = AdvantageConfig(baseline="loo")
-MEAN = AdvantageConfig()
-GRPO = AdvantageConfig(scale="std")
-PATH = AdvantageConfig(baseline="loo", node_weight="path")
-MEAN_PATH = AdvantageConfig(node_weight="path")
-MC = AdvantageConfig(root_value="mc")
+LOO = Values(baseline="loo")
+MEAN = Values()
+GRPO = Values(scale="std")
+PATH = Values(baseline="loo", node_weight="path")
+MEAN_PATH = Values(node_weight="path")
+MC = Values(root_value="none")
 
 
 def step_of(toy, shape, rule, *, threshold=None, **options):
@@ -241,7 +232,7 @@ def test_a_random_count_of_tokens_makes_no_multiple():
 
 def test_scaling_by_the_deviation_makes_no_multiple():
     is_no_multiple(*step_of(WIDE, star(3, 2), GRPO, norm=3))
-    path = AdvantageConfig(scale="std", node_weight="path")
+    path = Values(scale="std", node_weight="path")
     is_no_multiple(*step_of(DEEP, TreeShape((2, 2, 2), (1, 1), 3), path))
 
 
@@ -289,13 +280,13 @@ def test_restem_weighs_prompts_by_how_hard_they_are(most):
     p = sum(math.exp(sum(logprobs)) for ids, logprobs, _ in toy.samples((), 2) if toy.rewards[ids])
     ways = {n: math.comb(3, n) * p**n * (1 - p) ** (3 - n) for n in range(4)}
     factor = sum(min(n, most) * probability for n, probability in ways.items()) / (3 * p)
-    rule = AdvantageConfig(estimator="correct", max_correct=most)
+    rule = Correct(max_correct=most)
     is_multiple(*step_of(toy, star(3, 2), rule, norm=3), factor=factor)
     is_no_multiple(*step_of(toy, star(3, 2), rule, norm="kept"))
 
 
 def test_whitening_makes_no_multiple():
-    is_no_multiple(*step_of(WIDE, star(3, 2), AdvantageConfig(whiten="batch"), norm=3))
+    is_no_multiple(*step_of(WIDE, star(3, 2), Values(whiten="batch"), norm=3))
 
 
 @pytest.mark.parametrize("group", [1, 2])
@@ -322,7 +313,7 @@ def test_vineppo_is_unbiased_where_line_breaks_come_singly():
 def test_chain_without_prompt_probes_is_no_multiple(root):
     """The group's mean contains the response itself; `none` leaves the first segment out."""
     shape = chain(WIDE, fixed_partition(1), group_size=2, probe_prompt=False)
-    is_no_multiple(*step_of(WIDE, shape, AdvantageConfig(root_value=root), norm=2))
+    is_no_multiple(*step_of(WIDE, shape, Values(root_value=root), norm=2))
 
 
 SINGLE = Toy(vocabulary=3, depth=1, seed=5)  # responses of one token: every ratio is exact

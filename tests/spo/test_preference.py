@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spo.config.recipe import AdvantageConfig, LossConfig, PolicyConfig
-from spo.credit.pairs import node_sums, pair_credit, pair_loss, pair_nodes
-from spo.credit.values import assign
+from spo.config.loss import LikelihoodLossConfig
+from spo.config.policy import PolicyConfig
+from spo.credit.correct import Correct
+from spo.credit.nodes import of_nodes, of_tokens
+from spo.credit.pairs import Pairs, node_sums, pair_credit, pair_loss, pair_nodes
 from spo.grow.assemble import assemble
 from spo.grow.shapes import Node, Tree
 from spo.learn.loss import likelihood_loss
@@ -33,8 +35,8 @@ def stars(*prompts):
     return assemble(trees, 1.0)
 
 
-def marks(forest, **rule):
-    return assign(forest, AdvantageConfig(**rule))[1].tolist()
+def marks(forest, rule):
+    return of_nodes(forest, rule.assign(forest).tokens).tolist()
 
 
 MIXED = stars(
@@ -45,18 +47,18 @@ MIXED = stars(
 
 
 def test_restem_keeps_the_first_right_responses():
-    assert marks(MIXED, estimator="correct", max_correct=2) == [
+    assert marks(MIXED, Correct(max_correct=2)) == [
         *[0, 1, 0, 1, 0, 0], *[0, 0, 0], *[0, 0, 1]
     ]  # fmt: skip
-    assert marks(MIXED, estimator="correct", max_correct=8)[4] == 1
+    assert marks(MIXED, Correct(max_correct=8))[4] == 1
 
 
 def test_pairs_use_every_response_once():
     # one wrong response, so one pair, of the first right one
-    assert marks(MIXED, estimator="pairs") == [
+    assert marks(MIXED, Pairs()) == [
         *[0, 1, -1, 0, 0, 0], *[0, 0, 0], *[0, -1, 1]
     ]  # fmt: skip
-    credit = torch.tensor(marks(MIXED, estimator="pairs"))
+    credit = torch.tensor(marks(MIXED, Pairs()))
     assert pair_nodes(MIXED, credit).tolist() == [[1, 2], [11, 10]]
     with pytest.raises(ValueError, match="unequal numbers"):
         pair_nodes(MIXED, torch.tensor([0.0, 1, 1, -1, *[0] * 8]))
@@ -140,8 +142,8 @@ def gradients(model, loss):
 @pytest.mark.parametrize("positive", [0.0, 5.0])
 def test_the_credit_gives_the_gradient_of_the_pair_loss(models, budget, positive):
     packed_model, plain, reference = models
-    credit = assign(PAIRED, AdvantageConfig(estimator="pairs"))[1]
-    pairs = pair_nodes(PAIRED, credit)
+    marked = Pairs().assign(PAIRED).tokens
+    pairs = pair_nodes(PAIRED, of_nodes(PAIRED, marked))
     assert len(pairs) == 3
     ratios = torch.stack([
         sequence_logprob(plain, PAIRED, n).sum() - sequence_logprob(reference, PAIRED, n).sum()
@@ -149,7 +151,7 @@ def test_the_credit_gives_the_gradient_of_the_pair_loss(models, budget, positive
     ]).reshape(-1, 2)  # fmt: skip
     wanted = gradients(plain, pair_loss(ratios, beta=0.3, positive=positive).mean())
 
-    packs, _ = pack(PAIRED, credit, prob_threshold=None, tokens_per_batch=budget)
+    packs, _ = pack(PAIRED, marked, prob_threshold=None, tokens_per_batch=budget)
     assert (len(packs) > 2) == (budget == 5)
     with torch.no_grad():
         policy = unpack(PAIRED, packs, [row_logprobs(packed_model, p, 1.0) for p in packs])
@@ -158,10 +160,12 @@ def test_the_credit_gives_the_gradient_of_the_pair_loss(models, budget, positive
         tokens = slice(int(PAIRED.cu_tokens[node]), int(PAIRED.cu_tokens[node + 1]))
         ref[tokens] = sequence_logprob(reference, PAIRED, node)
     weighed, _ = pair_credit(PAIRED, pairs, policy, ref, beta=0.3, positive=positive)
-    packs, _ = pack(PAIRED, weighed, prob_threshold=None, tokens_per_batch=budget)
+    tokens = of_tokens(PAIRED, weighed)
+    packs, _ = pack(PAIRED, tokens, prob_threshold=None, tokens_per_batch=budget)
     packs = [dataclasses.replace(p, policy_norm=float(len(pairs))) for p in packs]
     found = gradients(
-        packed_model, sum(likelihood_loss(packed_model, p, LossConfig(), 1.0).loss for p in packs)
+        packed_model,
+        sum(likelihood_loss(packed_model, p, LikelihoodLossConfig(), 1.0).loss for p in packs),
     )
     assert (found - wanted).norm() < 1e-4 * wanted.norm()
 
@@ -169,13 +173,13 @@ def test_the_credit_gives_the_gradient_of_the_pair_loss(models, budget, positive
 @pytest.mark.parametrize("budget", [1000, 5])
 def test_restem_is_the_mean_negative_logprob_of_the_kept_tokens(models, budget):
     packed_model, plain, _ = models
-    credit = assign(PAIRED, AdvantageConfig(estimator="correct", max_correct=1))[1]
-    kept = [node for node in range(PAIRED.num_nodes) if credit[node]]
+    credit = Correct(max_correct=1).assign(PAIRED).tokens
+    kept = of_nodes(PAIRED, credit).nonzero()[:, 0].tolist()
     assert kept == [1, 6]
     expected = -torch.cat([sequence_logprob(plain, PAIRED, node) for node in kept]).mean()
     wanted = gradients(plain, expected)
     packs, _ = pack(PAIRED, credit, prob_threshold=None, tokens_per_batch=budget)
-    out = [likelihood_loss(packed_model, p, LossConfig(), 1.0) for p in packs]
+    out = [likelihood_loss(packed_model, p, LikelihoodLossConfig(), 1.0) for p in packs]
     assert sum(o.metrics["loss"] for o in out) == pytest.approx(float(expected), rel=1e-5)
     found = gradients(packed_model, sum(o.loss for o in out))
     assert (found - wanted).norm() < 1e-4 * wanted.norm()

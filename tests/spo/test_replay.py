@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_batch import random_forest
 
-from spo.credit.replay import concat, merge, select
-from spo.records import Prompt, Replay
+from spo.credit.nodes import of_nodes, of_tokens
+from spo.credit.replay import merge
+from spo.records import Credit, Prompt, Replay, concat, select
 
 
 def forest(seed, born=0, trees=3):
@@ -42,10 +43,13 @@ def test_concat_and_select_keep_trees_whole():
 
 
 def step(new, buffer, version, nodes=2, age=8, seed=0, most=None):
-    return merge(
-        *new, buffer, version=version, nodes_per_prompt=nodes, max_age=age, seed=seed,
-        max_nodes=most,
+    """`merge` of a forest with (S,) advantages, which come back."""
+    grown, advantages = new
+    chosen, credit, left = merge(
+        grown, Credit(of_tokens(grown, advantages)), buffer, version=version,
+        nodes_per_prompt=nodes, max_age=age, seed=seed, max_nodes=most,
     )  # fmt: skip
+    return chosen, of_nodes(chosen, credit.tokens), left
 
 
 def eligible(f, advantages):
@@ -54,8 +58,9 @@ def eligible(f, advantages):
 
 def test_off_passes_the_forest_through():
     new = forest(1)
-    chosen, advantages, left = step(new, Replay(), 0, nodes=0)
-    assert chosen is new[0] and advantages is new[1] and left == Replay()
+    credit = Credit(torch.ones(new[0].token_ids.numel()))
+    passed = merge(new[0], credit, Replay(), version=0, nodes_per_prompt=0, max_age=8, seed=0)
+    assert passed[0] is new[0] and passed[1] is credit and passed[2] == Replay()
 
 
 def test_draws_at_most_n_per_prompt_and_keeps_the_rest():

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spo.engines.hf import HFEngine
-from spo.grow.shapes import ChainShape, TreeShape, cutpoint_partition, star
-from spo.grow.stream import Rollout, RolloutOptions, Stream, grow, path_seed
+from spo.grow.chain import ChainShape, cutpoint_partition
+from spo.grow.rollout import Rollout, RolloutOptions, path_seed
+from spo.grow.shapes import TreeShape, star
+from spo.grow.stream import Stream, grow
 from spo.records import FOREST_FORMAT, LENGTH, PROMPT, SEGMENT, STOP, Forest, Prompt
 from spo.tasks.grading import Grader
 

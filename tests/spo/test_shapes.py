@@ -6,19 +6,18 @@ import time
 import numpy as np
 import pytest
 
-from spo.config.recipe import AdvantageConfig, PolicyConfig, ShapeConfig
-from spo.grow.shapes import (
+from spo.config.policy import PolicyConfig
+from spo.config.shape import Growing
+from spo.grow.chain import (
+    ChainConfig,
     ChainShape,
-    Tree,
-    TreeShape,
     cutpoint_partition,
     fixed_partition,
-    make_shape,
-    star,
     step_partition,
 )
+from spo.grow.shapes import Tree, TreeShape, star
 from spo.grow.steps import line_ends, sentence_ends
-from spo.learn.model import load_tokenizer
+from spo.grow.tokenizer import load_tokenizer
 from spo.records import LENGTH, SEGMENT, STOP, Completion, Prompt
 
 
@@ -113,9 +112,7 @@ def test_a_token_adds_its_own_text():
     tokenizer = load_tokenizer(PolicyConfig())
     text = "\n".join(["3 + 4 = 7", "7 * 2 = 14"])
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    shape = make_shape(
-        ShapeConfig(kind="chain", partition="sentences"), AdvantageConfig(), 64, tokenizer, None
-    )
+    shape = ChainConfig(partition="sentences").make(Growing(64, tokenizer))
     (start,) = shape.partition(np.array(ids), np.zeros(len(ids)))[1:]
     assert tokenizer.decode(ids[start:]).strip() == "7 * 2 = 14"
     assert "7 * 2" not in tokenizer.decode(ids[:start])

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from spo.engines.hf import HFEngine
 from spo.engines.lanes import Lane
 from spo.engines.pool import EnginePool
+from spo.grow.rollout import Rollout, RolloutOptions
 from spo.grow.shapes import TreeShape, star
-from spo.grow.stream import Rollout, RolloutOptions, Stream, grow
+from spo.grow.stream import Stream, grow
 from spo.records import LENGTH, STOP, Prompt, Request
 from spo.tasks.grading import Grader
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spo.config.recipe import AdvantageConfig, load_config
-from spo.credit.values import assign
+from spo.config.recipe import load_recipe
+from spo.credit.values import Values
 from spo.learn.checkpoint import latest_checkpoint, load_state
 from spo.loop import train
 from spo.metrics import read_metrics
@@ -38,7 +38,7 @@ SMALL = [
 
 
 def config(out, *more):
-    return load_config(None, [*SMALL, f"out={out}", *more])
+    return load_recipe(None, [*SMALL, f"out={out}", *more])
 
 
 def weights(out) -> str:
@@ -167,8 +167,8 @@ STREAMED = ["train.stream_depth=1", "train.iterations=4"]
 
 
 def test_a_streamed_run_trains_on_its_own_prompts_at_most_one_version_late(reference, tmp_path):
+    from spo.config.policy import EMBEDDED
     from spo.engines.hf import HFEngine
-    from spo.learn.model import EMBEDDED
 
     engine = HFEngine(str(EMBEDDED), max_num_seqs=64, max_model_len=96)
     lines = train(config(tmp_path, *STREAMED), engine=engine)
@@ -243,8 +243,8 @@ def test_a_constant_norm_divides_by_what_no_sample_decides(tmp_path):
         out = config(tmp_path / norm, *shared, f"loss.policy_norm={norm}")
         (lines[norm],) = (line for line in train(out) if line["stage"] == "train")
     forest = Forest.load(tmp_path / "tokens" / "forest-last.safetensors")
-    _, advantages = assign(forest, AdvantageConfig())
-    trains = (forest.trained & (advantages.abs() > 1e-6)).repeat_interleave(forest.cu_tokens.diff())
+    credit = Values().assign(forest).tokens
+    trains = credit.abs() > 1e-6
     kept = int((trains & (forest.rollout_logprobs < math.log(0.9))).sum())
     assert 0 < kept < 4 * 40  # 4 prompts, at most 40 tokens
     for key in ("loss", "grad_norm"):
@@ -253,8 +253,8 @@ def test_a_constant_norm_divides_by_what_no_sample_decides(tmp_path):
 
 
 def test_stale_weights_are_noticed(tmp_path):
+    from spo.config.policy import EMBEDDED
     from spo.engines.hf import HFEngine
-    from spo.learn.model import EMBEDDED
 
     class Deaf(HFEngine):
         def load_weights(self, named_tensors, version):
@@ -271,17 +271,17 @@ def test_stale_weights_are_noticed(tmp_path):
         (
             "shape.kind=star",
             "shape.group_size=4",
-            "advantage.scale=std",
+            "credit.scale=std",
             "loss.prob_threshold=null",
         ),
-        ("shape.kind=star", "shape.group_size=4", "advantage.baseline=loo"),
+        ("shape.kind=star", "shape.group_size=4", "credit.baseline=loo"),
         ("shape.kind=chain", "shape.group_size=3", "shape.num_probes=2", "shape.interval=2"),
         (
             "shape.kind=chain",
             "shape.group_size=2",
             "shape.num_probes=2",
             "shape.partition=steps",
-            "advantage.root_value=mc",
+            "shape.probe_prompt=true",
             "loss.prob_threshold=null",
         ),
         ("shape.kind=chain", "shape.partition=fixed", "shape.group_size=2", "shape.num_probes=2"),

@@ -1,0 +1,149 @@
+"""What `spo.train`, `spo.evaluate`, `spo.rollout` and the command line call."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from spo import loop
+from spo.config.recipe import Recipe, load_recipe
+from spo.engines.make import engine_of
+from spo.engines.protocol import Engine
+from spo.grow.evaluate import Accuracy
+from spo.grow.rollout import RolloutStats
+from spo.grow.sampler import Sampler
+from spo.learn.checkpoint import latest_checkpoint
+from spo.learn.model import load_policy, sequence_logprobs
+from spo.records import Forest
+
+RecipeLike = Recipe | str | os.PathLike
+"""A recipe, the path of its YAML file, or the name of one that ships with the package."""
+
+
+def train(
+    recipe: RecipeLike,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    engine: Engine | None = None,
+    report: Callable[[dict], None] = lambda line: None,
+) -> list[dict]:
+    """Run a recipe; returns the metrics lines written in this call. See `spo.loop.train`.
+
+    Args:
+        overrides: such as `train.learning_rate=1e-5`, on top of a recipe that is read here.
+        resume: continue from the newest checkpoint in the run's folder.
+        engine: sample with this one, which is left open.
+        report: called with every metrics line.
+
+    Raises ValueError for settings that cannot work, RuntimeError if training cannot go on.
+    """
+    return loop.train(recipe_of(recipe, overrides), resume=resume, engine=engine, report=report)
+
+
+def evaluate(
+    recipe: RecipeLike,
+    overrides: Sequence[str] = (),
+    *,
+    checkpoint: str | os.PathLike | None = None,
+    engine: Engine | None = None,
+    limits: Sequence[int] = (),
+    samples: int = 0,
+    temperature: float | None = None,
+) -> list[Accuracy]:
+    """Pass@1 on the test split: greedy, then the mean over `samples` per problem if there are any.
+
+    Args:
+        checkpoint: folder of a run, whose newest policy is tested; by default the recipe's policy.
+        engine: sample with this one, which has the weights already and is left open.
+        limits: on the response, in tokens; by default the recipe's.
+        temperature: of the samples, 0 is greedy; by default the recipe's.
+
+    Raises ValueError for what cannot be tested.
+    """
+    recipe = recipe_of(recipe, overrides)
+    if temperature is None:
+        temperature = recipe.sampling.temperature
+    if samples < 0:
+        raise ValueError(f"samples: expected 0 or more, found {samples}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature:g}")
+    if any(limit < 1 for limit in limits):
+        raise ValueError(f"limits: expected positive numbers of tokens, found {list(limits)}")
+    if checkpoint is not None:
+        newest = latest_checkpoint(Path(checkpoint))
+        if newest is None:
+            raise ValueError(f"checkpoint: {checkpoint} holds no complete checkpoint")
+        policy = dataclasses.replace(recipe.policy, path=str(newest / "policy"))
+        recipe = dataclasses.replace(recipe, policy=policy)
+    with Sampler(recipe, engine=engine) as sampler:
+        tests, limits = sampler.test_prompts(), sorted(set(limits))
+        results = sampler.accuracies(tests, limits=limits)
+        if samples:
+            results += sampler.accuracies(
+                tests, temperature=temperature, limits=limits, samples=samples
+            )
+    return results
+
+
+def rollout(
+    recipe: RecipeLike, overrides: Sequence[str] = (), *, engine: Engine | None = None
+) -> tuple[Forest, RolloutStats]:
+    """The forest of a first iteration, and what it cost. Raises ValueError if it cannot grow.
+
+    Args:
+        engine: sample with this one, which has the weights already and is left open.
+    """
+    recipe = recipe_of(recipe, overrides)
+    model = load_policy(recipe.policy) if recipe.shape.rescores else None
+    temperature = recipe.sampling.temperature
+
+    def rescore(prefix: list[int], token_ids: list[int]) -> list[float]:
+        assert model is not None  # only shapes that rescore call this
+        return sequence_logprobs(model, prefix, token_ids, temperature)
+
+    with Sampler(recipe, engine=engine, rescore=rescore) as sampler:
+        prompts = list(islice(sampler.train_prompts(), recipe.train.prompts))
+        return sampler.grow(prompts)
+
+
+def compare(
+    recipes: Sequence[Recipe],
+    out: Path,
+    report: Callable[[str, dict], None] = lambda name, line: None,
+) -> dict[str, list[dict]]:
+    """Train several recipes in turn on one engine, each in a folder of `out`: name -> its lines.
+
+    Raises ValueError unless they have different names and one policy and engine.
+    """
+    if not recipes:
+        raise ValueError("compare: expected at least one recipe")
+    if len({recipe.name for recipe in recipes}) < len(recipes):
+        raise ValueError("compare: the recipes' names must differ")
+    if len({(recipe.engine, recipe.policy) for recipe in recipes}) > 1:
+        raise ValueError("compare: the recipes must agree on policy and engine")
+    engine = engine_of(recipes[0])
+    results = {}
+    try:
+        for recipe in recipes:
+            results[recipe.name] = loop.train(
+                dataclasses.replace(recipe, out=str(out / recipe.name)),
+                engine=engine,
+                report=lambda line, name=recipe.name: report(name, line),
+            )
+    finally:
+        engine.close()
+    return results
+
+
+def recipe_of(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that was given or named. Raises ValueError for overrides of one that is made."""
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides)
+    if overrides:
+        raise ValueError("overrides: they go with a recipe by name or path, not with a Recipe")
+    return recipe

@@ -1,0 +1,26 @@
+"""`data`: where a task's problems come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from spo.config.ranges import PositiveInt
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where a task's problems come from and how they are put to the policy."""
+
+    train: str | None = None
+    """File, folder or hub data set (owner/name, owner/name@revision, owner/name/folder) of the
+    training problems; by default the task's own."""
+    test: str | None = None
+    """The same for the test problems."""
+    template: str = "{problem}"
+    """The prompt: `{problem}` stands for the problem; special tokens and the turns of a chat are
+    written out, other braces are kept."""
+    max_prompt_tokens: PositiveInt | None = None
+    """Training problems with longer prompts are left out."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the task: numbers of countdown, people of knights_knaves."""

@@ -1,0 +1,58 @@
+"""`policy`: the model that is trained."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+EMBEDDED = Path(__file__).parents[1] / "assets" / "policy"
+CHUNK, STRIDE = 1 << 20, 1 << 26  # bytes that are hashed of every so many
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The policy that is trained."""
+
+    path: str = "embedded"
+    """Folder with config.json, safetensors weights and tokenizer.json, or a hub id. `embedded` is
+    the small policy that ships with the package."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the trained weights and of the optimiser's state."""
+    autocast: bool = False
+    """Run the forward in bfloat16 over float32 weights."""
+    device: str = "cpu"
+    """Where the trainer and the engine run: cpu or cuda."""
+    packing: Literal["tree", "rows"] = "tree"
+    """tree: every unique token once. rows: one row per node with its whole prefix, for models
+    whose layers cannot be packed."""
+    attention: Literal["auto", "dense", "grouped", "flex", "varlen"] = "auto"
+    """Attention over a pack. auto: grouped on the CPU, flex on CUDA. varlen needs flash-attn."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model folder. Leave it off for models you did not write."""
+
+    @property
+    def source(self) -> str:
+        """The folder or hub id that `path` names."""
+        return str(EMBEDDED) if self.path == "embedded" else self.path
+
+    def content(self) -> str:
+        """What a folder holds, as a digest of its model and tokenizer files, wherever it lies; of a
+        hub id the id. Of large files a megabyte of every 64 is read: weights that were trained
+        differ in all of them.
+        """
+        folder = Path(self.source)
+        if not folder.is_dir():
+            return self.path
+        found = hashlib.sha256()
+        for path in sorted(folder.iterdir()):
+            if path.suffix not in (".json", ".safetensors", ".model", ".txt"):
+                continue
+            size = path.stat().st_size
+            found.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for start in range(0, size, STRIDE):
+                    file.seek(start)
+                    found.update(file.read(CHUNK if size > STRIDE else size))
+        return found.hexdigest()[:16]

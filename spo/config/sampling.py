@@ -1,0 +1,43 @@
+"""`sampling`: how training samples are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from spo.config.ranges import Positive, PositiveInt
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How training samples are drawn."""
+
+    temperature: Positive = 1.0
+    """Temperature of sampling and of every logprob in the loss."""
+    top_p: float = 1.0
+    """Must stay 1: a truncated distribution biases the ratio by the mass it drops."""
+    top_k: int = 0
+    """Must stay 0 (off), for the same reason."""
+    max_new_tokens: PositiveInt = 64
+    """Longest response, in tokens."""
+    stages: tuple[tuple[float, int], ...] = ()
+    """Shorter limits at first, for a context that grows: (share of the run, tokens) pairs; until
+    that share of `train.iterations` or `train.max_generated_tokens` is done, responses end there.
+    """
+    truncated: Literal["zero", "drop", "penalty"] = "zero"
+    """What a response cut by the limit earns: 0, nothing (left out; of a chain the segment that was
+    cut, as probes value the others), or -1."""
+
+    def __post_init__(self) -> None:
+        if self.top_p != 1 or self.top_k != 0:
+            raise ValueError(
+                "sampling.top_p must be 1 and sampling.top_k 0 for training, found "
+                f"{self.top_p:g} and {self.top_k}: a truncated distribution biases the ratio"
+            )
+        starts = [0.0, *(share for share, _ in self.stages), 1.0]
+        tokens = [0, *(tokens for _, tokens in self.stages), self.max_new_tokens + 1]
+        if any(a >= b for row in (starts, tokens) for a, b in zip(row, row[1:], strict=False)):
+            raise ValueError(
+                "sampling.stages: expected shares between 0 and 1 and limits up to "
+                f"max_new_tokens={self.max_new_tokens}, both rising, found {self.stages}"
+            )

@@ -1,0 +1,79 @@
+"""Nodes and tokens of a forest: what the rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from spo.records import Forest
+
+ZERO_CREDIT = 1e-6  # a token trains only above this
+
+
+def of_tokens(forest: Forest, of_nodes: Tensor) -> Tensor:
+    """(S,) of nodes -> (T,) of their tokens."""
+    return of_nodes.repeat_interleave(forest.cu_tokens.diff())
+
+
+def of_nodes(forest: Forest, of_tokens: Tensor) -> Tensor:
+    """(T,) of tokens -> (S,): each node's largest by magnitude, with its sign; 0 without tokens."""
+    nodes = torch.arange(forest.num_nodes).repeat_interleave(forest.cu_tokens.diff())
+    found = torch.zeros(2, forest.num_nodes, dtype=of_tokens.dtype)
+    for row, sign in zip(found, (1, -1), strict=True):
+        row.scatter_reduce_(0, nodes, sign * of_tokens, "amax")
+    return torch.where(found[0] >= found[1], found[0], -found[1])
+
+
+def responses(forest: Forest) -> tuple[Tensor, Tensor]:
+    """Trained leaves that earned a reward, and those that did not: (n,) int64 each."""
+    graded = forest.trained & forest.is_leaf & forest.rewards.isfinite()
+    right, wrong = (graded & earned for earned in (forest.rewards > 0, forest.rewards <= 0))
+    return torch.nonzero(right)[:, 0], torch.nonzero(wrong)[:, 0]
+
+
+def rank_in_group(groups: Tensor) -> Tensor:
+    """Place of every entry among those of its group; `groups` is sorted."""
+    counts = groups.unique_consecutive(return_counts=True)[1]
+    return torch.arange(groups.numel()) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+
+
+def whiten(credit: Tensor, chosen: Tensor) -> Tensor:
+    """Those chosen with mean 0 and deviation 1, the others 0; one alone stays as it is."""
+    if chosen.sum() < 2:
+        return credit
+    std, mean = torch.std_mean(credit[chosen], correction=0)
+    return torch.where(chosen, (credit - mean) / (std + 1e-8), 0.0)
+
+
+def ancestors(parent: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every node its parent, then its parent's parent, …: (whether there is one, which)."""
+    ancestor = parent
+    while bool((found := ancestor >= 0).any()):
+        step = ancestor.clamp(min=0)
+        yield found, step
+        ancestor = torch.where(found, parent[step], -1)
+
+
+def figures(forest: Forest, values: Tensor, credit: Tensor) -> dict[str, float]:
+    """What to report with every rollout: `values` (S,) of the nodes, `credit` (n,) of what trains,
+    each node or each token once.
+    """
+    roots = forest.parent < 0
+    seen = values[roots & values.isfinite()]
+    graded = forest.rewards[forest.rewards.isfinite()]
+    segments = forest.trained.long()
+    for found, ancestor in ancestors(forest.parent.long()):
+        segments = segments + torch.where(found, forest.trained[ancestor], False)
+    trajectories = torch.where(forest.is_leaf & forest.trained, forest.weight, 0)
+    return {
+        "value_n": float(seen.numel()),
+        "value_mean": float(seen.mean()),
+        "value_stderr": float(seen.std(correction=0) / max(seen.numel(), 1) ** 0.5),
+        "reward_mean": float(graded.mean()),
+        "zero_advantage_share": float((credit.abs() <= ZERO_CREDIT).float().mean()),
+        "mean_abs_advantage": float(credit.abs().mean()),
+        "segments_per_trajectory": float((segments * trajectories).sum())
+        / max(float(trajectories.sum()), 1),
+    }

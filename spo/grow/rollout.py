@@ -1,0 +1,276 @@
+"""Trees that grow on one engine.
+
+A child is asked for as soon as its parent's segment is finished; nothing waits for siblings, levels
+or other prompts. Grading runs beside the engine. A tree is kept whole or dropped whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+import numpy as np
+
+from spo.engines.protocol import Engine
+from spo.grow.assemble import is_leaf, leave_out_unrewarded
+from spo.grow.shapes import Growth, Shape, Tree
+from spo.records import LENGTH, Completion, Prompt, Request
+from spo.tasks.grading import Grader
+
+BARRIERS = ("none", "group", "level")
+MAX_INVALID_RATE = 0.5  # of the gradings of one rollout; above it the run stops
+
+
+@dataclass
+class RolloutStats:
+    """What a rollout cost. `engine` holds the engine's own counters, over this rollout only."""
+
+    seconds: float = 0.0  # in which the rollout was driven; a consumer's time does not count
+    idle_seconds: float = 0.0  # of those, waiting for the grader alone
+    trees: int = 0
+    dropped_prompts: int = 0
+    retried: int = 0
+    truncated: int = 0
+    invalid_gradings: int = 0
+    gradings: int = 0
+    prefill_bound: int = 0  # prefix tokens that a cache without eviction must still compute
+    max_age: int = 0  # weight versions since the oldest token of the forest was sampled
+    mean_age: float = 0.0  # over its tokens
+    engine: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def recomputed(self) -> float:
+        """Prefix tokens computed again: after an eviction, a preemption or a weight update."""
+        return self.engine["prefill"] - self.prefill_bound
+
+    @property
+    def loop_seconds(self) -> float:
+        """Time of the loop itself: neither in the engine's steps nor waiting for the grader."""
+        return self.seconds - self.idle_seconds - self.engine["step_seconds"]
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """How to sample.
+
+    `truncated` says what a response cut by the token limit earns: "zero", "penalty" (-1) or "drop"
+    (left out of its parent's value and of training). `barrier` exists for comparisons: "group"
+    waits for a whole sibling group before branching, "level" for every running sample.
+    """
+
+    stop_token_ids: tuple[int, ...]
+    temperature: float = 1.0
+    seed: int = 0
+    iteration: int = 0
+    truncated: str = "zero"
+    barrier: str = "none"
+    max_retries: int = 1
+
+
+class Rollout:
+    """Trees that grow on one engine; prompts may be admitted while others run.
+
+    Args:
+        decode: token ids of a response -> text, for grading only.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        shape: Shape,
+        grader: Grader,
+        decode: Callable[[list[int]], str],
+        options: RolloutOptions,
+    ):
+        if options.barrier not in BARRIERS:
+            raise ValueError(f"barrier: expected one of {BARRIERS}, found {options.barrier!r}")
+        self.engine, self.shape, self.grader = engine, shape, grader
+        self.decode, self.options = decode, options
+        self.stats = RolloutStats()
+        self._before = engine.counters()
+        self._flights: dict[int, tuple[Tree, Growth, int]] = {}  # key -> tree, group, first index
+        self._left: dict[int, int] = {}  # key -> samples still to come
+        self._held: dict[int, list[tuple[Tree, Growth]]] = {}
+        self._retries: dict[tuple[int, tuple[int, ...], int], int] = {}
+        self._leaves: dict[int, tuple[Tree, int]] = {}  # being graded, by the grader's key
+        self._keys, self._serials = count(), count()
+
+    def admit(self, prompt: Prompt, index: int, iteration: int) -> Tree:
+        """Start the tree of the prompt that stands at `index` in its iteration."""
+        start = time.perf_counter()
+        self.check(prompt)
+        tree = Tree(index, prompt, self.shape, iteration, next(self._serials))
+        for growth in self.shape.start(tree):
+            self._submit(tree, growth)
+        self.stats.seconds += time.perf_counter() - start
+        return tree
+
+    def check(self, prompt: Prompt) -> None:
+        """Raise ValueError if a response to `prompt` may not fit the context."""
+        size, limit = len(prompt.prompt_ids), self.engine.max_model_len
+        if size + self.shape.max_new_tokens > limit:
+            raise ValueError(
+                f"prompt of {size} tokens + max_new_tokens={self.shape.max_new_tokens} exceeds "
+                f"the context of {limit}"
+            )
+
+    def step(self) -> list[Tree]:
+        """One step of the engine, and the gradings that came in; the trees that ended with them,
+        dropped ones included.
+        """
+        start = time.perf_counter()
+        finished: list[Tree] = []
+        for completion in self.engine.poll():
+            self._receive(completion, finished)
+        waiting = time.perf_counter()
+        for graded in self.grader.poll(timeout_s=0.0 if self._flights else 0.1):
+            self._grade(graded, finished)
+        end = time.perf_counter()
+        self.stats.idle_seconds += 0.0 if self._flights else end - waiting
+        self.stats.seconds += end - start
+        return finished
+
+    def settle(self) -> list[Tree]:
+        """Wait for what is being graded; the trees that ended with it. Others may use the grader
+        then.
+        """
+        start, finished = time.perf_counter(), []
+        while self._leaves:
+            for graded in self.grader.poll(timeout_s=0.1):
+                self._grade(graded, finished)
+        elapsed = time.perf_counter() - start
+        self.stats.idle_seconds += elapsed
+        self.stats.seconds += elapsed
+        return finished
+
+    def take_stats(self) -> RolloutStats:
+        """The figures since the last call. Raises RuntimeError if most gradings failed."""
+        stats, self.stats = self.stats, RolloutStats()
+        before, self._before = self._before, self.engine.counters()
+        stats.engine = {k: v - before.get(k, 0) for k, v in self._before.items()}
+        invalid, total = stats.invalid_gradings, stats.gradings
+        if total and invalid / total > MAX_INVALID_RATE:
+            raise RuntimeError(f"{invalid} of {total} gradings failed; see the grader's reasons")
+        return stats
+
+    def _submit(self, tree: Tree, growth: Growth, index: int = 0, n: int | None = None) -> None:
+        options = self.options
+        n = growth.n if n is None else n
+        key = next(self._keys)
+        prefix = (*tree.prompt.prompt_ids, *tree.response_ids(growth.parent))
+        seed = path_seed(options.seed, tree.iteration, tree.index, growth.path) + index
+        self._flights[key] = (tree, growth, index)
+        self._left[key] = n
+        fresh = growth.parent == 0 and tree.open == 0  # nobody has computed the prompt yet
+        again = (len(prefix) - 1) % self.engine.block_size + 1
+        self.stats.prefill_bound += n * again + fresh * (len(prefix) - again)
+        tree.open += n
+        priority = tree.serial * (tree.shape.max_level + 1) - growth.level  # depth first
+        self.engine.submit(
+            Request(
+                key=key,
+                prefix_ids=prefix,
+                n=n,
+                max_new_tokens=growth.max_new_tokens,
+                stop_token_ids=options.stop_token_ids,
+                seed=seed,
+                temperature=options.temperature,
+                priority=priority,
+            )
+        )
+
+    def _receive(self, completion: Completion, finished: list[Tree]) -> None:
+        key = completion.key
+        tree, growth, first = self._flights[key]
+        sample = replace(completion, index=first + completion.index)
+        self._left[key] -= 1
+        if sample.error is not None:
+            self._retry(tree, growth, sample)
+        elif not tree.dropped:
+            known = len(tree.nodes)
+            for child in tree.shape.extend(tree, growth, sample):
+                self._branch(key, tree, child)
+            for node in range(known, len(tree.nodes)):
+                self._reward(tree, node)
+        if self._left[key] == 0:
+            del self._flights[key], self._left[key]
+        self._release(key)
+        self._close_one(tree, finished)
+
+    def _branch(self, key: int, tree: Tree, growth: Growth) -> None:
+        if self.options.barrier == "none":
+            self._submit(tree, growth)
+            return
+        tree.open += growth.n  # the tree is not complete while it is held
+        group = key if self.options.barrier == "group" else -1
+        self._held.setdefault(group, []).append((tree, growth))
+
+    def _release(self, key: int) -> None:
+        if self.options.barrier == "group" and key not in self._flights:
+            ready = self._held.pop(key, [])
+        elif self.options.barrier == "level" and not self._flights:
+            ready = self._held.pop(-1, [])
+        else:
+            return
+        for tree, growth in ready:
+            tree.open -= growth.n
+            self._submit(tree, growth)
+
+    def _retry(self, tree: Tree, growth: Growth, sample: Completion) -> None:
+        """Repeat a failed sample with its seed; after that its prompt is dropped and counted."""
+        name = (tree.serial, growth.path, sample.index)
+        self._retries[name] = self._retries.get(name, 0) + 1
+        if self._retries[name] <= self.options.max_retries:
+            self.stats.retried += 1
+            self._submit(tree, growth, index=sample.index, n=1)
+        else:
+            tree.dropped = True
+
+    def _reward(self, tree: Tree, index: int) -> None:
+        """Reward a leaf, or hand it to the grader."""
+        node = tree.nodes[index]
+        if not is_leaf(node):
+            return
+        if node.finish == LENGTH:
+            self.stats.truncated += 1
+            node.reward = {"zero": 0.0, "penalty": -1.0, "drop": float("nan")}[
+                self.options.truncated
+            ]
+            return
+        text = tree.prompt.opening + self.decode(tree.response_ids(index))
+        key = next(self._keys)
+        self.grader.submit(key, tree.prompt.task, text, tree.prompt.answer)
+        self._leaves[key] = (tree, index)
+        tree.open += 1
+
+    def _grade(self, graded, finished: list[Tree]) -> None:
+        tree, node = self._leaves.pop(graded.key)
+        self.stats.gradings += 1
+        if graded.reward is None:
+            self.stats.invalid_gradings += 1
+        else:
+            tree.nodes[node].reward = graded.reward
+        self._close_one(tree, finished)
+
+    def _close_one(self, tree: Tree, finished: list[Tree]) -> None:
+        tree.open -= 1
+        if tree.open:
+            return
+        if not tree.dropped:
+            tree.sort()
+            leave_out_unrewarded(tree)
+            tree.dropped = not any(n.reward == n.reward for n in tree.nodes)
+        if tree.dropped:
+            self.stats.dropped_prompts += 1
+        else:
+            self.stats.trees += 1
+        finished.append(tree)
+
+
+def path_seed(seed: int, iteration: int, prompt: int, path: Sequence[int]) -> int:
+    """A 62-bit seed that depends on the run, the iteration, the prompt and the path only."""
+    words = np.array([seed, iteration, prompt, len(path), *path], dtype=np.int64)
+    return int.from_bytes(hashlib.blake2b(words.tobytes(), digest_size=8).digest(), "big") >> 2

@@ -1,0 +1,140 @@
+"""Engine, grader, decoder and shape of a recipe, wired once for all who sample."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+
+from spo.config.recipe import Recipe
+from spo.config.shape import Growing
+from spo.engines.lanes import Lane
+from spo.engines.make import engine_of
+from spo.engines.protocol import Engine
+from spo.grow.evaluate import Accuracy, accuracies
+from spo.grow.rollout import Rollout, RolloutOptions, RolloutStats
+from spo.grow.shapes import Shape
+from spo.grow.stream import Stream, grow
+from spo.grow.tokenizer import load_tokenizer
+from spo.records import Completion, Forest, Prompt, Request
+from spo.tasks import prompts_of
+from spo.tasks.grading import Grader
+
+EVALUATION = -1  # the iteration whose seeds evaluations take
+
+
+class Sampler:
+    """What `spo train`, `eval`, `rollout` and `compare` sample with. Close it, or use `with`.
+
+    Args:
+        engine: use this engine, which is left open; by default the recipe's is made and closed.
+        rescore: (prefix ids, token ids) -> the trainer's logprobs, for shapes that ask for them.
+        rank: of this process: ranks draw from different seeds.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        engine: Engine | None = None,
+        tokenizer=None,
+        rescore: Callable[[list[int], list[int]], list[float]] | None = None,
+        rank: int = 0,
+    ):
+        self.recipe, self.rank = recipe, rank
+        self.tokenizer = tokenizer or load_tokenizer(recipe.policy)
+        self._rescore = rescore
+        self._shapes: dict[int, Shape] = {}  # by their limit
+        self._own = engine is None
+        self.engine = Lane(engine_of(recipe) if engine is None else engine)
+        self.grader = Grader()
+        self.stop_token_ids = (self.tokenizer.eos_token_id,)
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the grader, and the engine if it was made here."""
+        self.grader.close()
+        if self._own:
+            self.engine.close()
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of a response, for the grader."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def shape(self, max_new_tokens: int | None = None) -> Shape:
+        """The recipe's shape with responses of at most so many tokens (by default the recipe's)."""
+        limit = max_new_tokens or self.recipe.sampling.max_new_tokens
+        if limit not in self._shapes:
+            align = self.engine.block_size if self.recipe.engine.align_segments else 1
+            growing = Growing(limit, self.tokenizer, self._rescore, align)
+            self._shapes[limit] = self.recipe.shape.make(growing)
+        return self._shapes[limit]
+
+    def options(self, iteration: int, temperature: float | None = None) -> RolloutOptions:
+        """How to sample in an iteration, by default at the training temperature."""
+        sampling = self.recipe.sampling
+        return RolloutOptions(
+            stop_token_ids=self.stop_token_ids,
+            temperature=sampling.temperature if temperature is None else temperature,
+            seed=self.recipe.train.seed + 1_000_003 * self.rank,
+            iteration=iteration,
+            truncated=sampling.truncated,
+        )
+
+    def test_prompts(self) -> list[Prompt]:
+        """The first `eval.problems` of the test split."""
+        found = prompts_of(self.recipe, "test", self.tokenizer)
+        return list(islice(found, self.recipe.eval.problems))
+
+    def train_prompts(self, cursor: int = 0) -> Iterator[Prompt]:
+        """The training split from its `cursor`-th prompt on."""
+        found = prompts_of(self.recipe, "train", self.tokenizer, self.recipe.train.seed)
+        return islice(found, cursor, None)
+
+    def grow(self, prompts: Sequence[Prompt]) -> tuple[Forest, RolloutStats]:
+        """One forest of these prompts, as a first iteration would grow it."""
+        return grow(prompts, self.engine, self.shape(), self.grader, self.decode, self.options(0))
+
+    def stream(self, prompts: Iterable[Prompt], size: int, iteration: int) -> Stream:
+        """Forests of `size` prompts each, from `iteration` on; they run on while the probe and an
+        evaluation use the engine.
+        """
+        rollout = Rollout(
+            self.engine.beside(), self.shape(), self.grader, self.decode, self.options(iteration)
+        )
+        return Stream(prompts, size, rollout, self.recipe.train.stream_depth)
+
+    def accuracies(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        temperature: float = 0.0,  # 0 is greedy
+        limits: Sequence[int] = (),  # on the response, in tokens; the recipe's by default
+        samples: int = 1,  # per prompt
+    ) -> list[Accuracy]:
+        """Pass@1 under every limit."""
+        return accuracies(
+            prompts,
+            self.engine,
+            self.grader,
+            self.decode,
+            dataclasses.replace(self.options(EVALUATION, temperature), seed=self.recipe.train.seed),
+            limits or (self.recipe.sampling.max_new_tokens,),
+            samples,
+        )
+
+    def sample_one(self, prefix: Sequence[int]) -> Completion:
+        """One short sample of an idle engine. Raises RuntimeError if the engine fails."""
+        room = min(16, self.engine.max_model_len - len(prefix))
+        temperature = self.recipe.sampling.temperature
+        self.engine.submit(Request(-1, tuple(prefix), 1, room, self.stop_token_ids, 0, temperature))
+        while not (done := self.engine.poll()):
+            pass
+        if done[0].error is not None:
+            raise RuntimeError(f"the engine failed on the probe: {done[0].error}")
+        return done[0]

@@ -1,0 +1,32 @@
+"""The policy's tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from spo.config.policy import PolicyConfig
+
+
+def load_tokenizer(config: PolicyConfig) -> Any:
+    """The policy's tokenizer. Raises ValueError with one sentence if it cannot be loaded.
+
+    A tokenizer.json is taken as it stands: AutoTokenizer silently puts a pre-tokenizer of its own
+    in its place for some model types (transformers 5.19: qwen2).
+    """
+    try:
+        tokenizer = _load(PreTrainedTokenizerFast, config)
+    except ValueError:
+        tokenizer = _load(AutoTokenizer, config)  # no tokenizer.json
+    if len(tokenizer) <= len(tokenizer.all_special_ids) or tokenizer.eos_token_id is None:
+        raise ValueError(f"policy.path: {config.path} holds no tokenizer with an end token")
+    return tokenizer
+
+
+def _load(auto: Any, config: PolicyConfig) -> Any:
+    try:
+        return auto.from_pretrained(config.source, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"policy.path: {config.source} cannot be loaded ({reason})") from error

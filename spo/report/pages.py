@@ -1,0 +1,82 @@
+"""Pages of runs and forests: from their files to HTML."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from spo.config.recipe import Recipe, load_recipe
+from spo.credit.nodes import of_nodes
+from spo.credit.values import Values
+from spo.grow.tokenizer import load_tokenizer
+from spo.learn.checkpoint import latest_checkpoint
+from spo.metrics import read_metrics
+from spo.records import Forest
+from spo.report.html import RunCurve, TreeView, write_report
+
+
+def write_run_page(run: Path, output: Path | None = None) -> Path:
+    """The page of one run folder. Raises ValueError if it is none."""
+    metrics = run / "metrics.jsonl"
+    if not metrics.exists():
+        raise ValueError(f"{run} is not a run folder: it holds no metrics.jsonl")
+    output = output or run / "report.html"
+    curves = [RunCurve(run.name, read_metrics(metrics))]
+    write_report(output, curves, run_views(run, run.name), title=run.name)
+    return output
+
+
+def write_forest_page(
+    path: Path,
+    recipe: Path | None = None,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+) -> Path:
+    """The page of one forest file; by default with the recipe of the run around it."""
+    run = latest_checkpoint(path.parent)
+    chosen = load_recipe(recipe or (run and run / "recipe.yaml"), overrides)
+    view = tree_view(path.stem, path, chosen, load_tokenizer(chosen.policy))
+    output = output or path.with_suffix(".html")
+    write_report(output, [], [view], title=path.name)
+    return output
+
+
+def write_comparison_page(results: Mapping[str, list[dict]], out: Path) -> Path:
+    """The page of runs that stand side by side in the folders of `out`."""
+    views = [view for name in results for view in run_views(out / name, name)]
+    curves = [RunCurve(name, lines) for name, lines in results.items()]
+    output = out / "report.html"
+    write_report(output, curves, views, title="SPO: " + " and ".join(results))
+    return output
+
+
+def run_views(run: Path, name: str) -> list[TreeView]:
+    """The first and the last forest of a run, ready to show."""
+    newest = latest_checkpoint(run)
+    if newest is None:
+        return []
+    recipe = load_recipe(newest / "recipe.yaml")
+    tokenizer = load_tokenizer(recipe.policy)
+    views = []
+    for when in ("first", "last"):
+        path = run / f"forest-{when}.safetensors"
+        if path.exists():
+            views.append(tree_view(f"{name}, {when} iteration", path, recipe, tokenizer))
+    return views
+
+
+def tree_view(title: str, path: str | os.PathLike, recipe: Recipe, tokenizer) -> TreeView:
+    """A forest file with the values and the credit of a recipe, ready to show.
+
+    A rule that asks a critic has none here: its forests show differences of values.
+    """
+    forest = Forest.load(path)
+    rule = Values() if recipe.credit.critic else recipe.credit
+    values = rule.values(forest) if isinstance(rule, Values) else Values().values(forest)
+    credit = of_nodes(forest, rule.assign(forest, None).tokens)
+    kept = None
+    if recipe.loss.prob_threshold is not None:
+        kept = forest.rollout_logprobs < math.log(recipe.loss.prob_threshold)
+    return TreeView(title, forest, values, credit, tokenizer.decode, kept)
