@@ -93,8 +93,9 @@ def name_of(key: str, kind: type) -> str:
     for short, own in OWN[key].items():
         if own == place:
             return short
-    if module.startswith(_FILE):
-        return f"{sys.modules[module].__file__}:{kind.__qualname__}"
+    if module.startswith(_FILE) or module == "__main__":
+        file = getattr(sys.modules[module], "__file__", None)
+        return f"{file}:{kind.__qualname__}" if file else place
     return place
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from spo.config.policy import PolicyConfig
 from spo.config.recipe import Recipe
 from spo.config.shape import Cost
-from spo.tasks import get_task, options_of
-from spo.tasks.datafiles import state
+from spo.tasks import source_of, task_of
+from spo.tasks.sources import state
 
 BYTES = {"float32": 4, "bfloat16": 2}
 GIB = 1 << 30
@@ -106,10 +106,9 @@ def _policy_state(policy: PolicyConfig) -> str:
 
 
 def _data(recipe: Recipe) -> list[str]:
-    hub = getattr(get_task(recipe.task), "SOURCE", {})
-    lines = []
+    task, lines = task_of(recipe), []
     for split in ("train", "test"):
-        source = options_of(recipe, split).get("source") or hub.get(split)
+        source = source_of(recipe, task, split)
         where = f"{source}: {STATES[state(source)]}" if source else "generated"
         lines.append(f"{split:7s} {where}")
     return lines

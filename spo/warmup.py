@@ -21,8 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from spo.config.policy import EMBEDDED
-from spo.tasks import TASKS, prompts
+from spo.tasks import arithmetic, countdown, get_task, knights_knaves, prompts
 from spo.tasks.problem import CLOSE, OPEN
+
+IMITATED = {module.NAME: module for module in (arithmetic, countdown, knights_knaves)}
+"""Task -> where its vocabulary and its worked solutions are."""
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 CONTEXT = 512
@@ -43,7 +46,7 @@ class Plan:
     start: str | None = None
     """Folder of the weights to start from; None draws new ones."""
     problems: Mapping[str, object] = field(default_factory=dict)
-    """Options of the tasks' `problems`."""
+    """Settings of the tasks."""
     solutions: Mapping[str, object] = field(default_factory=dict)
     """Options of the tasks' `solution`."""
 
@@ -67,7 +70,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word, number or line break; decoding restores the text exactly."""
     words = dict.fromkeys([PAD, EOS, UNKNOWN, "\n", OPEN, CLOSE])
     for task in PLANS["embedded"].mixture:
-        words.update(dict.fromkeys(TASKS[task].VOCABULARY))
+        words.update(dict.fromkeys(IMITATED[task].VOCABULARY))
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
@@ -115,12 +118,12 @@ def examples(
 ) -> Iterator[tuple[list[int], int]]:
     """Endless mixture of (prompt + solution + end, prompt length) over the training splits."""
     rng = random.Random(seed)
-    streams = {task: TASKS[task].problems("train", seed, **plan.problems) for task in plan.mixture}
+    streams = {task: get_task(task, plan.problems).problems("train", seed) for task in plan.mixture}
     while True:
         (task,) = rng.choices(list(plan.mixture), list(plan.mixture.values()))
         problem = next(streams[task])
         prompt = tokenizer(problem.text)["input_ids"]
-        solution = tokenizer(TASKS[task].solution(problem, rng, **plan.solutions))["input_ids"]
+        solution = tokenizer(IMITATED[task].solution(problem, rng, **plan.solutions))["input_ids"]
         yield [*prompt, *solution, tokenizer.eos_token_id], len(prompt)
 
 
@@ -200,9 +203,10 @@ def pass_at_1(
 ) -> float:
     """Share of the first `count` test problems solved by one sample; temperature 0 is greedy.
 
-    `options` go to the task's `problems`.
+    `options` are the task's settings.
     """
     torch.manual_seed(seed)
+    grade = get_task(task, options).grade
     tested = list(islice(prompts(task, "test", 0, tokenizer, **options), count))
     right = 0
     for start in range(0, count, EVAL_BATCH):
@@ -221,7 +225,7 @@ def pass_at_1(
         texts = tokenizer.batch_decode(
             output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        right += sum(TASKS[task].grade(t, p.answer) for t, p in zip(texts, batch, strict=True))
+        right += sum(grade(t, p.answer) for t, p in zip(texts, batch, strict=True))
     return right / count
 
 

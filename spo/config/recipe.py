@@ -163,6 +163,9 @@ def _resolve(tree: Mapping[str, Any], folder: Path | None) -> Recipe:
     fields: dict[str, Any] = {key: tree.get(key, default) for key, default in plain.items()}
     for key, kind in groups.items():
         fields[key] = named.build(kind, _group(tree, key), key)
+    task = named.find("task", fields["task"], folder)
+    fields["task"] = named.name_of("task", task)
+    named.build(task, fields["data"].options, "data.options")
     for key, choice in UNIONS.items():
         settings = _group(tree, key)
         default = {"shape": "tree", "credit": "values"}[key]

@@ -17,7 +17,7 @@ from spo.grow.shapes import Shape
 from spo.grow.stream import Stream, grow
 from spo.grow.tokenizer import load_tokenizer
 from spo.records import Completion, Forest, Prompt, Request
-from spo.tasks import prompts_of
+from spo.tasks import prompts_of, task_of
 from spo.tasks.grading import Grader
 
 EVALUATION = -1  # the iteration whose seeds evaluations take
@@ -47,7 +47,7 @@ class Sampler:
         self._shapes: dict[int, Shape] = {}  # by their limit
         self._own = engine is None
         self.engine = Lane(engine_of(recipe) if engine is None else engine)
-        self.grader = Grader()
+        self.grader = Grader({recipe.task: task_of(recipe)})
         self.stop_token_ids = (self.tokenizer.eos_token_id,)
 
     def __enter__(self) -> Sampler:

@@ -1,15 +1,16 @@
-"""Tasks: seeded problems, worked solutions and graders. One module each, found by name."""
+"""Tasks: seeded problems and graders, each a dataclass that is found by name; see `Task`."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from types import ModuleType
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from spo.tasks import aime24, arithmetic, countdown, gsm8k, knights_knaves, math, point24
+from spo import named
 from spo.tasks.answers import THINK
 from spo.tasks.problem import Problem
+from spo.tasks.task import Task, sources_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,48 +18,40 @@ if TYPE_CHECKING:
     from spo.config.recipe import Recipe
     from spo.records import Prompt
 
-__all__ = ["TASKS", "Problem", "get_task", "problems", "prompts", "prompts_of"]
+__all__ = ["Problem", "Task", "get_task", "prompts", "prompts_of", "source_of", "task_of"]
 
 PLACE = "{problem}"  # where a template takes the problem; other braces are its own
 ALL_TOO_LONG = 20_000  # prompts in a row over the limit mean that none is under it
-
-TASKS: dict[str, ModuleType] = {
-    m.NAME: m for m in (aime24, arithmetic, countdown, gsm8k, knights_knaves, math, point24)
-}
+OPTIONS = "data.options"  # where a recipe sets the fields of its task
 
 
-def get_task(name: str) -> ModuleType:
-    """The module of a task. Raises ValueError if there is none of that name."""
-    if name not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(sorted(TASKS))}, got {name!r}")
-    return TASKS[name]
+def get_task(
+    name: str, settings: Mapping[str, Any] | None = None, folder: Path | None = None
+) -> Task:
+    """The task that a recipe of `folder` calls `name`, with those settings.
 
-
-def problems(recipe: Recipe, split: str, seed: int) -> Iterator[Problem]:
-    """The problems of a recipe, from its `data` sources where it names any.
-
-    Raises ValueError on an unknown task or split, on options that the task does not have, and if
-    the data cannot be read.
+    Raises ValueError with one sentence where there is none, and for settings that it lacks or that
+    are out of range.
     """
-    return get_task(recipe.task).problems(split, seed, **options_of(recipe, split))
+    return named.build(named.find("task", name, folder), settings or {}, OPTIONS)
 
 
-def options_of(recipe: Recipe, split: str) -> dict[str, object]:
-    """The keyword arguments of the task's `problems`. Raises ValueError for unknown ones."""
-    task, data = get_task(recipe.task), recipe.data
-    options: dict[str, object] = dict(data.options)
-    source = data.train if split == "train" else data.test
+def task_of(recipe: Recipe, folder: Path | None = None) -> Task:
+    """The task of a recipe that lies in `folder`; see `get_task`."""
+    return get_task(recipe.task, recipe.data.options, folder)
+
+
+def source_of(recipe: Recipe, task: Task, split: str) -> str | None:
+    """The data set of a split: the recipe's, else the task's own; None if problems are generated.
+
+    Raises ValueError where the recipe names one and the task reads none.
+    """
+    source = recipe.data.train if split == "train" else recipe.data.test
+    if "source" in inspect.signature(task.problems).parameters:
+        return source or sources_of(task).get(split)
     if source is not None:
-        options["source"] = source
-    known = list(inspect.signature(task.problems).parameters)[2:]
-    for name in options:
-        if name not in known:
-            where = f"data.{split}" if name == "source" else f"data.options.{name}"
-            raise ValueError(
-                f"{where}: task {recipe.task} does not take {name}; "
-                f"it takes {', '.join(known) or 'no options'}"
-            )
-    return options
+        raise ValueError(f"data.{split}: task {recipe.task} reads no data set, found {source}")
+    return None
 
 
 def prompts_of(
@@ -67,30 +60,44 @@ def prompts_of(
     """The prompts of a recipe: its problems in its template, each tokenised once.
 
     Training problems longer than `data.max_prompt_tokens` are left out; test problems never.
+    Raises ValueError on an unknown task or split, on options that the task does not have, and if
+    the data cannot be read.
     """
-    data = recipe.data
+    data, task = recipe.data, task_of(recipe)
     if data.template.count(PLACE) != 1:
         raise ValueError(f"data.template: expected {PLACE} once, found {data.template!r}")
     limit = data.max_prompt_tokens if split == "train" else None
-    found = problems(recipe, split, seed)
+    source = source_of(recipe, task, split)
+    options: dict[str, Any] = {} if source is None else {"source": source}
+    found = task.problems(split, seed, **options)
     return _prompts(recipe.task, found, tokenizer, data.template, limit)
 
 
 def prompts(
-    task: str, split: str, seed: int, tokenizer: PreTrainedTokenizerBase, **options: object
+    task: str, split: str, seed: int, tokenizer: PreTrainedTokenizerBase, **settings: object
 ) -> Iterator[Prompt]:
-    """The task's problems, each tokenised once; `options` go to the task's `problems`.
+    """The problems of a task with those settings, each tokenised once.
 
     Raises ValueError on an unknown task or split, and on a text outside the vocabulary.
     """
-    return _prompts(task, get_task(task).problems(split, seed, **options), tokenizer)
+    return _prompts(task, get_task(task, settings).problems(split, seed), tokenizer)
 
 
-def _prompts(task, problems, tokenizer, template=PLACE, limit=None):
+def _prompts(
+    task: str,
+    problems: Iterable[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str = PLACE,
+    limit: int | None = None,
+) -> Iterator[Prompt]:
     from spo.records import Prompt  # imports torch, which the grading worker does without
 
     too_long = 0
     for problem in problems:
+        if not isinstance(problem, Problem):
+            raise ValueError(
+                f"task {task}: problems must yield spo.tasks.Problem, found {problem!r:.60}"
+            )
         text = template.replace(PLACE, problem.text)
         # A template spells out its special tokens, so the tokenizer adds none.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

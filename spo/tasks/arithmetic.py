@@ -10,6 +10,10 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
 
 from spo.tasks.problem import Problem, answer_span, stream, tag
 
@@ -22,15 +26,24 @@ VOCABULARY = (NAME, "+", "-", "*", "=", *map(str, range(MODULUS)))
 _INTEGER = re.compile(r"[0-9]{1,9}")
 
 
-def problems(split: str, seed: int, *, operations: int | None = None) -> Iterator[Problem]:
-    """Distinct chains of so many operations, 4 to 6 by default; see `stream` for the splits.
+@dataclass(frozen=True)
+class Arithmetic:
+    """Chains of so many operations, 4 to 6 by default.
 
     The embedded policy has seen 4 to 6: longer chains are what it generalises to, or fails at.
     """
-    if operations is not None and operations < 1:
-        raise ValueError(f"operations must be positive, got {operations}")
-    counts = OPERATIONS if operations is None else (operations, operations)
-    return stream(NAME, split, seed, lambda rng: _draw(rng, counts), lambda p: p.text)
+
+    operations: Annotated[int, Ge(1)] | None = None
+
+    def problems(self, split: str, seed: int) -> Iterator[Problem]:
+        """Distinct chains; see `stream` for the splits."""
+        counts = OPERATIONS if self.operations is None else (self.operations, self.operations)
+        return stream(NAME, split, seed, lambda rng: _draw(rng, counts), lambda p: p.text)
+
+    def grade(self, text: str, answer: object) -> bool:
+        """True iff the last answer span is the integer `answer`, in ASCII digits."""
+        span = answer_span(text)
+        return span is not None and _INTEGER.fullmatch(span) is not None and int(span) == answer
 
 
 def _draw(rng: random.Random, counts: tuple[int, int]) -> Problem:
@@ -64,9 +77,3 @@ def solution(problem: Problem, rng: random.Random, merge: float = MERGE, most: i
         lines.append(f"{line} = {value}")
         del steps[:take]
     return "\n".join([*lines, tag(str(value))])
-
-
-def grade(text: str, answer: object) -> bool:
-    """True iff the last answer span is the integer `answer`, in ASCII digits."""
-    span = answer_span(text)
-    return span is not None and _INTEGER.fullmatch(span) is not None and int(span) == answer

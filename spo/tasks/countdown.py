@@ -9,8 +9,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Annotated
+
+from annotated_types import Ge, Le
 
 from spo.tasks.problem import Problem, answer_span, stream, tag
 
@@ -30,14 +34,22 @@ _ASCII = str.maketrans({"\u00d7": "*", "\u00f7": "/", "\u2212": "-"})  # times, 
 Step = tuple[int, str, int, int]  # left, operator, right, result
 
 
-def problems(split: str, seed: int, *, numbers: int = 3) -> Iterator[Problem]:
-    """Distinct solvable problems over `numbers` (2 to 4) numbers; see `stream` for the splits.
+@dataclass(frozen=True)
+class Countdown:
+    """Problems over so many numbers from 1 to 20, each with a solution."""
 
-    The numbers come in descending order, so reordering makes no new problem.
-    """
-    if not 2 <= numbers <= 4:
-        raise ValueError(f"numbers must be between 2 and 4, got {numbers}")
-    return stream(NAME, split, seed, lambda rng: _draw(rng, numbers), lambda p: p.text)
+    numbers: Annotated[int, Ge(2), Le(4)] = 3
+
+    def problems(self, split: str, seed: int) -> Iterator[Problem]:
+        """Distinct problems; see `stream` for the splits.
+
+        The numbers come in descending order, so reordering makes no new problem.
+        """
+        return stream(NAME, split, seed, lambda rng: _draw(rng, self.numbers), lambda p: p.text)
+
+    def grade(self, text: str, answer: object) -> bool:
+        """True iff the last answer span uses each number exactly once and equals the target."""
+        return solves(answer_span(text) or "", answer)
 
 
 def _draw(rng: random.Random, count: int) -> Problem:
@@ -110,11 +122,11 @@ def solution(
         lines[-1] += " no"
 
 
-def grade(text: str, answer: object) -> bool:
-    """True iff the last answer span uses each number exactly once and equals the target."""
+def solves(expression: str, answer: object) -> bool:
+    """Whether an expression uses each of the answer's numbers exactly once and is its target."""
     if not isinstance(answer, dict) or not isinstance(numbers := answer.get("numbers"), list):
         return False
-    tokens = _tokens(answer_span(text) or "")
+    tokens = _tokens(expression)
     if sorted(t for t in tokens if t.isdecimal()) != sorted(map(str, numbers)):
         return False
     return (value := evaluate(tokens)) is not None and value == answer.get("target")

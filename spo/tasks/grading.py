@@ -1,14 +1,14 @@
 """Grading in a worker process that can be killed: no response can hang, crash or fool the trainer.
 
 The worker is a fresh interpreter behind two pipes, never a fork, so threads of the parent do not
-matter. It reads one batch of items at a time and answers item by item; the parent kills it when an
-item takes too long, gives that item no reward, and hands the rest to a new worker.
+matter. It gets the names and settings of the tasks and makes them anew, reads one batch of items at
+a time and answers item by item; the parent kills it when an item takes too long, gives that item no
+reward, and hands the rest to a new worker.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -20,11 +20,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
-from spo.tasks import TASKS
+from spo import named
+from spo.tasks import OPTIONS, Task
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0  # a task may import torch from a slow disk
 BATCH_ITEMS, BATCH_CHARS = 512, 1 << 20  # most items of a message; it grows no further beyond these
 HEADER = 8  # bytes of a message's length, big endian
 
@@ -42,29 +45,28 @@ class Grader:
     """Grades responses in the background: `submit`, then `poll` until `pending` is 0.
 
     Args:
+        tasks: what `Prompt.task` may hold -> the task that grades it. The package's own tasks need
+            no mention; one that is not here starts the worker again when it comes up.
         timeout_s: longest time one item may take before its worker is killed.
-        memory_mb: address space of the worker.
-        modules: graders beyond the known tasks, task name -> path of a module with
-            `grade(text, answer) -> bool`.
+        memory_mb: what grading may map beyond what the worker holds once its tasks are prepared.
 
-    Raises ValueError on limits that are not positive, RuntimeError if the worker cannot start.
+    Raises ValueError on limits that are not positive and on settings that JSON cannot hold,
+    RuntimeError if the worker cannot start.
     """
 
     def __init__(
         self,
+        tasks: Mapping[str, Task] | None = None,
         *,
         timeout_s: float = 5.0,
         memory_mb: int = 1024,
-        modules: Mapping[str, str] | None = None,
     ) -> None:
         for name, value in (("timeout_s", timeout_s), ("memory_mb", memory_mb)):
             if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        modules = dict(modules or {})
+                raise ValueError(f"{name} must be positive, found {value}")
         self._timeout_s = timeout_s
-        self._arguments = [timeout_s, memory_mb, modules]
-        self._tasks = frozenset([*TASKS, *modules])
-        self._prepared: set[str] = set()  # tasks whose libraries every worker loads at its start
+        self._memory_mb = memory_mb
+        self._tasks = {name: _spec(task) for name, task in (tasks or {}).items()}
         self._queue: deque[tuple[int, str]] = deque()  # key and item as JSON, not yet sent
         self._sent: deque[tuple[int, str]] = deque()  # with the worker, in order
         self._graded: list[Graded] = []
@@ -78,13 +80,14 @@ class Grader:
         """
         if self._process is None:
             raise RuntimeError("the grader is closed")
-        if task not in self._tasks:
-            raise ValueError(f"task must be one of {', '.join(sorted(self._tasks))}, got {task!r}")
+        known = sorted({*named.OWN["task"], *self._tasks})
+        if task not in known:
+            raise ValueError(f"task must be one of {', '.join(known)}, found {task!r}")
         if not isinstance(text, str):
-            raise TypeError(f"text must be a str, got {type(text).__name__}")
+            raise TypeError(f"text must be a str, found {type(text).__name__}")
         item = json.dumps([task, text, answer])
-        if hasattr(TASKS.get(task), "prepare") and task not in self._prepared:
-            self._prepared.add(task)
+        if task not in self._tasks:
+            self._tasks[task] = (task, {})
             self._restart(None)  # loading takes longer than an item may
         self._queue.append((key, item))
 
@@ -126,13 +129,14 @@ class Grader:
 
     def _start(self) -> None:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        arguments = [*self._arguments, sorted(self._prepared)]
+        arguments = [self._timeout_s, self._memory_mb, self._tasks]
         self._process = subprocess.Popen(
             [sys.executable, "-B", "-m", "spo.tasks.grading", json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env=os.environ | {"PYTHONPATH": path},
+            # The trainer needs the other cores; every thread maps memory of its own, too.
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # Ctrl-C is the trainer's; the whole group can be killed
         )
         self._unread = b""
@@ -200,36 +204,73 @@ class Grader:
             if isinstance(verdict, str):  # the last words of a worker
                 self._restart(verdict)
                 return
-            self._graded.append(Graded(self._sent.popleft()[0], float(verdict)))
+            key, _ = self._sent.popleft()
+            if isinstance(verdict, list):
+                self._graded.append(Graded(key, None, verdict[0]))
+            else:
+                self._graded.append(Graded(key, float(verdict)))
         self._deadline = time.monotonic() + self._timeout_s
 
 
-def _serve(timeout_s: float, memory_mb: int, modules: dict[str, str], prepared: list[str]) -> None:
-    """The worker: `null` when ready, then a line per item, true or false or an error as a str."""
+def _spec(task: Task) -> tuple[str, dict[str, Any]]:
+    """What a task is called and its settings as JSON, from which the worker makes it anew."""
+    from pydantic import TypeAdapter  # here only: the worker can do without
+
+    kind = type(task)
+    name = named.name_of("task", kind)
+    try:
+        settings = TypeAdapter(kind).dump_python(task, mode="json")
+    except ValueError as error:
+        raise ValueError(f"task {name}: its settings are no JSON ({error})") from error
+    return name, {f.name: settings[f.name] for f in fields(kind) if f.init}
+
+
+def _made(name: str, settings: dict[str, Any]) -> Task:
+    """The task of a `_spec`. The package's own have plain settings, so they need no pydantic."""
+    kind = named.find("task", name)
+    return kind(**settings) if name in named.OWN["task"] else named.build(kind, settings, OPTIONS)
+
+
+def _serve(timeout_s: float, memory_mb: int, specs: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    """The worker: `null` when ready, then a line per item, true or false or [why there is neither].
+
+    An error that ends it is a line as well, a str.
+    """
     answers = os.dup(1)  # what a grader prints must not look like a verdict
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     def say(value: object) -> None:
         os.write(answers, json.dumps(value).encode() + b"\n")
 
-    sys.excepthook = lambda kind, error, _: say(f"{kind.__name__}: {error}"[:1000])
-    graders = {name: module.grade for name, module in TASKS.items()}
-    graders |= {name: importlib.import_module(path).grade for name, path in modules.items()}
-    for name in prepared:
-        TASKS[name].prepare()
-    memory = int(memory_mb) << 20
+    def words(kind: type, error: object) -> str:
+        return f"{kind.__name__}: {error}"[:1000]
+
+    sys.excepthook = lambda kind, error, _: say(words(kind, error))
+    tasks = {name: _made(*spec) for name, spec in specs.items()}
+    for task in tasks.values():
+        if prepare := getattr(task, "prepare", None):
+            prepare()
+    memory = _mapped() + (int(memory_mb) << 20)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it writes no file
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     say(None)
     while header := sys.stdin.buffer.read(HEADER):
         batch = json.loads(sys.stdin.buffer.read(int.from_bytes(header, "big")))
-        for task, text, answer in batch:
+        for name, text, answer in batch:
             _limit_cpu(timeout_s)
-            verdict = graders[task](text, answer)
-            if not isinstance(verdict, bool):
-                raise TypeError(f"grade of {task} must return a bool, got {verdict!r}")
+            try:
+                verdict = tasks[name].grade(text, answer)
+                if not isinstance(verdict, bool):
+                    raise TypeError(f"grade of {name} must return a bool, found {verdict!r}")
+            except Exception as error:  # of the user's own code; a new worker may cost seconds
+                verdict = [words(type(error), error)]
             say(verdict)
+
+
+def _mapped() -> int:
+    """Bytes of address space that the process holds; libraries such as torch map a lot."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def _limit_cpu(seconds: float) -> None:

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 from spo.tasks.answers import after_think, exact_number
-from spo.tasks.datafiles import column, problem_stream, read_rows
-from spo.tasks.problem import Problem
+from spo.tasks.problem import Problem, column, problem_stream
+from spo.tasks.sources import read_problems
 
 NAME = "gsm8k"
-SOURCE = {"train": "openai/gsm8k/main", "test": "openai/gsm8k/main"}
 MARK = "####"
 
 
-def problems(split: str, seed: int, *, source: str | None = None) -> Iterator[Problem]:
-    """The rows `question`, `answer` of a file, folder or hub data set; see `read_rows`."""
-    rows = read_rows(source or SOURCE.get(split, ""), split)
-    return problem_stream(NAME, split, seed, [_problem(row, where) for row, where in rows])
+@dataclass(frozen=True)
+class Gsm8k:
+    """The data set's 7473 training and 1319 test problems, or others in its format."""
+
+    sources: ClassVar[Mapping[str, str]] = {
+        "train": "openai/gsm8k/main",
+        "test": "openai/gsm8k/main",
+    }
+
+    def problems(self, split: str, seed: int, source: str | None = None) -> Iterator[Problem]:
+        """The rows `question`, `answer` of a source; see `read_problems`."""
+        read = read_problems(NAME, split, source or self.sources.get(split), _problem)
+        return problem_stream(NAME, split, seed, read)
+
+    def grade(self, text: str, answer: object) -> bool:
+        """True iff the line after the last `####` is the number `answer`, exactly."""
+        _, mark, rest = after_think(text).rpartition(MARK)
+        line = rest.strip().partition("\n")[0]
+        if not mark or not isinstance(answer, str | int) or "/" in line:
+            return False
+        given = exact_number(line)
+        return given is not None and given == exact_number(str(answer))
 
 
 def _problem(row: dict, where: str) -> Problem:
@@ -26,13 +45,3 @@ def _problem(row: dict, where: str) -> Problem:
             f"{where}: expected a number after {MARK} in answer, found {answer[:60]!r}"
         )
     return Problem(str(column(row, where, "question")), answer)
-
-
-def grade(text: str, answer: object) -> bool:
-    """True iff the line after the last `####` is the number `answer`, exactly."""
-    _, mark, rest = after_think(text).rpartition(MARK)
-    line = rest.strip().partition("\n")[0]
-    if not mark or not isinstance(answer, str | int) or "/" in line:
-        return False
-    given = exact_number(line)
-    return given is not None and given == exact_number(str(answer))

@@ -9,10 +9,14 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
+from typing import Annotated
 
-from spo.tasks.datafiles import column, problem_stream, read_rows
-from spo.tasks.problem import Problem, answer_span, stream, tag
+from annotated_types import Ge, Le
+
+from spo.tasks.problem import Problem, answer_span, column, problem_stream, stream, tag
+from spo.tasks.sources import read_problems
 
 NAME = "knights_knaves"
 PEOPLE = ("Ann", "Bob", "Cat", "Dan", "Eve", "Fay", "Gus", "Hal")
@@ -31,23 +35,44 @@ Atom = tuple[int, bool]  # person, is a knight
 Statement = tuple[str, tuple[Atom, ...]]  # "", "and" or "or"; one or two atoms
 
 
-def problems(
-    split: str, seed: int, *, people: int = 3, source: str | None = None
-) -> Iterator[Problem]:
-    """Distinct problems of 2 to 8 people, each with one solution; see `stream` for the splits.
+@dataclass(frozen=True)
+class KnightsKnaves:
+    """Problems of so many people, each with one solution."""
 
-    With a `source` the problems are its rows `quiz`, `names`, `solution` (who is a knight) that
-    name so many people; see `read_rows`.
-    """
-    if not 2 <= people <= len(PEOPLE):
-        raise ValueError(f"people must be between 2 and {len(PEOPLE)}, got {people}")
-    if source is None:
-        return stream(NAME, split, seed, lambda rng: _draw(rng, people), lambda p: p.text)
-    read = [_problem(row, where) for row, where in read_rows(source, split)]
-    chosen = [problem for problem in read if len(problem.answer["people"]) == people]
-    if not chosen:
-        raise ValueError(f"data set {source}: no {split} problem has {people} people")
-    return problem_stream(NAME, split, seed, chosen)
+    people: Annotated[int, Ge(2), Le(len(PEOPLE))] = 3
+
+    def problems(self, split: str, seed: int, source: str | None = None) -> Iterator[Problem]:
+        """Distinct problems; see `stream` for the splits.
+
+        With a `source` they are its rows `quiz`, `names`, `solution` (who is a knight) that name
+        so many people; see `read_problems`.
+        """
+        count = self.people
+        if source is None:
+            return stream(NAME, split, seed, lambda rng: _draw(rng, count), lambda p: p.text)
+        read = read_problems(NAME, split, source, _problem)
+        chosen = [problem for problem in read if len(problem.answer["people"]) == count]
+        if not chosen:
+            raise ValueError(f"data set {source}: no {split} problem has {count} people")
+        return problem_stream(NAME, split, seed, chosen)
+
+    def grade(self, text: str, answer: object) -> bool:
+        """True iff the last answer span names exactly the knights, or gives everybody's role.
+
+        "Ann and Bob", "none", "Ann is a knight, Bob is a knave" are read, in any case and order.
+        """
+        if not isinstance(answer, dict):
+            return False
+        people, knights = answer.get("people"), answer.get("knights")
+        span = answer_span(text)
+        if not _names(people) or not _names(knights) or span is None or len(span) > _MAX_LENGTH:
+            return False
+        people, knights = [p.lower() for p in people], {k.lower() for k in knights}
+        words = [w for w in _WORD.findall(span.lower()) if w not in _FILLERS]
+        if any(w in _ROLE for w in words):
+            names, roles = words[::2], [_ROLE.get(w) for w in words[1::2]]
+            return sorted(names) == sorted(people) and roles == [name in knights for name in names]
+        return words == ["none"] if not knights else sorted(words) == sorted(knights)
 
 
 def _problem(row: dict, where: str) -> Problem:
@@ -141,25 +166,6 @@ def _check(statements: list[Statement], roles: tuple[bool, ...]) -> Iterator[str
         yield f"{name} {ROLES[role]} says {words} {'yes' if agrees else 'no'}"
         if not agrees:
             return
-
-
-def grade(text: str, answer: object) -> bool:
-    """True iff the last answer span names exactly the knights, or gives everybody's role.
-
-    "Ann and Bob", "none", "Ann is a knight, Bob is a knave" are read, in any case and order.
-    """
-    if not isinstance(answer, dict):
-        return False
-    people, knights = answer.get("people"), answer.get("knights")
-    span = answer_span(text)
-    if not _names(people) or not _names(knights) or span is None or len(span) > _MAX_LENGTH:
-        return False
-    people, knights = [p.lower() for p in people], {k.lower() for k in knights}
-    words = [w for w in _WORD.findall(span.lower()) if w not in _FILLERS]
-    if any(w in _ROLE for w in words):
-        names, roles = words[::2], [_ROLE.get(w) for w in words[1::2]]
-        return sorted(names) == sorted(people) and roles == [name in knights for name in names]
-    return words == ["none"] if not knights else sorted(words) == sorted(knights)
 
 
 def _names(value: object) -> bool:

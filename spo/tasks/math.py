@@ -11,17 +11,18 @@ import importlib.util
 import logging
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 from spo.tasks import latex
 from spo.tasks.answers import after_think, exact_number, last_boxed
-from spo.tasks.datafiles import column, problem_stream, read_rows
-from spo.tasks.problem import Problem
+from spo.tasks.problem import Problem, column, problem_stream
+from spo.tasks.sources import read_problems
 
 NAME = "math"
-SOURCE = {"train": "hiyouga/math12k", "test": "HuggingFaceH4/MATH-500"}
 MAX_LENGTH = 600  # characters of an answer; the longest of MATH has about 200
 MAX_DEPTH = 16  # of brackets
 BUDGET_S = 1.0  # processor time of one comparison; a usual one takes 5 to 50 ms
@@ -33,12 +34,34 @@ class _OverBudget(BaseException):
     """Not an Exception: sympy and math-verify catch those."""
 
 
-def problems(split: str, seed: int, *, source: str | None = None) -> Iterator[Problem]:
-    """The rows `problem` and `answer` (or a boxed `solution`) of files or of a hub data set."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise ValueError(_MISSING)
-    rows = read_rows(source or SOURCE.get(split, ""), split)
-    return problem_stream(NAME, split, seed, [_problem(row, where) for row, where in rows])
+@dataclass(frozen=True)
+class Math:
+    """MATH's 12000 training problems and the 500 that are usually tested, or others like them."""
+
+    sources: ClassVar[Mapping[str, str]] = {
+        "train": "hiyouga/math12k",
+        "test": "HuggingFaceH4/MATH-500",
+    }
+
+    def problems(self, split: str, seed: int, source: str | None = None) -> Iterator[Problem]:
+        """The rows `problem` and `answer` (or a boxed `solution`); see `read_problems`."""
+        if importlib.util.find_spec("math_verify") is None:
+            raise ValueError(_MISSING)
+        read = read_problems(NAME, split, source or self.sources.get(split), _problem)
+        return problem_stream(NAME, split, seed, read)
+
+    def prepare(self) -> None:
+        """Load what `grade` needs; the worker does it before its clock runs."""
+        if importlib.util.find_spec("math_verify") is None:
+            raise ImportError(_MISSING)
+        for name in ("math_verify", "latex2sympy2_extended"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # it reports every odd answer
+        _compare("\\frac{1}{2}", "x+1")  # builds the parser's tables
+
+    def grade(self, text: str, answer: object) -> bool:
+        """True iff the last box after the thinking is mathematically equal to `answer`."""
+        box = last_boxed(after_think(text))
+        return box is not None and isinstance(answer, str | int) and equal(box, str(answer))
 
 
 def _problem(row: dict, where: str) -> Problem:
@@ -49,21 +72,6 @@ def _problem(row: dict, where: str) -> Problem:
         if not answer:
             raise ValueError(f"{where}: expected a boxed answer, found {solution[-60:]!r}")
     return Problem(str(column(row, where, "problem", "question")), str(answer))
-
-
-def prepare() -> None:
-    """Load what `grade` needs; the worker does it before its clock runs."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise ImportError(_MISSING)
-    for name in ("math_verify", "latex2sympy2_extended"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # it reports every odd answer
-    _compare("\\frac{1}{2}", "x+1")  # builds the parser's tables
-
-
-def grade(text: str, answer: object) -> bool:
-    """True iff the last box after the thinking is mathematically equal to `answer`."""
-    box = last_boxed(after_think(text))
-    return box is not None and isinstance(answer, str | int) and equal(box, str(answer))
 
 
 @lru_cache(maxsize=8192)  # the branches of a tree repeat their answers

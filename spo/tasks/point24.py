@@ -8,12 +8,13 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
 from spo.tasks import countdown
 from spo.tasks.answers import after_think, last_boxed
-from spo.tasks.problem import Problem, answer_span, stream, tag
+from spo.tasks.problem import Problem, answer_span, stream
 
 NAME = "point24"
 TARGET, NUMBERS, LARGEST = 24, 4, 13
@@ -30,9 +31,31 @@ _LATEX = tuple(
 )
 
 
-def problems(split: str, seed: int) -> Iterator[Problem]:
-    """Distinct solvable problems, the numbers in descending order; see `stream` for the splits."""
-    return stream(NAME, split, seed, _draw, lambda problem: problem.text)
+@dataclass(frozen=True)
+class Point24:
+    """The four numbers, in descending order."""
+
+    def problems(self, split: str, seed: int) -> Iterator[Problem]:
+        """Distinct solvable problems; see `stream` for the splits."""
+        return stream(NAME, split, seed, _draw, lambda problem: problem.text)
+
+    def grade(self, text: str, answer: object) -> bool:
+        """True iff the last box after the thinking, else the last answer span, makes the target.
+
+        It must be an expression that uses each number exactly once. `24 =` may precede it or `= 24`
+        follow it, in LaTeX or not.
+        """
+        text = after_think(text)
+        expression = last_boxed(text)
+        if expression is None:
+            expression = answer_span(text) or ""
+        if len(expression) > countdown.MAX_LENGTH:
+            return False
+        for latex, plain in _LATEX:
+            expression = latex.sub(plain, expression)
+        while (plain := _FRACTION.sub(r"((\1)/(\2))", expression)) != expression:
+            expression = plain
+        return countdown.solves(expression.strip(), answer)
 
 
 def _draw(rng: random.Random) -> Problem:
@@ -57,21 +80,3 @@ def solvable(values: tuple[Fraction, ...]) -> bool:
             if any(solvable(tuple(sorted([*rest, r]))) for r in results):
                 return True
     return False
-
-
-def grade(text: str, answer: object) -> bool:
-    """True iff the last box after the thinking, else the last answer span, is an expression that
-    uses each number exactly once and makes the target. `24 =` may precede it or `= 24` follow it,
-    in LaTeX or not.
-    """
-    text = after_think(text)
-    expression = last_boxed(text)
-    if expression is None:
-        expression = answer_span(text) or ""
-    if len(expression) > countdown.MAX_LENGTH:
-        return False
-    for latex, plain in _LATEX:
-        expression = latex.sub(plain, expression)
-    while (plain := _FRACTION.sub(r"((\1)/(\2))", expression)) != expression:
-        expression = plain
-    return countdown.grade(tag(expression), answer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -42,7 +42,7 @@ def stream(
     Raises ValueError on any other split.
     """
     if split not in ("train", "test"):
-        raise ValueError(f'split must be "train" or "test", got {split!r}')
+        raise ValueError(f'split must be "train" or "test", found {split!r}')
     return _stream(name, split == "test", seed, draw, identity)
 
 
@@ -68,6 +68,26 @@ def _stream(name, test, seed, draw, identity):
         seen.add(digest)
         given += 1
         yield problem
+
+
+def problem_stream(
+    name: str, split: str, seed: int, problems: Sequence[Problem]
+) -> Iterator[Problem]:
+    """ "test" gives the problems once, in their order; "train" shuffles them again and again."""
+    if split == "test":
+        yield from problems
+        return
+    rng = random.Random(f"{name} train {seed}")
+    while True:
+        yield from rng.sample(problems, len(problems))
+
+
+def column(row: dict, where: str, *names: str) -> object:
+    """The first of the named columns that the row has. Raises ValueError if it has none."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise ValueError(f"{where}: expected a column {' or '.join(names)}, found {', '.join(row)}")
 
 
 def answer_span(text: str) -> str | None:

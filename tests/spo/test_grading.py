@@ -2,56 +2,67 @@
 
 import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from spo.tasks import TASKS
+from spo.tasks import Task, countdown, get_task
 from spo.tasks.grading import BATCH_ITEMS, Graded, Grader
 
 DEADLINE_S = 2.0
 
 UNRULY = """
 import os, signal, subprocess, sys, threading, time
+from dataclasses import dataclass
 
-def grade(text, answer):
-    if text == "hang":
-        time.sleep(1000)
-    if text == "hang in C":
-        9**9**9
-    if text == "abort":
-        os.abort()
-    if text == "exit":
-        os._exit(3)
-    if text == "raise":
-        raise KeyError("lost")
-    if text == "memory":
-        return len(bytearray(1 << 40)) > 0
-    if text == "write":
-        with open(answer, "w") as file:
-            file.write("x" * 100)
-    if text == "child":
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
-        with os.fdopen(os.open(answer, os.O_WRONLY), "w") as pipe:
-            pipe.write(str(child.pid))
-        time.sleep(1000)
-    if text == "print":
-        print("true", flush=True)
-        os.write(1, b"true\\n")
-    if text == "torch":
-        return "torch" in sys.modules
-    return None if text == "nothing" else answer == 1
+@dataclass(frozen=True)
+class Unruly:
+    def problems(self, split, seed):
+        yield from ()
+
+    def grade(self, text, answer):
+        if text == "hang":
+            time.sleep(1000)
+        if text == "hang in C":
+            9**9**9
+        if text == "abort":
+            os.abort()
+        if text == "exit":
+            os._exit(3)
+        if text == "raise":
+            raise KeyError("lost")
+        if text == "memory":
+            return len(bytearray(1 << 40)) > 0
+        if text == "write":
+            with open(answer, "w") as file:
+                file.write("x" * 100)
+        if text == "child":
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+            with os.fdopen(os.open(answer, os.O_WRONLY), "w") as pipe:
+                pipe.write(str(child.pid))
+            time.sleep(1000)
+        if text == "print":
+            print("true", flush=True)
+            os.write(1, b"true\\n")
+        if text == "torch":
+            return "torch" in sys.modules
+        return None if text == "nothing" else answer == 1
 """
 
 
 @pytest.fixture
-def unruly(tmp_path, monkeypatch):
-    """A grader with an extra task that misbehaves on request."""
-    (tmp_path / "unruly_grader.py").write_text(UNRULY)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with Grader(timeout_s=DEADLINE_S, modules={"unruly": "unruly_grader"}) as grader:
+def unruly(tmp_path):
+    """A grader with a task from outside that misbehaves on request."""
+    with Grader({"unruly": outside(tmp_path, UNRULY, "Unruly")}, timeout_s=DEADLINE_S) as grader:
         yield grader
+
+
+def outside(folder: Path, text: str, name: str, **settings) -> Task:
+    (folder / "outside.py").write_text(text)
+    return get_task(f"{folder}/outside.py:{name}", settings)
 
 
 def finish(grader: Grader) -> list[Graded]:
@@ -193,7 +204,7 @@ def test_a_hanging_item_is_killed_and_the_rest_is_graded(unruly, text):
         ("raise", "KeyError: 'lost'"),
         ("memory", "MemoryError: "),
         ("write", "OSError: "),
-        ("nothing", "TypeError: grade of unruly must return a bool, got None"),
+        ("nothing", "TypeError: grade of unruly must return a bool, found None"),
     ],
 )
 def test_a_dying_grader_costs_its_own_item_only(unruly, tmp_path, text, reason):
@@ -240,9 +251,9 @@ def test_the_deadline_holds_while_nobody_polls(unruly):
     """A late poll gives the verdicts that are ready and blames only the item that hangs."""
     for key, text in enumerate(["fine", "fine", "hang", "fine"]):
         unruly.submit(key, "unruly", text, 1)
-    unruly.poll()
+    graded = unruly.poll()  # sends, and may have an answer already
     time.sleep(1.5 * DEADLINE_S)
-    assert [g.reward for g in finish(unruly)] == [1.0, 1.0, None, 1.0]
+    assert [g.reward for g in graded + finish(unruly)] == [1.0, 1.0, None, 1.0]
 
 
 def test_a_worker_killed_while_idle_is_replaced(unruly):
@@ -276,8 +287,8 @@ def test_the_worker_does_not_load_torch(unruly):
 
 def test_thousands_a_second():
     """A loose bound, far below what an idle core does, so that it holds on a busy one."""
-    problem = next(TASKS["countdown"].problems("train", 0))
-    text = TASKS["countdown"].solution(problem, random.Random(0), wrong=0.0)
+    problem = next(get_task("countdown").problems("train", 0))
+    text = countdown.solution(problem, random.Random(0), wrong=0.0)
     with Grader() as grader:
         for key in range(5000):
             grader.submit(key, "countdown", text, problem.answer)
@@ -288,22 +299,143 @@ def test_thousands_a_second():
 
 def test_bad_input_is_refused_at_once():
     with Grader() as grader:
-        with pytest.raises(ValueError, match="task must be one of aime24, .* got 'chess'"):
+        with pytest.raises(ValueError, match="task must be one of aime24, .* found 'chess'"):
             grader.submit(0, "chess", "", 1)
-        with pytest.raises(TypeError, match="text must be a str, got bytes"):
+        with pytest.raises(TypeError, match="text must be a str, found bytes"):
             grader.submit(0, "arithmetic", b"", 1)
         with pytest.raises(TypeError, match="JSON"):
             grader.submit(0, "arithmetic", "", {1, 2})
         assert grader.pending == 0
     with pytest.raises(RuntimeError, match="closed"):
         grader.submit(0, "arithmetic", "", 1)
-    with pytest.raises(ValueError, match="timeout_s must be positive, got 0"):
+    with pytest.raises(ValueError, match="timeout_s must be positive, found 0"):
         Grader(timeout_s=0)
 
 
-def test_a_grader_module_that_cannot_be_imported_is_named():
-    with pytest.raises(RuntimeError, match="No module named 'no_such_grader'"):
-        Grader(modules={"extra": "no_such_grader"})
+SETTLED = """
+from __future__ import annotations
+import pathlib
+from dataclasses import dataclass, field
+from enum import Enum
+
+class Mode(Enum):
+    EXACT = "exact"
+    LOOSE = "loose"
+
+@dataclass(frozen=True)
+class Bounds:
+    low: int
+    high: int
+
+@dataclass(frozen=True)
+class Settled:
+    names: tuple[str, ...]
+    bounds: Bounds
+    modes: dict[str, Mode]
+    where: pathlib.Path
+    known: frozenset[int] = frozenset()
+    limit: int | None = None
+    size: int = field(init=False, default=3)
+
+    def problems(self, split, seed):
+        yield from ()
+
+    def grade(self, text, answer):
+        return repr(self) == answer
+"""
+
+
+def test_settings_are_the_same_in_the_worker(tmp_path):
+    settings = {
+        "names": ["a", "b"],
+        "bounds": {"low": 1, "high": 2},
+        "modes": {"x": "loose"},
+        "where": "/a/b",
+        "known": [3],
+    }
+    task = outside(tmp_path, SETTLED, "Settled", **settings)
+    assert task.names == ("a", "b") and task.bounds.high == 2 and task.known == {3}
+    with Grader({"./outside.py:Settled": task}) as grader:
+        grader.submit(0, "./outside.py:Settled", "", repr(task))
+        grader.submit(1, "./outside.py:Settled", "", repr(task).replace("high=2", "high=3"))
+        assert finish(grader) == [Graded(0, 1.0), Graded(1, 0.0)]
+
+
+HEAVY = """
+import sys, threading, types
+from dataclasses import dataclass
+{imported}
+
+@dataclass(frozen=True)
+class Heavy:
+    def problems(self, split, seed):
+        yield from ()
+
+    def prepare(self):
+        {prepared}
+
+    def grade(self, text, answer):
+        if text == "memory":
+            return len(bytearray(3 << 29)) > 0  # 1.5 GiB
+        import torch
+        return torch.get_num_threads() == 1 and torch.ones(1 << 22).sum().item() == answer
+"""
+
+
+@pytest.mark.parametrize("words", [("import torch", "pass"), ("", "import torch")])
+def test_a_task_may_import_torch_and_is_still_held_to_its_memory(tmp_path, words):
+    text = HEAVY.format(imported=words[0], prepared=words[1])
+    with Grader({"heavy": outside(tmp_path, text, "Heavy")}) as grader:
+        grader.submit(0, "heavy", "", 1 << 22)
+        grader.submit(1, "heavy", "memory", 0)
+        grader.submit(2, "arithmetic", "<answer> 4 </answer>", 4)
+        right, dead, own = finish(grader)
+    assert (right, own) == (Graded(0, 1.0), Graded(2, 1.0))
+    assert dead.reward is None and dead.reason.startswith("MemoryError")
+
+
+def test_an_exception_does_not_cost_a_worker(unruly):
+    """One that has loaded torch would take seconds to replace."""
+    unruly.submit(0, "unruly", "fine", 1)
+    finish(unruly)
+    pid = unruly._process.pid
+    for key, text in enumerate(("raise", "nothing", "memory", "fine")):
+        unruly.submit(key, "unruly", text, 1)
+    assert [g.reward for g in finish(unruly)] == [None, None, None, 1.0]
+    assert unruly._process.pid == pid
+
+
+def test_a_task_that_the_worker_cannot_make_is_one_sentence(tmp_path):
+    late = outside(tmp_path, UNRULY, "Unruly")
+    (tmp_path / "outside.py").write_text("1 / 0")
+    with pytest.raises(RuntimeError, match="did not start.*outside.py cannot .*ZeroDivisionError"):
+        Grader({"late": late})
+    (tmp_path / "outside.py").write_text("raise SystemExit")
+    with pytest.raises(RuntimeError, match="did not start; it said: nothing"):
+        Grader({"late": late})
+
+
+def test_a_task_of_the_program_itself(tmp_path):
+    """Its module is called __main__ here and something else in the worker."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine:\n"
+        "    shift: int = 0\n"
+        "    def problems(self, split, seed):\n"
+        "        yield from ()\n"
+        "    def grade(self, text, answer):\n"
+        "        return int(text) == answer + self.shift\n"
+        "if __name__ == '__main__':\n"
+        "    from spo.tasks.grading import Grader\n"
+        "    with Grader({'mine': Mine(2)}) as grader:\n"
+        "        grader.submit(0, 'mine', '5', 3)\n"
+        "        print(grader.poll(60.0))\n"
+    )
+    env = {"PYTHONPATH": ":".join(p or "." for p in sys.path)}
+    ran = subprocess.run([sys.executable, program], env=env, capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("[Graded(key=0, reward=1.0, reason=None)]\n", "")
 
 
 def test_closing_leaves_no_process(unruly):

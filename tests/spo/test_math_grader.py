@@ -202,22 +202,22 @@ def pairs(table: list) -> list:
 
 @pytest.fixture(scope="module", autouse=True)
 def prepared():
-    math.prepare()
+    math.Math().prepare()
 
 
 @pytest.mark.parametrize(("answer", "given"), pairs(RIGHT))
 def test_equal_answers(answer, given):
-    assert math.grade(f"So it is $\\boxed{{{given}}}$.", answer)
+    assert math.Math().grade(f"So it is $\\boxed{{{given}}}$.", answer)
 
 
 @pytest.mark.parametrize(("answer", "given"), pairs(WRONG))
 def test_wrong_answers(answer, given):
-    assert not math.grade(f"So it is $\\boxed{{{given}}}$.", answer)
+    assert not math.Math().grade(f"So it is $\\boxed{{{given}}}$.", answer)
 
 
 @pytest.mark.parametrize("answer", [answer for answer, _ in RIGHT])
 def test_every_answer_equals_itself(answer):
-    assert math.grade(f"\\boxed{{{answer}}}", answer)
+    assert math.Math().grade(f"\\boxed{{{answer}}}", answer)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_every_answer_equals_itself(answer):
     ],
 )
 def test_the_last_box_after_the_thinking_counts(text, right):
-    assert math.grade(text, "5") is right
+    assert math.Math().grade(text, "5") is right
 
 
 def test_hostile_answers_are_wrong_in_time_and_run_nothing(tmp_path, monkeypatch):
@@ -274,6 +274,6 @@ def test_no_answer_reaches_eval(monkeypatch):
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(math.importlib.util, "find_spec", lambda name: None)
-    for call in (math.prepare, lambda: math.problems("train", 0)):
+    for call in (math.Math().prepare, lambda: math.Math().problems("train", 0)):
         with pytest.raises((ImportError, ValueError), match=r"pip install 'spo-kernels\[math\]'"):
             call()
