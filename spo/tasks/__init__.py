@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo import named
@@ -25,20 +24,18 @@ ALL_TOO_LONG = 20_000  # prompts in a row over the limit mean that none is under
 OPTIONS = "data.options"  # where a recipe sets the fields of its task
 
 
-def get_task(
-    name: str, settings: Mapping[str, Any] | None = None, folder: Path | None = None
-) -> Task:
-    """The task that a recipe of `folder` calls `name`, with those settings.
+def get_task(name: str, settings: Mapping[str, Any] | None = None) -> Task:
+    """The task that a recipe calls `name`, with those settings.
 
     Raises ValueError with one sentence where there is none, and for settings that it lacks or that
     are out of range.
     """
-    return named.build(named.find("task", name, folder), settings or {}, OPTIONS)
+    return named.build(named.find("task", name), settings or {}, OPTIONS)
 
 
-def task_of(recipe: Recipe, folder: Path | None = None) -> Task:
-    """The task of a recipe that lies in `folder`; see `get_task`."""
-    return get_task(recipe.task, recipe.data.options, folder)
+def task_of(recipe: Recipe) -> Task:
+    """The task of a recipe; see `get_task`."""
+    return get_task(recipe.task, recipe.data.options)
 
 
 def source_of(recipe: Recipe, task: Task, split: str) -> str | None:

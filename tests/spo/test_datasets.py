@@ -15,8 +15,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from spo.config.recipe import Recipe
 from spo.config.data import DataConfig
+from spo.config.recipe import Recipe
 from spo.tasks import get_task, prompts_of, sources
 from spo.tasks.sources import read_problems
 
