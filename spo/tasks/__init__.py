@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from spo import named
 from spo.tasks.answers import THINK
 from spo.tasks.problem import Problem
-from spo.tasks.task import Task, sources_of
+from spo.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ def source_of(recipe: Recipe, task: Task, split: str) -> str | None:
     """
     source = recipe.data.train if split == "train" else recipe.data.test
     if "source" in inspect.signature(task.problems).parameters:
-        return source or sources_of(task).get(split)
+        return source or getattr(task, "sources", {}).get(split)
     if source is not None:
         raise ValueError(f"data.{split}: task {recipe.task} reads no data set, found {source}")
     return None

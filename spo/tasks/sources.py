@@ -223,7 +223,7 @@ def _read(paths: Sequence[Path]) -> list[dict]:
         }.get(READERS[kind], {})
         # Streaming writes nothing but locks.
         with tempfile.TemporaryDirectory() as cache:
-            files = [glob.escape(str(path.resolve())) for path in paths]
+            files = [glob.escape(str(path.absolute())) for path in paths]
             return list(
                 datasets.load_dataset(
                     READERS[kind],

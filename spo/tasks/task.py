@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Protocol
 
 from spo.tasks.problem import Problem
@@ -35,8 +35,3 @@ class Task(Protocol):
         limit on memory. An exception is a grading without a verdict, never a zero.
         """
         ...
-
-
-def sources_of(task: Task) -> Mapping[str, str]:
-    """Split -> hub data set that the task reads where the recipe names none."""
-    return getattr(task, "sources", {})
