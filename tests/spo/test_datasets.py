@@ -1,4 +1,4 @@
-"""Data sets in the formats of their publishers, the hub offline, templates and prompts."""
+"""Data sets in the formats of their publishers, and what is refused."""
 
 import csv
 import json
@@ -12,12 +12,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from spo.config.data import DataConfig
-from spo.config.recipe import Recipe
-from spo.tasks import get_task, prompts_of, sources
+from spo.tasks import get_task, sources
 from spo.tasks.sources import read_problems
 
 QUESTION = "Natalia sold 48/2 = <<48/2=24>>24 clips in May and 48 in April. How many in all?"
@@ -348,52 +344,3 @@ def test_without_the_library_one_sentence_says_what_to_install(tmp_path, monkeyp
     words = r"^task gsm8k reads data sets: pip install 'spo-kernels\[train\]'$"
     with pytest.raises(ValueError, match=words):
         read("gsm8k", "test", write_lines(tmp_path / "g.jsonl", GSM8K))
-
-
-# Prompts
-
-
-@pytest.fixture
-def tokenizer():
-    words = ["<unk>", "<s>", "[ASK]", "[END]", "<think>", *sorted(set(QUESTION.split()))]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>")
-
-
-def recipe(path: Path, **data) -> Recipe:
-    return Recipe(task="gsm8k", data=DataConfig(train=str(path), test=str(path), **data))
-
-
-def test_a_template_holds_the_problem_and_spells_out_special_tokens(tmp_path, tokenizer):
-    path = write_lines(tmp_path / "g.jsonl", GSM8K[:1])
-    config = recipe(path, template="<s> [ASK] {problem} [END]")
-    (prompt,) = prompts_of(config, "test", tokenizer)
-    inner = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
-    assert list(prompt.prompt_ids) == [1, 2, *inner, 3]
-    assert (prompt.answer, prompt.task, prompt.opening) == ("72", "gsm8k", "")
-    (prompt,) = prompts_of(recipe(path, template="{problem} <think>\n"), "test", tokenizer)
-    assert prompt.opening == "<think>"
-    for template in ("[ASK]", "{problem} {problem}"):
-        with pytest.raises(ValueError, match="data.template: expected {problem} once"):
-            prompts_of(recipe(path, template=template), "test", tokenizer)
-
-
-def test_long_problems_are_left_out_of_training_only(tmp_path, tokenizer, monkeypatch):
-    short = {"question": "clips in May", "answer": "#### 1"}
-    path = write_lines(tmp_path / "g.jsonl", [GSM8K[0], short])
-    config = recipe(path, max_prompt_tokens=5)
-    answers = {p.answer for p in islice(prompts_of(config, "train", tokenizer), 20)}
-    assert answers == {"1"} and len(list(prompts_of(config, "test", tokenizer))) == 2
-    monkeypatch.setattr("spo.tasks.ALL_TOO_LONG", 50)
-    with pytest.raises(ValueError, match="data.max_prompt_tokens: 50 gsm8k problems in a row"):
-        next(prompts_of(recipe(path, max_prompt_tokens=2), "train", tokenizer))
-
-
-def test_options_that_a_task_lacks_are_refused(tokenizer):
-    config = Recipe(task="countdown", data=DataConfig(options={"people": 3}))
-    with pytest.raises(ValueError, match="data.options.people; known here: numbers"):
-        prompts_of(config, "train", tokenizer)
-    config = Recipe(task="arithmetic", data=DataConfig(train="here"))
-    with pytest.raises(ValueError, match="data.train: task arithmetic reads no data set"):
-        prompts_of(config, "train", tokenizer)
