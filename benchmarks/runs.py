@@ -50,7 +50,7 @@ POLICIES = Path(__file__).parent / "policies"
 TASKS = {
     "arithmetic": Task(("task=arithmetic", "engine.max_model_len=96")),
     "countdown": Task(("task=countdown", "engine.max_model_len=96")),
-    # 10 operations, any line may merge two: `python -m spo.warmup --plan long-arithmetic --seed 1`
+    # 10 operations, any line may merge: `python tools/warmup.py --plan long-arithmetic --seed 1`
     "long-arithmetic": Task(
         (
             "task=arithmetic",

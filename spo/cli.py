@@ -26,12 +26,12 @@ if not console.is_terminal:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `spo`; returns the exit code."""
     parser = _parser()
-    arguments, more = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
     several = getattr(arguments, "overrides", getattr(arguments, "recipes", None))
-    if several is None or any(word.startswith("-") for word in more):
+    if several is None or any(word.startswith("-") for word in rest):
         arguments = parser.parse_args(argv)  # says what is unknown
     else:
-        several += more  # those behind an option
+        several += rest  # those behind an option
     try:
         arguments.run(arguments)
     except (ValueError, TypeError) as error:

@@ -45,15 +45,15 @@ def train(
     Raises ValueError for settings that cannot work, RuntimeError if training cannot go on.
     """
     settings, out = recipe.train, recipe.out_dir
-    found = checkpoint.find(recipe, resume)
+    saved = checkpoint.find(recipe, resume)
     ranks = distributed.join(settings.parallel, recipe.policy.device)
     _check_ranks(recipe, ranks)
     require_device(recipe.policy.device)
     tokenizer = load_tokenizer(recipe.policy)
-    learner = Learner(recipe, ranks, found)
+    learner = Learner(recipe, ranks, saved)
     state, buffer = checkpoint.State(policy=recipe.policy.content()), Replay()
-    if found:
-        state, buffer = checkpoint.load_state(found), learner.restore(found)
+    if saved:
+        state, buffer = checkpoint.load_state(saved), learner.restore(saved)
     learner.shard()
     out.mkdir(parents=True, exist_ok=True)
     lines: list[dict] = []
@@ -135,8 +135,8 @@ def evaluate(sampler: Sampler, tests: Sequence[Prompt], ranks: Ranks) -> dict:
     if recipe.eval.sampled:
         kinds["sampled"] = recipe.sampling.temperature
     for kind, temperature in kinds.items():
-        (found,) = sampler.accuracies(tests, temperature=temperature)
-        line |= {kind: found.pass_at_1, f"{kind}_stderr": found.stderr}
+        (accuracy,) = sampler.accuracies(tests, temperature=temperature)
+        line |= {kind: accuracy.pass_at_1, f"{kind}_stderr": accuracy.stderr}
     return line
 
 
@@ -192,8 +192,8 @@ def _stream(recipe: Recipe, sampler: Sampler, ranks: Ranks, state: checkpoint.St
     size = recipe.train.prompts
 
     def share() -> Iterator[Prompt]:
-        found = sampler.train_prompts(state.prompt_cursor)
-        while prompts := list(islice(found, size)):
+        every = sampler.train_prompts(state.prompt_cursor)
+        while prompts := list(islice(every, size)):
             yield from prompts[ranks.rank :: ranks.world]
 
     prompts = share()

@@ -129,9 +129,9 @@ def _keep_before(path: Path, iteration: float) -> None:
     kept = b"".join(raw for raw, line in _whole_lines(path) if line["iteration"] < iteration)
     if len(kept) == path.stat().st_size:
         return
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
         file.write(kept)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(temporary, path)

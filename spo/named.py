@@ -13,6 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 OWN: dict[str, dict[str, str]] = {
@@ -54,36 +55,33 @@ def find(key: str, name: str, folder: Path | None = None) -> type[Any]:
     A relative file is looked for in `folder` (that of the recipe), then in the current one. Raises
     ValueError with one sentence if there is none, it cannot be imported, or it lacks a method.
     """
-    spec = OWN[key].get(name, name)
-    place, separator, attribute = spec.rpartition(":")
+    own = OWN[key].get(name)
+    place, separator, attribute = (own or name).rpartition(":")
     if not separator or not place or not attribute.isidentifier():
         raise ValueError(
             f"{key}: expected {', '.join(OWN[key])}, module:Name or ./file.py:Name, found {name!r}"
         )
-    try:
-        if place.endswith(".py"):
-            module = _from_file(key, place, folder)
-        else:
-            if "" not in sys.path and str(Path.cwd()) not in sys.path:
-                sys.path.append(str(Path.cwd()))  # the command `spo` does not look there
-            module = importlib.import_module(place)
-    except (ValueError, KeyboardInterrupt):
-        raise
-    except Exception as error:  # whatever the user's own code raises while it is imported
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{key}: {place} cannot be imported ({reason})") from error
-    found = getattr(module, attribute, None)
-    if not isinstance(found, type):
+    if own:
+        module = importlib.import_module(place)
+    else:
+        path = _path_of(key, place, folder) if place.endswith(".py") else None
+        try:
+            module = _from_file(path) if path else _from_module(place)
+        except Exception as error:  # whatever the user's own code raises while it is imported
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{key}: {place} cannot be imported ({reason})") from error
+    kind = getattr(module, attribute, None)
+    if not isinstance(kind, type):
         raise ValueError(f"{key}: {place} has no class {attribute}")
-    if not dataclasses.is_dataclass(found):
+    if not dataclasses.is_dataclass(kind):
         raise ValueError(f"{key}: {name} must be a dataclass, whose fields are its settings")
-    if missing := [m for m in METHODS.get(key, ()) if not callable(getattr(found, m, None))]:
+    if missing := [m for m in METHODS.get(key, ()) if not callable(getattr(kind, m, None))]:
         raise ValueError(f"{key}: {name} has no method {' and no method '.join(missing)}")
     if base := BASES.get(key):
         place, _, attribute = base.partition(":")
-        if not issubclass(found, getattr(importlib.import_module(place), attribute)):
+        if not issubclass(kind, getattr(importlib.import_module(place), attribute)):
             raise ValueError(f"{key}: {name} must inherit {attribute} of {place}")
-    return found
+    return kind
 
 
 def name_of(key: str, kind: type) -> str:
@@ -133,12 +131,12 @@ def _groups(kind: type) -> dict[str, type]:
         hints = get_type_hints(kind)
     except NameError:  # `build` says which
         return {}
-    found = {}
+    groups: dict[str, type] = {}
     for key, hint in hints.items():
         for choice in (hint, *get_args(hint)):
             if isinstance(choice, type) and dataclasses.is_dataclass(choice):
-                found[key] = choice
-    return found
+                groups[key] = choice
+    return groups
 
 
 def _sentence(error: Any, where: str) -> str:
@@ -156,19 +154,30 @@ def _sentence(error: Any, where: str) -> str:
 _FILE = "spo_file_"  # modules of files: name + digest of the path
 
 
-def _from_file(key: str, place: str, folder: Path | None):
-    """The module of a file, loaded once however it is spelled."""
+def _path_of(key: str, place: str, folder: Path | None) -> Path:
+    """The file that a recipe of `folder` means by `place`."""
     given = Path(place).expanduser()
     tried = [given] if given.is_absolute() else [f / given for f in (folder, Path.cwd()) if f]
-    path = next((p.resolve() for p in tried if p.is_file()), None)
-    if path is None:
-        raise ValueError(f"{key}: there is no file {' or '.join(map(str, tried))}")
+    for path in tried:
+        if path.is_file():
+            return path.resolve()
+    raise ValueError(f"{key}: there is no file {' or '.join(map(str, tried))}")
+
+
+def _from_module(name: str) -> ModuleType:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # the command `spo` does not look there
+    return importlib.import_module(name)
+
+
+def _from_file(path: Path) -> ModuleType:
+    """The module of a file, loaded once however it is spelled."""
     name = _FILE + hashlib.sha256(str(path).encode()).hexdigest()[:16]
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{key}: {path} is no Python file")
+        raise ImportError(f"{path} is no Python file")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # for what it imports from its own folder
     module = importlib.util.module_from_spec(spec)

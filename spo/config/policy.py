@@ -45,14 +45,14 @@ class PolicyConfig:
         folder = Path(self.source)
         if not folder.is_dir():
             return self.path
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for path in sorted(folder.iterdir()):
             if path.suffix not in (".json", ".safetensors", ".model", ".txt"):
                 continue
             size = path.stat().st_size
-            found.update(f"{path.name} {size}".encode())
+            digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:
                 for start in range(0, size, STRIDE):
                     file.seek(start)
-                    found.update(file.read(CHUNK if size > STRIDE else size))
-        return found.hexdigest()[:16]
+                    digest.update(file.read(CHUNK if size > STRIDE else size))
+        return digest.hexdigest()[:16]

@@ -20,10 +20,10 @@ def of_tokens(forest: Forest, of_nodes: Tensor) -> Tensor:
 def of_nodes(forest: Forest, of_tokens: Tensor) -> Tensor:
     """(T,) of tokens -> (S,): each node's largest by magnitude, with its sign; 0 without tokens."""
     nodes = torch.arange(forest.num_nodes).repeat_interleave(forest.cu_tokens.diff())
-    found = torch.zeros(2, forest.num_nodes, dtype=of_tokens.dtype)
-    for row, sign in zip(found, (1, -1), strict=True):
+    largest = torch.zeros(2, forest.num_nodes, dtype=of_tokens.dtype)
+    for row, sign in zip(largest, (1, -1), strict=True):
         row.scatter_reduce_(0, nodes, sign * of_tokens, "amax")
-    return torch.where(found[0] >= found[1], found[0], -found[1])
+    return torch.where(largest[0] >= largest[1], largest[0], -largest[1])
 
 
 def responses(forest: Forest) -> tuple[Tensor, Tensor]:
@@ -50,10 +50,10 @@ def whiten(credit: Tensor, chosen: Tensor) -> Tensor:
 def ancestors(parent: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """For every node its parent, then its parent's parent, …: (whether there is one, which)."""
     ancestor = parent
-    while bool((found := ancestor >= 0).any()):
+    while bool((exists := ancestor >= 0).any()):
         step = ancestor.clamp(min=0)
-        yield found, step
-        ancestor = torch.where(found, parent[step], -1)
+        yield exists, step
+        ancestor = torch.where(exists, parent[step], -1)
 
 
 def figures(forest: Forest, values: Tensor, credit: Tensor) -> dict[str, float]:
@@ -64,8 +64,8 @@ def figures(forest: Forest, values: Tensor, credit: Tensor) -> dict[str, float]:
     seen = values[roots & values.isfinite()]
     graded = forest.rewards[forest.rewards.isfinite()]
     segments = forest.trained.long()
-    for found, ancestor in ancestors(forest.parent.long()):
-        segments = segments + torch.where(found, forest.trained[ancestor], False)
+    for exists, ancestor in ancestors(forest.parent.long()):
+        segments = segments + torch.where(exists, forest.trained[ancestor], False)
     trajectories = torch.where(forest.is_leaf & forest.trained, forest.weight, 0)
     return {
         "value_n": float(seen.numel()),

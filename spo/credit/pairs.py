@@ -68,11 +68,11 @@ class Pairs(Rule):
         if not len(pairs):
             return dataclasses.replace(credit, tokens=tokens, figures={})
         logprobs = models.score(("policy", "reference"), forest, tokens, trees)
-        found, reported = pair_credit(
+        weights, reported = pair_credit(
             forest, pairs, *logprobs, beta=self.beta, positive=self.positive
         )
         # A mean over pairs, not over tokens.
-        return Credit(of_tokens(forest, found), reported, norm=reported["pairs"])
+        return Credit(of_tokens(forest, weights), reported, norm=reported["pairs"])
 
 
 def pair_nodes(forest: Forest, marks: Tensor) -> Tensor:

@@ -106,6 +106,6 @@ def _path_weights(forest: Forest, values: Tensor) -> Tensor:
     counts, _ = tree_stats(forest.parent, values, forest.in_value)
     share = torch.where(parent >= 0, 1 / counts[parent.clamp(min=0)].clamp(min=1), 1.0)
     weights = share
-    for found, ancestor in ancestors(parent):
-        weights = torch.where(found, weights * share[ancestor], weights)
+    for exists, ancestor in ancestors(parent):
+        weights = torch.where(exists, weights * share[ancestor], weights)
     return weights

@@ -17,7 +17,7 @@ from spo.records import Completion, Request
 
 
 class Lane:
-    """An engine to its user. Lanes of the same engine are made with `beside`."""
+    """An engine to its user. Lanes of the same engine are made with `new_lane`."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -25,7 +25,7 @@ class Lane:
         self._keys = count()
         self._inbox: list[Completion] = []
 
-    def beside(self) -> Lane:
+    def new_lane(self) -> Lane:
         """Another lane of the same engine."""
         other = Lane(self.engine)
         other._owners, other._keys = self._owners, self._keys

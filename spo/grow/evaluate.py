@@ -50,7 +50,7 @@ def accuracies(
     responses = forest.parent >= 0
     sizes, rewards = forest.cu_tokens.diff()[responses], forest.rewards[responses]
     stopped, trees = forest.finish[responses] == STOP, forest.prompt[responses].tolist()
-    found = []
+    results = []
     for limit in limits:
         whole = stopped & (sizes <= limit)
         scores: dict[int, list[float]] = {}
@@ -59,10 +59,10 @@ def accuracies(
                 scores.setdefault(tree, []).append(reward)
         mean, stderr = mean_stderr(sum(s) / len(s) for s in scores.values())
         cut, tokens = (~whole).double().mean(), sizes.clamp(max=limit).double().mean()
-        found.append(
+        results.append(
             Accuracy(
                 limit, mean, stderr, len(scores), samples, options.temperature, float(cut),
                 float(tokens),
             )
         )  # fmt: skip
-    return found
+    return results

@@ -88,13 +88,13 @@ class Sampler:
 
     def test_prompts(self) -> list[Prompt]:
         """The first `eval.problems` of the test split."""
-        found = prompts_of(self.recipe, "test", self.tokenizer)
-        return list(islice(found, self.recipe.eval.problems))
+        prompts = prompts_of(self.recipe, "test", self.tokenizer)
+        return list(islice(prompts, self.recipe.eval.problems))
 
     def train_prompts(self, cursor: int = 0) -> Iterator[Prompt]:
         """The training split from its `cursor`-th prompt on."""
-        found = prompts_of(self.recipe, "train", self.tokenizer, self.recipe.train.seed)
-        return islice(found, cursor, None)
+        prompts = prompts_of(self.recipe, "train", self.tokenizer, self.recipe.train.seed)
+        return islice(prompts, cursor, None)
 
     def grow(self, prompts: Sequence[Prompt]) -> tuple[Forest, RolloutStats]:
         """One forest of these prompts, as a first iteration would grow it."""
@@ -105,7 +105,7 @@ class Sampler:
         evaluation use the engine.
         """
         rollout = Rollout(
-            self.engine.beside(), self.shape(), self.grader, self.decode, self.options(iteration)
+            self.engine.new_lane(), self.shape(), self.grader, self.decode, self.options(iteration)
         )
         return Stream(prompts, size, rollout, self.recipe.train.stream_depth)
 

@@ -128,9 +128,9 @@ class GroupedPlan:
 
 
 def _grouped_plan(visible_until: Tensor) -> GroupedPlan:
-    found = find_runs(visible_until)
+    runs = find_runs(visible_until)
     lengths: dict[int, list[Run]] = {}
-    for run in found:
+    for run in runs:
         lengths.setdefault(-(-(run.end - run.start) // ROUND), []).append(run)
     own = []
     for same in lengths.values():
@@ -138,7 +138,7 @@ def _grouped_plan(visible_until: Tensor) -> GroupedPlan:
         place = start + torch.arange(int((end - start).max()))
         valid = place < end
         own.append(Group(torch.minimum(place, end - 1), None if valid.all() else valid))
-    return GroupedPlan(own, [run for run in found if run.until > run.end])
+    return GroupedPlan(own, [run for run in runs if run.until > run.end])
 
 
 class _Grouped(torch.autograd.Function):

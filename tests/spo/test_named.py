@@ -81,12 +81,14 @@ def test_a_module_on_the_path_or_in_the_current_folder(folder, monkeypatch):
         ("./rule.py:Plain", ["must be a dataclass"]),
         ("./rule.py:Idle", ["must inherit Rule of spo.config.credit"]),
         ("./broken.py:Rule", ["broken.py cannot be imported", "ZeroDivisionError"]),
+        ("./wrong.py:Rule", ["wrong.py cannot be imported", "ValueError", "not today"]),
         ("no_such_module_here:Rule", ["cannot be imported", "no_such_module_here"]),
         ("./rule.py:", ["module:Name"]),
     ],
 )
 def test_what_cannot_be_found_is_one_sentence(folder, name, words):
     (folder / "broken.py").write_text("1 / 0\n")
+    (folder / "wrong.py").write_text("raise ValueError('not today')\n")
     with pytest.raises(ValueError) as error:
         named.find("credit.type", name, folder)
     for word in words:
@@ -136,3 +138,9 @@ def test_types_that_cannot_be_checked_are_said():
 
     with pytest.raises(ValueError, match="cannot be checked"):
         named.build(Settings, {"x": 1}, "credit")
+
+
+def test_the_package_finds_and_names_what_it_has():
+    for key, own in named.OWN.items():
+        for name in own:
+            assert named.name_of(key, named.find(key, name)) == name

@@ -1,6 +1,7 @@
 """The embedded policy: its files, its tokenizer, how good it is, and how it is re-created."""
 
 import random
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import spo
-from spo import warmup
 from spo.config.policy import PolicyConfig
 from spo.grow.tokenizer import load_tokenizer
 from spo.tasks import countdown, get_task, prompts
 
 POLICY = Path(spo.__file__).parent / "assets" / "policy"
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+import warmup  # noqa: E402
+
 EMBEDDED = ["arithmetic", "countdown", "knights_knaves"]
 
 

@@ -122,7 +122,7 @@ def test_tokens_keep_the_logprobs_of_the_weights_that_sampled_them(engine, tiny_
 
 def test_lanes_see_their_own_samples_only(engine, grader):
     lane = Lane(engine)
-    other = lane.beside()
+    other = lane.new_lane()
     stream = Stream(PROMPTS, 3, Rollout(lane, TREE, grader, rewarded, OPTIONS), 1)
     first, _ = next(stream)
     assert len(engine.running) > 0  # the next iteration is under way

@@ -1,4 +1,4 @@
-"""Re-create a small policy and its tokenizer: `python -m spo.warmup --out DIR [--plan NAME]`.
+"""Re-create a small policy and its tokenizer: `python tools/warmup.py --out DIR [--plan NAME]`.
 
 A small Qwen2 model learns to imitate the worked solutions of some tasks, imperfect habits included,
 so that reinforcement learning starts from a policy that is right about half of the time. Everything
@@ -237,7 +237,7 @@ def stored(folder: Path | str) -> Qwen2ForCausalLM:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="spo.warmup", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--plan", choices=list(PLANS), default="embedded", help="which policy")
     parser.add_argument("--batch-size", type=int, default=32)
