@@ -13,16 +13,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spo.api import evaluate, rollout, train
+    from spo.config.credit import Rule
     from spo.config.recipe import Recipe, load_recipe
-    from spo.records import Forest
+    from spo.config.shape import ShapeConfig
+    from spo.records import Credit, Forest
 
-__all__ = ["Forest", "Recipe", "evaluate", "load_recipe", "rollout", "train"]
+__all__ = [
+    "Credit",
+    "Forest",
+    "Recipe",
+    "Rule",
+    "ShapeConfig",
+    "evaluate",
+    "load_recipe",
+    "rollout",
+    "train",
+]
 
 __version__ = "0.1.0"
 
 _PLACES = {
+    "Credit": "spo.records",
     "Forest": "spo.records",
     "Recipe": "spo.config.recipe",
+    "Rule": "spo.config.credit",
+    "ShapeConfig": "spo.config.shape",
     "evaluate": "spo.api",
     "load_recipe": "spo.config.recipe",
     "rollout": "spo.api",

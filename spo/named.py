@@ -111,6 +111,7 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str, chosen: str = 
             raise ValueError(
                 f"recipe: unknown key {where}.{key}; known here"
                 f"{f' ({chosen})' if chosen else ''}: {', '.join(known) or 'none'}"
+                f"{f'; {where}={{...}} replaces the whole group' if chosen else ''}"
             )
     values = dict(settings)
     for key, inner in _groups(kind).items():

@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spo.config.loss import PolicyLossConfig
 from spo.config.recipe import load_recipe
 from spo.credit.values import Values
 from spo.learn.checkpoint import latest_checkpoint, load_state
+from spo.learn.loss import LOSSES
 from spo.loop import train
 from spo.metrics import read_metrics
 from spo.records import Forest
@@ -26,8 +28,7 @@ SMALL = [
     "engine.max_num_seqs=64",
     "engine.max_model_len=96",
     "sampling.max_new_tokens=40",
-    "shape.widths=[3,2]",
-    "shape.segment_tokens=[8]",
+    "shape={widths: [3, 2], segment_tokens: [8]}",
     "train.prompts=4",
     "train.minibatches=2",
     "train.learning_rate=1e-4",
@@ -210,9 +211,7 @@ def test_damaged_checkpoints_get_a_sentence(reference, tmp_path):
 
 
 def test_non_finite_gradients_never_reach_the_weights(tmp_path, monkeypatch):
-    from spo.learn.loss import LOSSES
-
-    real, calls = LOSSES["policy"], []
+    real, calls = LOSSES[PolicyLossConfig], []
 
     def sometimes_nan(model, batch, loss, temperature):
         out = real(model, batch, loss, temperature)
@@ -221,7 +220,7 @@ def test_non_finite_gradients_never_reach_the_weights(tmp_path, monkeypatch):
             return out
         return type(out)(out.loss * float("nan"), out.metrics | {"loss": float("nan")})
 
-    monkeypatch.setitem(LOSSES, "policy", sometimes_nan)
+    monkeypatch.setitem(LOSSES, PolicyLossConfig, sometimes_nan)
     lines = train(config(tmp_path, "train.iterations=1", "eval.every=0"))
     assert [line["skipped_steps"] for line in lines if line["stage"] == "train"] == [1]
     tensors = load_file(latest_checkpoint(tmp_path) / "policy" / "model.safetensors")
@@ -232,7 +231,7 @@ def test_non_finite_gradients_never_reach_the_weights(tmp_path, monkeypatch):
         out = real(*arguments)
         return type(out)(out.loss * float("nan"), out.metrics | {"loss": float("nan")})
 
-    monkeypatch.setitem(LOSSES, "policy", always_nan)
+    monkeypatch.setitem(LOSSES, PolicyLossConfig, always_nan)
     with pytest.raises(RuntimeError, match="2 steps in a row"):
         train(config(tmp_path / "b", "train.max_skipped=2"))
 
@@ -269,23 +268,28 @@ def test_stale_weights_are_noticed(tmp_path):
     "more",
     [
         (
-            "shape.kind=star",
+            "shape={kind: star}",
             "shape.group_size=4",
             "credit.scale=std",
             "loss.prob_threshold=null",
         ),
-        ("shape.kind=star", "shape.group_size=4", "credit.baseline=loo"),
-        ("shape.kind=chain", "shape.group_size=3", "shape.num_probes=2", "shape.interval=2"),
+        ("shape={kind: star}", "shape.group_size=4", "credit.baseline=loo"),
+        ("shape={kind: chain}", "shape.group_size=3", "shape.num_probes=2", "shape.interval=2"),
         (
-            "shape.kind=chain",
+            "shape={kind: chain}",
             "shape.group_size=2",
             "shape.num_probes=2",
             "shape.partition=steps",
             "shape.probe_prompt=true",
             "loss.prob_threshold=null",
         ),
-        ("shape.kind=chain", "shape.partition=fixed", "shape.group_size=2", "shape.num_probes=2"),
-        ("shape.kind=chain", "shape.group_size=2", "shape.num_probes=2", "shape.rescore=true"),
+        (
+            "shape={kind: chain}",
+            "shape.partition=fixed",
+            "shape.group_size=2",
+            "shape.num_probes=2",
+        ),
+        ("shape={kind: chain}", "shape.group_size=2", "shape.num_probes=2", "shape.rescore=true"),
         ("loss.kl_coef=0.1", "loss.kl_scope=all"),
         ("loss.kl_coef=0.1", "sampling.temperature=0.6", "train.epochs=2"),
         ("policy.autocast=true",),
@@ -323,6 +327,6 @@ def test_a_device_that_is_not_here_is_one_sentence(tmp_path):
 
 def test_data_that_cannot_be_read_are_found_before_the_first_evaluation(tmp_path):
     lines = []
-    with pytest.raises(ValueError, match="task arithmetic does not take source"):
+    with pytest.raises(ValueError, match="task arithmetic reads no data set"):
         train(config(tmp_path, "data.train=x.jsonl"), report=lines.append)
     assert not lines
