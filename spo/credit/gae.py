@@ -28,11 +28,13 @@ class Gae(Rule):
     """Weight of longer estimates; 1 takes the response's reward as it is."""
     whiten: Literal["off", "batch"] = "off"
     """batch: shift and scale the trained tokens' advantages to mean 0 and deviation 1."""
-    critic: CriticConfig = field(default_factory=CriticConfig)
+    critic: CriticConfig | None = field(default_factory=CriticConfig)
     """How the critic learns."""
 
     def check(self, shape: ShapeConfig) -> None:
         shape.require_whole_responses("credit.type=gae")
+        if self.critic is None:
+            raise ValueError("credit.critic: credit.type=gae needs one, found null")
 
     def assign(self, forest: Forest, models: Models) -> Credit:
         trained = of_tokens(forest, forest.trained)

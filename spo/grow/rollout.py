@@ -168,6 +168,7 @@ class Rollout:
         again = (len(prefix) - 1) % self.engine.block_size + 1
         self.stats.prefill_bound += n * again + fresh * (len(prefix) - again)
         tree.open += n
+        assert tree.shape is not None  # `admit` has set it
         priority = tree.serial * (tree.shape.max_level + 1) - growth.level  # depth first
         self.engine.submit(
             Request(
@@ -191,6 +192,7 @@ class Rollout:
             self._retry(tree, growth, sample)
         elif not tree.dropped:
             known = len(tree.nodes)
+            assert tree.shape is not None  # `admit` has set it
             for child in tree.shape.extend(tree, growth, sample):
                 self._branch(key, tree, child)
             for node in range(known, len(tree.nodes)):

@@ -91,14 +91,25 @@ class Growth:
 
 
 class Shape(Protocol):
-    max_new_tokens: int  # longest response
-    max_level: int  # deepest level of a growth
+    """What grows under a prompt."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest response."""
+        ...
+
+    @property
+    def max_level(self) -> int:
+        """Deepest level of a growth."""
+        ...
 
     def start(self, tree: Tree) -> list[Growth]:
         """Groups under the prompt."""
+        ...
 
     def extend(self, tree: Tree, growth: Growth, sample: Completion) -> list[Growth]:
         """Add a finished sample of `growth` to `tree`; the groups to grow from it."""
+        ...
 
 
 @dataclass(frozen=True)

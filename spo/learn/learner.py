@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,31 +35,27 @@ class Learner:
         self.recipe, self.ranks = recipe, ranks
         self.model = load_policy(policy, str(saved / "policy") if saved else None)
         self.optimizer = _adamw(self.model, recipe, recipe.train.learning_rate)
-        self.reference = self.critic = self.critic_optimizer = None
+        self.models = {"policy": self.model}
+        self.optimizers = {"policy": self.optimizer}
         if recipe.loss.kl_coef or recipe.credit.reference:
-            self.reference = load_policy(policy).eval().requires_grad_(False)
+            self.models["reference"] = load_policy(policy).eval().requires_grad_(False)
         if critic is not None:
-            self.critic = load_critic(policy, str(saved / "critic") if saved else None)
-            self.critic_optimizer = _adamw(self.critic, recipe, critic.learning_rate)
+            model = load_critic(policy, str(saved / "critic") if saved else None)
+            self.models["critic"] = model
+            self.optimizers["critic"] = _adamw(model, recipe, critic.learning_rate)
 
     def restore(self, saved: Path) -> Replay:
         """The optimisers' and the random state of a checkpoint; returns its replay buffer."""
-        if self.critic_optimizer is not None:
-            checkpoint.load_optimizer(saved / "critic" / "optimizer.pt", self.critic_optimizer)
+        if "critic" in self.optimizers:
+            checkpoint.load_optimizer(saved / "critic" / "optimizer.pt", self.optimizers["critic"])
         return checkpoint.load_training(saved, self.optimizer)
 
     def shard(self) -> None:
         """Spread the models over the ranks, if the recipe says so."""
         if not self.ranks.sharded:
             return
-        pairs = (
-            (self.model, self.optimizer),
-            (self.reference, None),
-            (self.critic, self.critic_optimizer),
-        )
-        for model, optimizer in pairs:
-            if model is not None:
-                distributed.shard(model, optimizer, self.recipe.policy.device)
+        for name, model in self.models.items():
+            distributed.shard(model, self.optimizers.get(name), self.recipe.policy.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's tensors by name, whole, for the engine."""
@@ -80,12 +77,13 @@ class Learner:
         """See `spo.credit.rule.Models`."""
         packs, _ = self._pack(forest, tokens, trees, masked=False)
         temperature = self.recipe.sampling.temperature
-        figures: dict[str, Callable[[Batch], Tensor]] = {
-            "policy": lambda packed: row_logprobs(self.model, packed, temperature),
-            "reference": lambda packed: row_logprobs(self.reference, packed, temperature),
-            "critic": lambda packed: row_values(self.critic, packed),
-        }
-        return [self._score(forest, packs, figures[name]) for name in names]
+
+        def rows(name: str, packed: Batch) -> Tensor:
+            if name == "critic":
+                return row_values(self.models[name], packed)
+            return row_logprobs(self.models[name], packed, temperature)
+
+        return [self._score(forest, packs, partial(rows, name)) for name in names]
 
     def train(self, forest: Forest, credit: Credit, state: checkpoint.State) -> dict[str, float]:
         """The optimiser steps on one forest; returns their mean figures."""
@@ -129,10 +127,10 @@ class Learner:
             trained = of_tokens(forest, forest.trained).float()
             values, _ = self._pack(forest, trained, trees, masked=False)
             of_critic = self._update(
-                self.critic,
-                self.critic_optimizer,
+                self.models["critic"],
+                self.optimizers["critic"],
                 values,
-                lambda packed: self._value_loss(packed, targets),
+                partial(self._value_loss, targets, rule.critic.value_clip),
                 rate * rule.critic.learning_rate,
             )
             extra = extra | {
@@ -162,9 +160,9 @@ class Learner:
 
     def save(self, tokenizer, state: checkpoint.State, buffer: Replay) -> None:
         """A checkpoint by rank 0; the other ranks help to gather sharded weights."""
-        parts = {"policy": (self.model, self.optimizer)}
-        if self.critic is not None:
-            parts["critic"] = (self.critic, self.critic_optimizer)
+        parts: dict[str, tuple] = {
+            name: (self.models[name], optimizer) for name, optimizer in self.optimizers.items()
+        }
         if self.ranks.sharded:
             parts = {name: (distributed.Whole(*part),) * 2 for name, part in parts.items()}
         if self.ranks.main:
@@ -181,13 +179,14 @@ class Learner:
     def _policy_loss(self, packed: Batch) -> LossOutput:
         loss, temperature = self.recipe.loss, self.recipe.sampling.temperature
         if loss.kl_coef:
-            packed = score(self.reference, packed, temperature)
+            packed = score(self.models["reference"], packed, temperature)
         return LOSSES[type(loss)](self.model, packed, loss, temperature)
 
-    def _value_loss(self, packed: Batch, targets: Targets) -> LossOutput:
+    def _value_loss(self, targets: Targets, value_clip: float, packed: Batch) -> LossOutput:
+        assert packed.token_index is not None  # every pack has it
         where = packed.token_index.cpu()
         old, returns = (x[where].to(packed.targets.device) for x in vars(targets).values())
-        return value_loss(self.critic, packed, old, returns, self.recipe.credit.critic.value_clip)
+        return value_loss(self.models["critic"], packed, old, returns, value_clip)
 
     def _pack(
         self,
@@ -214,7 +213,7 @@ class Learner:
         """(T,) fp32, a figure of every row at its token, from all ranks."""
         with self._autocast():
             figures = [rows(to_device(packed, self.recipe.policy.device)) for packed in packs]
-        return sum(distributed.gather(self.ranks, unpack(forest, packs, figures)))
+        return torch.stack(distributed.gather(self.ranks, unpack(forest, packs, figures))).sum(0)
 
     def _update(
         self,

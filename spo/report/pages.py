@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from spo.config.recipe import Recipe, load_recipe
 from spo.credit.nodes import of_nodes
 from spo.credit.values import Values
@@ -67,16 +69,27 @@ def run_views(run: Path, name: str) -> list[TreeView]:
     return views
 
 
+class _NoModels:
+    """A page is made without the run's models."""
+
+    def score(self, *_: object) -> list[Tensor]:
+        raise LookupError
+
+
 def tree_view(title: str, path: str | os.PathLike, recipe: Recipe, tokenizer) -> TreeView:
     """A forest file with the values and the credit of a recipe, ready to show.
 
-    A rule that asks a critic has none here: its forests show differences of values.
+    A rule that asks a model cannot say its credit here: differences of values stand in its place.
     """
     forest = Forest.load(path)
-    rule = Values() if recipe.credit.critic else recipe.credit
-    values = rule.values(forest) if isinstance(rule, Values) else Values().values(forest)
-    credit = of_nodes(forest, rule.assign(forest, None).tokens)
+    rule = recipe.credit if isinstance(recipe.credit, Values) else Values()
+    values = rule.values(forest)
+    try:
+        credit = recipe.credit.assign(forest, _NoModels())
+    except LookupError:
+        credit = rule.assign(forest)
     kept = None
     if recipe.loss.prob_threshold is not None:
         kept = forest.rollout_logprobs < math.log(recipe.loss.prob_threshold)
-    return TreeView(title, forest, values, credit, tokenizer.decode, kept)
+    shown = of_nodes(forest, credit.tokens)
+    return TreeView(title, forest, values, shown, tokenizer.decode, kept)
