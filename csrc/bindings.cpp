@@ -38,7 +38,7 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 
 }  // namespace
 
-// Every kernel has a launcher per device; has_cuda says whether those for CUDA were built.
+// A kernel with a launcher per device; has_cuda says whether those for CUDA were built.
 #ifdef SPO_HAS_CUDA
 #define KERNEL(name)                              \
   m.def(#name "_cpu", &spo::name##_cpu, NoGil()); \
@@ -140,8 +140,7 @@ static void bind_gae(py::module_& m) {
   VALUE(tokens), VALUE(seqs), VALUE(gamma), VALUE(lam);
   POINTER(rewards), POINTER(values), POINTER(cu_seqlens), POINTER(bootstrap_values);
   POINTER(advantages), POINTER(returns);
-  POINTER(stream);
-  KERNEL(gae);
+  m.def("gae_cpu", &spo::gae_cpu, NoGil());
 }
 
 PYBIND11_MODULE(_C, m) {

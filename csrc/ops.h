@@ -157,7 +157,6 @@ struct GaeArgs {
   double lam = 1;
   float* advantages = nullptr;  // (T,)
   float* returns = nullptr;     // (T,)
-  void* stream = nullptr;       // CUDA only
 };
 
 // CPU launchers; each returns when its outputs are written.
@@ -186,6 +185,5 @@ bool segment_advantages_cuda(const SegmentAdvantagesArgs& args);
 bool tree_cuda(const TreeArgs& args);
 bool tree_stats_cuda(const TreeStatsArgs& args);
 bool tree_advantages_cuda(const TreeAdvantagesArgs& args);
-bool gae_cuda(const GaeArgs& args);
 
 }  // namespace spo

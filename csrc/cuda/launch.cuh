@@ -113,27 +113,39 @@ namespace spo {
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// For kernels whose threads work alone.
-inline LaunchShape one_thread_each(int64_t items) {
-  constexpr int kThreads = 256;
-  return {ceil_div(items, kThreads), kThreads};
-}
-
 __device__ __forceinline__ int64_t thread_item() {
   return blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
 }
 
-// Whether the input is malformed: 0 until a kernel sets it. Later kernels look at it before they
-// follow an offset, and the launcher waits for it.
-class MalformedFlag {
+// The kernels of one op over offsets or parents, which may be malformed. Every kernel gets one more
+// argument, the last: a flag that is 0 until a kernel finds something wrong. Those behind the check
+// do nothing then, since a bad offset would lead them outside of the buffers.
+class CheckedLaunch {
  public:
-  explicit MalformedFlag(void* stream) : flag_(1, stream), stream_(stream) { flag_.clear(1); }
-  int32_t* get() const { return flag_.get(); }
-  bool is_set() const { return read_back(flag_.get(), stream_) != 0; }
+  explicit CheckedLaunch(void* stream) : stream_(stream), malformed_(1, stream) {
+    malformed_.clear(1);
+  }
+
+  template <class Kernel, class... Args>
+  void blocks(Kernel kernel, const LaunchShape& shape, const Args&... args) const {
+    launch(kernel, shape, stream_, args..., malformed_.get());
+  }
+
+  // One thread for each item, for kernels whose threads work alone.
+  template <class Kernel, class... Args>
+  void threads(Kernel kernel, int64_t items, const Args&... args) const {
+    constexpr int kThreads = 256;
+    blocks(kernel, {ceil_div(items, kThreads), kThreads}, args...);
+  }
+
+  void* stream() const { return stream_; }
+
+  // Waits for the stream.
+  bool is_well_formed() const { return read_back(malformed_.get(), stream_) == 0; }
 
  private:
-  Workspace<int32_t> flag_;
   void* stream_;
+  Workspace<int32_t> malformed_;
 };
 
 }  // namespace spo

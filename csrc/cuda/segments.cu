@@ -12,8 +12,8 @@ constexpr int64_t kSegmentMemory = kMaxWarps * sizeof(int64_t);
 // Boundaries of a sequence: its start, and cutpoints number 0, interval, 2 interval, ... The first
 // cutpoint counts once if it is the start. One block per sequence. A flag of its own for NaN: the
 // threads of a block must agree on whether to go on.
-__global__ void count_segments(const __grid_constant__ SegmentsArgs a, const int32_t* malformed,
-                               int32_t* has_nan) {
+__global__ void count_segments(const __grid_constant__ SegmentsArgs a, int32_t* has_nan,
+                               const int32_t* malformed) {
   if (*malformed) return;
   const int64_t seq = blockIdx.x, begin = a.cu_seqlens[seq], end = a.cu_seqlens[seq + 1];
   int64_t mine = 0, cutpoints = 0;
@@ -31,8 +31,8 @@ __global__ void count_segments(const __grid_constant__ SegmentsArgs a, const int
 
 // Counts to offsets, in place, by one block; `segments` becomes their number, or -1 if the input
 // is malformed.
-__global__ void offset_segments(const __grid_constant__ SegmentsArgs a, const int32_t* malformed,
-                                const int32_t* has_nan, int64_t* segments) {
+__global__ void offset_segments(const __grid_constant__ SegmentsArgs a, const int32_t* has_nan,
+                                int64_t* segments, const int32_t* malformed) {
   if (*malformed || *has_nan) {
     if (threadIdx.x == 0) *segments = -1;
     return;
@@ -102,24 +102,25 @@ __global__ void advance_tokens(const __grid_constant__ SegmentAdvantagesArgs a,
 }  // namespace
 
 int64_t segments_cuda(const SegmentsArgs& args) {
-  const MalformedFlag malformed(args.stream), has_nan(args.stream);
+  const CheckedLaunch run(args.stream);
+  Workspace<int32_t> has_nan(1, args.stream);
+  has_nan.clear(1);
   const Workspace<int64_t> segments(1, args.stream);
-  launch_check(args.cu_seqlens, args.seqs, args.tokens, malformed.get(), args.stream);
+  check_offsets(run, args.cu_seqlens, args.seqs, args.tokens);
   const LaunchShape per_seq = {args.seqs, kSegmentThreads, kSegmentMemory};
-  const LaunchShape one_block = {1, kSegmentThreads, kSegmentMemory};
-  launch(count_segments, per_seq, args.stream, args, malformed.get(), has_nan.get());
-  launch(offset_segments, one_block, args.stream, args, malformed.get(), has_nan.get(),
-         segments.get());
+  run.blocks(count_segments, per_seq, args, has_nan.get());
+  run.blocks(offset_segments, {1, kSegmentThreads, kSegmentMemory}, args, has_nan.get(),
+             segments.get());
   launch(write_segments, per_seq, args.stream, args, segments.get());
   return read_back(segments.get(), args.stream);
 }
 
 bool segment_advantages_cuda(const SegmentAdvantagesArgs& args) {
-  const MalformedFlag malformed(args.stream);
-  launch_check(args.cu_segments, args.segments, args.tokens, malformed.get(), args.stream);
-  launch_check(args.cu_seq_segments, args.seqs, args.segments, malformed.get(), args.stream);
-  launch(advance_tokens, one_thread_each(args.tokens), args.stream, args, malformed.get());
-  return !malformed.is_set();
+  const CheckedLaunch run(args.stream);
+  check_offsets(run, args.cu_segments, args.segments, args.tokens);
+  check_offsets(run, args.cu_seq_segments, args.seqs, args.segments);
+  run.threads(advance_tokens, args.tokens, args);
+  return run.is_well_formed();
 }
 
 }  // namespace spo

@@ -29,19 +29,19 @@ __global__ void check_parents(const int32_t* parent, int64_t nodes, int32_t* mal
 
 // Sort keys: the parent of a counted child; behind all of them, `nodes` for other nodes.
 __global__ void make_keys(const int32_t* parent, const uint8_t* in_value, int64_t nodes,
-                          uint32_t* keys, int32_t* items) {
+                          uint32_t* keys, int32_t* items, const int32_t* malformed) {
   const int64_t node = thread_item();
-  if (node >= nodes) return;
+  if (node >= nodes || *malformed) return;
   const bool counted = parent[node] >= 0 && in_value[node];
   keys[node] = static_cast<uint32_t>(counted ? parent[node] : nodes);
   items[node] = static_cast<int32_t>(node);
 }
 
 // begin and end come zeroed, for nodes without children.
-__global__ void find_children(const uint32_t* keys, int64_t nodes, const int32_t* malformed,
-                              int32_t* begin, int32_t* end) {
+__global__ void find_children(const uint32_t* keys, int64_t nodes, int32_t* begin, int32_t* end,
+                              const int32_t* malformed) {
   const int64_t i = thread_item();
-  if (i >= nodes || keys[i] >= nodes || *malformed) return;
+  if (i >= nodes || *malformed || keys[i] >= nodes) return;
   if (i == 0 || keys[i - 1] != keys[i]) begin[keys[i]] = static_cast<int32_t>(i);
   if (i + 1 == nodes || keys[i + 1] != keys[i]) end[keys[i]] = static_cast<int32_t>(i + 1);
 }
@@ -49,14 +49,14 @@ __global__ void find_children(const uint32_t* keys, int64_t nodes, const int32_t
 // The child lists of a forest; they mean nothing if a parent is not before its child.
 class ChildLists {
  public:
-  ChildLists(const int32_t* parent, const uint8_t* in_value, int64_t nodes, int32_t* malformed,
-             void* stream)
-      : items_(nodes, stream), ranges_(2 * nodes, stream), nodes_(nodes) {
+  ChildLists(const CheckedLaunch& run, const int32_t* parent, const uint8_t* in_value,
+             int64_t nodes)
+      : items_(nodes, run.stream()), ranges_(2 * nodes, run.stream()), nodes_(nodes) {
+    void* const stream = run.stream();
     Workspace<uint32_t> keys(2 * nodes, stream);
     Workspace<int32_t> unsorted(nodes, stream);
     uint32_t* sorted_keys = keys.get() + nodes;
-    launch(make_keys, one_thread_each(nodes), stream, parent, in_value, nodes, keys.get(),
-           unsorted.get());
+    run.threads(make_keys, nodes, parent, in_value, nodes, keys.get(), unsorted.get());
     int bits = 1;
     while (nodes >> bits) ++bits;
     size_t bytes = 0;
@@ -70,8 +70,7 @@ class ChildLists {
     Workspace<char> workspace(static_cast<int64_t>(bytes), stream);
     sort(workspace.get());
     ranges_.clear(2 * nodes);
-    launch(find_children, one_thread_each(nodes), stream, sorted_keys, nodes, malformed,
-           ranges_.get(), ranges_.get() + nodes);
+    run.threads(find_children, nodes, sorted_keys, nodes, ranges_.get(), ranges_.get() + nodes);
   }
 
   Children get() const { return {items_.get(), ranges_.get(), ranges_.get() + nodes_}; }
@@ -117,7 +116,7 @@ struct ChildStats {
 // Two sweeps over the values, so that equal values give a variance of exactly zero. The variance
 // is NaN where there are no children.
 __global__ void sum_children(const float* values, int64_t nodes, Children children,
-                             const int32_t* malformed, ChildStats stats) {
+                             ChildStats stats, const int32_t* malformed) {
   const int64_t node = thread_item();
   if (node >= nodes || *malformed) return;
   const int32_t begin = children.begin[node], end = children.end[node];
@@ -133,9 +132,10 @@ __global__ void sum_children(const float* values, int64_t nodes, Children childr
   stats.variances[node] = variance / (end - begin);
 }
 
-__global__ void round_variances(const double* variances, int64_t nodes, float* out) {
+__global__ void round_variances(const double* variances, int64_t nodes, float* out,
+                                const int32_t* malformed) {
   const int64_t node = thread_item();
-  if (node < nodes) out[node] = static_cast<float>(variances[node]);
+  if (node < nodes && !*malformed) out[node] = static_cast<float>(variances[node]);
 }
 
 __global__ void advance_nodes(const __grid_constant__ TreeAdvantagesArgs a, ChildStats children,
@@ -159,54 +159,47 @@ __global__ void advance_nodes(const __grid_constant__ TreeAdvantagesArgs a, Chil
   a.advantages[node] = static_cast<float>(advantage);
 }
 
-void launch_check(const int32_t* parent, int64_t nodes, int32_t* malformed, void* stream) {
-  launch(check_parents, one_thread_each(nodes), stream, parent, nodes, malformed);
-}
-
 }  // namespace
 
 bool tree_cuda(const TreeArgs& args) {
   if (args.nodes == 0) return true;
-  const MalformedFlag malformed(args.stream);
-  launch_check(args.parent, args.nodes, malformed.get(), args.stream);
-  const ChildLists children(args.parent, args.in_value, args.nodes, malformed.get(), args.stream);
+  const CheckedLaunch run(args.stream);
+  run.threads(check_parents, args.nodes, args.parent, args.nodes);
+  const ChildLists children(run, args.parent, args.in_value, args.nodes);
   Workspace<int32_t> arrived(args.nodes, args.stream);
   arrived.clear(args.nodes);
-  Workspace<double> values(args.nodes, args.stream);
-  launch(climb, one_thread_each(args.nodes), args.stream, args, children.get(), arrived.get(),
-         values.get(), malformed.get());
-  return !malformed.is_set();
+  const Workspace<double> values(args.nodes, args.stream);
+  run.threads(climb, args.nodes, args, children.get(), arrived.get(), values.get());
+  return run.is_well_formed();
 }
 
 bool tree_stats_cuda(const TreeStatsArgs& args) {
   if (args.nodes == 0) return true;
-  const MalformedFlag malformed(args.stream);
-  launch_check(args.parent, args.nodes, malformed.get(), args.stream);
-  const ChildLists children(args.parent, args.in_value, args.nodes, malformed.get(), args.stream);
-  Workspace<double> moments(2 * args.nodes, args.stream);
+  const CheckedLaunch run(args.stream);
+  run.threads(check_parents, args.nodes, args.parent, args.nodes);
+  const ChildLists children(run, args.parent, args.in_value, args.nodes);
+  const Workspace<double> moments(2 * args.nodes, args.stream);
   double* variances = moments.get() + args.nodes;
-  launch(sum_children, one_thread_each(args.nodes), args.stream, args.values, args.nodes,
-         children.get(), malformed.get(), ChildStats{args.counts, moments.get(), variances});
-  launch(round_variances, one_thread_each(args.nodes), args.stream, variances, args.nodes,
-         args.variances);
-  return !malformed.is_set();
+  run.threads(sum_children, args.nodes, args.values, args.nodes, children.get(),
+              ChildStats{args.counts, moments.get(), variances});
+  run.threads(round_variances, args.nodes, variances, args.nodes, args.variances);
+  return run.is_well_formed();
 }
 
 bool tree_advantages_cuda(const TreeAdvantagesArgs& args) {
   if (args.nodes == 0) return true;
-  const MalformedFlag malformed(args.stream);
-  launch_check(args.parent, args.nodes, malformed.get(), args.stream);
+  const CheckedLaunch run(args.stream);
+  run.threads(check_parents, args.nodes, args.parent, args.nodes);
   const int64_t known = args.leave_one_out || args.scale_by_std ? args.nodes : 0;
-  Workspace<int32_t> counts(known + 1, args.stream);
-  Workspace<double> moments(2 * known + 1, args.stream);
+  const Workspace<int32_t> counts(known + 1, args.stream);
+  const Workspace<double> moments(2 * known + 1, args.stream);
   const ChildStats stats = {counts.get(), moments.get(), moments.get() + known};
   if (known) {
-    const ChildLists children(args.parent, args.in_value, args.nodes, malformed.get(), args.stream);
-    launch(sum_children, one_thread_each(args.nodes), args.stream, args.values, args.nodes,
-           children.get(), malformed.get(), stats);
+    const ChildLists children(run, args.parent, args.in_value, args.nodes);
+    run.threads(sum_children, args.nodes, args.values, args.nodes, children.get(), stats);
   }
-  launch(advance_nodes, one_thread_each(args.nodes), args.stream, args, stats, malformed.get());
-  return !malformed.is_set();
+  run.threads(advance_nodes, args.nodes, args, stats);
+  return run.is_well_formed();
 }
 
 }  // namespace spo

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spo_kernels import gae
-from spo_kernels.dispatch import unavailable
+from spo_kernels.dispatch import choose, unavailable
 from spo_kernels.testing import DEVICE, FAST
 
 ULP = 2.0**-23
@@ -75,6 +75,18 @@ def test_int32_strides_and_gradients(backend):
     got = gae(rewards, values, cu_seqlens.int(), bootstrap_values=bootstrap, backend=backend)
     assert got[0].tolist() == [2.5, 2.75, 5] and got[1].tolist() == [3, 3, 6]
     assert not got[0].requires_grad and not got[1].requires_grad
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_other_devices_run_on_the_reference(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    rewards, values, cu_seqlens = (x.to(device) for x in worked())
+    assert choose("gae", rewards) == "reference" and unavailable("gae", "cuda")
+    if device == "cuda":
+        advantages, returns = gae(rewards, values, cu_seqlens)
+        assert advantages.device.type == returns.device.type == "cuda"
+        assert advantages.tolist() == [0.5, 0.75, 1] and returns.tolist() == [1, 1, 2]
 
 
 def test_fp64_runs_on_the_reference():
