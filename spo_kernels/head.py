@@ -28,7 +28,7 @@ def check_head(
 ) -> tuple[int, ...]:
     """The shape that the per-token arguments must have."""
     rows.check_tensors(hidden=hidden, weight=weight)
-    rows.check_tensors(optional=True, bias=bias, hidden_index=hidden_index)
+    rows.check_optional_tensors(bias=bias, hidden_index=hidden_index)
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name} must hold floating-point numbers, found {tensor.dtype}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from spo_kernels import dispatch, gradients, head, objective, rows
 from spo_kernels.library import define
 from spo_kernels.objective import PolicyLoss, Tokens
-from spo_kernels.policy_loss import TOKENS, fake_outputs, reference, run_rows
+from spo_kernels.policy_loss import fake_outputs, reference, run_rows
 
 MEMORY_BUDGET = 1 << 30  # bytes of logits that the head makes at a time
 
@@ -64,8 +64,9 @@ def _setup_linear(ctx, inputs, output):
 @define(
     "linear_policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor? hidden_index, "
     "bool[] needs_grad, bool entropy, ScalarType logits_dtype, int memory_budget, int? max_active, "
-    f"bool fixed, str backend, {TOKENS}) -> (Tensor loss, Tensor totals, Tensor logprobs, "
-    "Tensor entropy, Tensor dhidden, Tensor dweight, Tensor dbias, Tensor overflow)"
+    f"bool fixed, str backend, {objective.SCHEMA}) -> (Tensor loss, Tensor totals, "
+    "Tensor logprobs, Tensor entropy, Tensor dhidden, Tensor dweight, Tensor dbias, "
+    "Tensor overflow)"
 )
 def _linear_policy_loss(
     hidden,
@@ -86,7 +87,7 @@ def _linear_policy_loss(
     `fixed`: nothing depends on what the data are, neither shapes nor whether this raises.
     """
     tokens, vocab = Tokens(*arguments), weight.shape[0]
-    flat, n = hidden.reshape(-1, hidden.shape[-1]), tokens.ids.numel()
+    flat, n = hidden.reshape(-1, hidden.shape[-1]), tokens.token_ids.numel()
     fixed = fixed and n > 0
     if fixed:
         index, overflow = _active_fixed(tokens, max_active)
@@ -98,12 +99,14 @@ def _linear_policy_loss(
         states = head.select_states(hidden, hidden_index, index)
     parts = list(head.chunks(index.numel(), vocab, logits_dtype, memory_budget))
     grads = head.HeadGradients(weight, bias, needs_grad)
-    totals, *outputs = (x.zero_() for x in fake_outputs(hidden, tokens.ids, entropy)[1:])
+    totals, *outputs = (x.zero_() for x in fake_outputs(hidden, tokens.token_ids, entropy)[1:])
     with torch.autocast(hidden.device.type, enabled=False):
         for part in parts:
             chunk = tokens.take(index[part])
             if fixed:  # a row without a hidden state gets an id that kernels answer with NaN
-                chunk = dataclasses.replace(chunk, ids=torch.where(known[part], chunk.ids, -1))
+                chunk = dataclasses.replace(
+                    chunk, token_ids=torch.where(known[part], chunk.token_ids, -1)
+                )
             x = flat[states[part].clamp(max=flat.shape[0] - 1)]
             logits = head.project(x, weight, bias, logits_dtype)
             dlogits = head.gradient_buffer(logits, x, weight) if any(needs_grad) else None
@@ -121,7 +124,7 @@ def _linear_policy_loss(
 
 @_linear_policy_loss.register_fake
 def _(hidden, weight, bias, hidden_index, needs_grad, entropy, *others):
-    ids = others[5]
+    ids = others[-len(objective.FIELDS)]
     grads = head.empty_gradients(hidden, weight, bias, needs_grad)
     return *fake_outputs(hidden, ids, entropy), *grads, ids.new_empty((), dtype=torch.bool)
 
@@ -175,45 +178,23 @@ def linear_masked_ppo_loss(
     shape = head.check_head(hidden, weight, bias, hidden_index)
     head.check_options(hidden, weight, bias, hidden_index, logits_dtype)
     tokens = objective.prepare(
-        "hidden",
-        hidden,
-        shape,
-        token_ids,
-        old_logprobs,
-        advantages,
-        loss_mask=loss_mask,
-        prob_threshold=prob_threshold,
-        ref_logprobs=ref_logprobs,
-        temperature=temperature,
-        clip_eps_low=clip_eps_low,
-        clip_eps_high=clip_eps_high,
-        log_ratio_clamp=log_ratio_clamp,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        kl_scope=kl_scope,
-        policy_norm=policy_norm,
-        kl_norm=kl_norm,
-    )
+        "hidden", hidden, shape, token_ids=token_ids, old_logprobs=old_logprobs,
+        advantages=advantages, loss_mask=loss_mask, prob_threshold=prob_threshold,
+        ref_logprobs=ref_logprobs, temperature=temperature, clip_eps_low=clip_eps_low,
+        clip_eps_high=clip_eps_high, log_ratio_clamp=log_ratio_clamp, kl_coef=kl_coef,
+        kl_estimator=kl_estimator, kl_scope=kl_scope, policy_norm=policy_norm, kl_norm=kl_norm,
+    )  # fmt: skip
     chosen = dispatch.choose("policy_loss", hidden, backend)
     if chosen == "reference":
         head.refuse_low_precision(logits_dtype)
         return linear_masked_ppo_loss_ref(
             hidden, weight, bias, hidden_index, tokens, shape, entropy, max_active
         )
+    fixed = max_active is not None and rows.is_captured(hidden)
+    needs_grad = head.needs_grad(hidden, weight, bias)
+    sizes = (entropy, logits_dtype, memory_budget, max_active, fixed)
     loss, totals, logprobs, row_entropy, *_, overflow = _linear_policy_loss(
-        hidden,
-        weight,
-        bias,
-        hidden_index,
-        head.needs_grad(hidden, weight, bias),
-        entropy,
-        logits_dtype,
-        memory_budget,
-        max_active,
-        max_active is not None and rows.is_captured(hidden),
-        chosen,
-        *tokens.arguments(),
+        *(hidden, weight, bias, hidden_index, needs_grad, *sizes, chosen), *tokens.arguments()
     )
-    return objective.record(
-        loss, totals, logprobs, row_entropy if entropy else None, tokens, shape, overflow
-    )
+    row_entropy = row_entropy if entropy else None
+    return objective.record(loss, totals, logprobs, row_entropy, tokens, shape, overflow)

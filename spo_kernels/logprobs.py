@@ -351,7 +351,7 @@ def _prepare(
     _rows.check_floating(name, like)
     _rows.check_devices(like, token_ids=token_ids, loss_mask=loss_mask, temperature=temperature)
     _rows.check_tensors(token_ids=token_ids)
-    _rows.check_tensors(optional=True, loss_mask=loss_mask)
+    _rows.check_optional_tensors(loss_mask=loss_mask)
     ids = _rows.flat_ids("token_ids", token_ids, shape)
     mask = _rows.flat_mask("loss_mask", loss_mask, ids, shape)
     return ids, mask, _rows.flat_temperature(temperature, like, shape, _rows.math_dtype(like))

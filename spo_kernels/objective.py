@@ -7,7 +7,9 @@ counterpart.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,16 +41,21 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The per-token arguments as rows, and the scalars of the objective."""
+    """What the objective asks of every token, and its scalars: the one list in Python.
 
-    ids: Tensor  # (N,) int64
+    The schemas of the ops, the arguments of the kernels, `take` and `padded` follow from it, and
+    SPO_TOKEN_FIELDS in csrc/ops.h has the same names. An option that a user may leave out is
+    `Tensor | None`. What the metadata say of a tensor is explained at `prepare` and `_map_rows`.
+    """
+
+    token_ids: Tensor  # (N,) int64
     old_logprobs: Tensor  # (N,)
-    advantages: Tensor  # (N,)
+    advantages: Tensor = field(metadata={"broadcast": True})  # (N,)
     ref_logprobs: Tensor | None  # (N,)
-    temperature: Tensor  # (N,) or (1,)
+    temperature: Tensor = field(metadata={"padding": 1})  # (N,) or (1,)
     policy_mask: Tensor  # (N,) bool, M
     kl_mask: Tensor | None  # (N,) bool, K; None without a KL term
-    scales: Tensor  # (2,) 1 / Z and kl_coef / Z_kl, 0 where the norm is 0
+    scales: Tensor = field(metadata={"whole": True})  # (2,) 1 / Z and kl_coef / Z_kl; 0 if Z is 0
     clip_eps_low: float
     clip_eps_high: float
     log_ratio_clamp: float
@@ -64,40 +71,47 @@ class Tokens:
         return used if self.kl_mask is None else used | self.kl_mask
 
     def check(self, vocab: int) -> None:
+        """ValueError if a kept row holds what no row may, see `rows.check_rows`."""
         kept = self.policy_mask if self.kl_mask is None else self.policy_mask | self.kl_mask
-        rows.check_rows(self.ids, self.temperature, kept, vocab, self.old_logprobs)
+        rows.check_rows(self.token_ids, self.temperature, kept, vocab, self.old_logprobs)
+
+    def check_scalars(self) -> None:
+        """ValueError for a scalar out of its range."""
+        if not (self.clip_eps_low >= 0 and self.clip_eps_high >= 0 and self.log_ratio_clamp > 0):
+            raise ValueError(
+                "need clip_eps_low >= 0, clip_eps_high >= 0 and log_ratio_clamp > 0, "
+                f"found {self.clip_eps_low}, {self.clip_eps_high} and {self.log_ratio_clamp}"
+            )
 
     def take(self, index: Tensor) -> Tokens:
         """The rows (n,) named by `index` only."""
-        one = self.temperature.shape[0] == 1
-        return Tokens(
-            self.ids[index],
-            self.old_logprobs[index],
-            self.advantages[index],
-            None if self.ref_logprobs is None else self.ref_logprobs[index],
-            self.temperature if one else self.temperature[index],
-            self.policy_mask[index],
-            None if self.kl_mask is None else self.kl_mask[index],
-            *self.arguments()[7:],
-        )
+        return self._map_rows(lambda x, _: x[index])
 
     def padded(self) -> Tokens:
         """One more row at the end, which no mask keeps."""
+        return self._map_rows(lambda x, padding: torch.cat([x, x.new_full((1,), padding)]))
 
-        def extend(x: Tensor | None, value: float) -> Tensor | None:
-            return None if x is None else torch.cat([x, x.new_full((1,), value)])
+    def _map_rows(self, change: Callable[[Tensor, float], Tensor]) -> Tokens:
+        """`change` of every tensor of one row per token and of the `padding` that suits it."""
+        n = self.token_ids.shape[0]
+        values = {name: getattr(self, name) for name in FIELDS}
+        for name, kind in _TENSORS.items():
+            x = values[name]
+            if x is not None and "whole" not in kind and x.shape[0] == n:  # else one for all rows
+                values[name] = change(x, kind.get("padding", 0))
+        return Tokens(**values)
 
-        one = self.temperature.shape[0] == 1
-        return Tokens(
-            *(extend(x, 0) for x in self.arguments()[:4]),
-            self.temperature if one else extend(self.temperature, 1),
-            *(extend(x, 0) for x in self.arguments()[5:7]),
-            *self.arguments()[7:],
-        )
-
-    def arguments(self) -> tuple:
+    def arguments(self) -> tuple[Any, ...]:
         """In the order of the op schemas."""
-        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+        return tuple(getattr(self, name) for name in FIELDS)
+
+
+_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "int": "int"}
+FIELDS = tuple(f.name for f in fields(Tokens))
+# What every op takes after its own arguments.
+SCHEMA = ", ".join(f"{_TYPES[str(f.type)]} {f.name}" for f in fields(Tokens))
+_TENSORS = {f.name: dict(f.metadata) for f in fields(Tokens) if str(f.type).startswith("Tensor")}
+_OPTIONAL = tuple(f.name for f in fields(Tokens) if str(f.type) == "Tensor | None")
 
 
 def policy_mask(
@@ -123,82 +137,85 @@ def prepare(
     name: str,
     like: Tensor,  # logits or hidden: gives device and precision
     shape: tuple[int, ...],
-    token_ids: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
     *,
+    token_ids: Tensor,
     loss_mask: Tensor | None,
     prob_threshold: float | None,
-    ref_logprobs: Tensor | None,
     temperature: float | Tensor,
-    clip_eps_low: float,
-    clip_eps_high: float,
-    log_ratio_clamp: float,
     kl_coef: float,
     kl_estimator: str,
     kl_scope: str,
     policy_norm: float | Tensor | None,
     kl_norm: float | Tensor | None,
+    **others: Any,
 ) -> Tokens:
     """Check the arguments that both public functions share and flatten them.
 
-    `name` is what the caller calls `like`.
+    `name` is what the caller calls `like`. `others` become the fields of `Tokens` of their names:
+    scalars as they are; floats per token, which must have the shape of the tokens, or broadcast
+    against it where the field says "broadcast".
     """
     rows.check_floating(name, like)
+    floats = {k: x for k, x in others.items() if k in _TENSORS}
     rows.check_devices(
         like,
         token_ids=token_ids,
-        old_logprobs=old_logprobs,
-        advantages=advantages,
+        **floats,
         loss_mask=loss_mask,
-        ref_logprobs=ref_logprobs,
         temperature=temperature,
         policy_norm=policy_norm,
         kl_norm=kl_norm,
     )
-    rows.check_tensors(token_ids=token_ids, old_logprobs=old_logprobs, advantages=advantages)
-    rows.check_tensors(optional=True, loss_mask=loss_mask, ref_logprobs=ref_logprobs)
-    if kl_estimator not in KL_ESTIMATORS:
-        raise ValueError(f"kl_estimator must be k1, k2 or k3, found {kl_estimator!r}")
-    if kl_scope not in ("masked", "all"):
-        raise ValueError(f"kl_scope must be 'masked' or 'all', found {kl_scope!r}")
-    if not 0 <= kl_coef < math.inf:
-        raise ValueError(f"kl_coef must be >= 0 and finite, found {kl_coef}")
-    if kl_coef > 0 and ref_logprobs is None:
-        raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs")
-    if not (clip_eps_low >= 0 and clip_eps_high >= 0 and log_ratio_clamp > 0):
-        raise ValueError(
-            "need clip_eps_low >= 0, clip_eps_high >= 0 and log_ratio_clamp > 0, "
-            f"found {clip_eps_low}, {clip_eps_high} and {log_ratio_clamp}"
-        )
-    dtype = rows.math_dtype(like)
+    optional = {k: x for k, x in floats.items() if k in _OPTIONAL}
+    rows.check_tensors(token_ids=token_ids, **{k: floats[k] for k in floats if k not in optional})
+    rows.check_optional_tensors(loss_mask=loss_mask, **optional)
+    _check_kl(kl_coef, kl_estimator, kl_scope, floats["ref_logprobs"])
+    with_kl, dtype = kl_coef > 0, rows.math_dtype(like)
+    if not with_kl:
+        floats["ref_logprobs"] = None
+    for k, x in floats.items():
+        flatten = rows.broadcast_floats if "broadcast" in _TENSORS[k] else rows.flat_floats
+        others[k] = None if x is None else flatten(k, x, shape, dtype)
     ids = rows.flat_ids("token_ids", token_ids, shape)
-    old = rows.flat_floats("old_logprobs", old_logprobs, shape, dtype)
     trained = rows.flat_mask("loss_mask", loss_mask, ids, shape)
-    mask = policy_mask(old, trained, prob_threshold)
+    mask = policy_mask(others["old_logprobs"], trained, prob_threshold)
+    norms = (policy_norm, policy_norm if kl_norm is None else kl_norm)
+    tokens = Tokens(
+        token_ids=ids,
+        temperature=rows.flat_temperature(temperature, like, shape, dtype),
+        policy_mask=mask,
+        kl_mask=(mask if kl_scope == "masked" else trained) if with_kl else None,
+        scales=_scales(kl_coef, norms, mask, dtype),
+        kl_estimator=KL_ESTIMATORS[kl_estimator] if with_kl else 0,
+        **others,
+    )
+    tokens.check_scalars()
+    return tokens
+
+
+def _check_kl(coef: float, estimator: str, scope: str, ref_logprobs: Tensor | None) -> None:
+    if estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator must be k1, k2 or k3, found {estimator!r}")
+    if scope not in ("masked", "all"):
+        raise ValueError(f"kl_scope must be 'masked' or 'all', found {scope!r}")
+    if not 0 <= coef < math.inf:
+        raise ValueError(f"kl_coef must be >= 0 and finite, found {coef}")
+    if coef > 0 and ref_logprobs is None:
+        raise ValueError(f"kl_coef={coef} needs ref_logprobs")
+
+
+def _scales(
+    kl_coef: float,
+    norms: tuple[float | Tensor | None, float | Tensor | None],  # of the policy and KL terms
+    mask: Tensor,  # (N,) bool; its count stands for a norm of None
+    dtype: torch.dtype,
+) -> Tensor:  # (2,)
     count = mask.sum()
-    norm = count if policy_norm is None else policy_norm
-    with_kl = kl_coef > 0
-    scales = [_scale("policy_norm", 1.0, norm, count, dtype)]
-    scales.append(
-        _scale("kl_norm", kl_coef, norm if kl_norm is None else kl_norm, count, dtype)
-        if with_kl
-        else torch.zeros_like(scales[0])
-    )
-    return Tokens(
-        ids,
-        old,
-        rows.broadcast_floats("advantages", advantages, shape, dtype),
-        rows.flat_floats("ref_logprobs", ref_logprobs, shape, dtype) if with_kl else None,
-        rows.flat_temperature(temperature, like, shape, dtype),
-        mask,
-        (mask if kl_scope == "masked" else trained) if with_kl else None,
-        torch.stack(scales),
-        clip_eps_low,
-        clip_eps_high,
-        log_ratio_clamp,
-        KL_ESTIMATORS[kl_estimator] if with_kl else 0,
-    )
+    policy, kl = (count if norm is None else norm for norm in norms)
+    scale = _scale("policy_norm", 1.0, policy, count, dtype)
+    if kl_coef == 0:
+        return torch.stack([scale, torch.zeros_like(scale)])
+    return torch.stack([scale, _scale("kl_norm", kl_coef, kl, count, dtype)])
 
 
 def _scale(
@@ -236,7 +253,7 @@ def token_objective(
     policy = -tokens.scales[0] * torch.minimum(free, held)
     zero = torch.zeros_like(policy)
     clipped, ratio = (free > held).to(policy.dtype), torch.where(has, ratio, zero)
-    if tokens.kl_mask is None:
+    if tokens.kl_mask is None or tokens.ref_logprobs is None:
         return torch.where(has, policy, zero), zero, clipped.detach(), ratio.detach()
     difference = logprobs - torch.where(tokens.kl_mask, tokens.ref_logprobs, 0.0)
     difference = torch.where(tokens.kl_mask, difference, zero)

@@ -36,22 +36,14 @@ def reference(
     entropy: bool,
 ) -> PolicyLoss:
     kept = tokens.take(index)
-    logprobs, row_entropy = _rows.logprobs_of(logits, kept.ids, kept.temperature, entropy)
+    logprobs, row_entropy = _rows.logprobs_of(logits, kept.token_ids, kept.temperature, entropy)
     terms = objective.token_objective(logprobs, kept)
     totals = torch.stack([term.sum() for term in terms])
     scattered = [
-        None if x is None else x.new_zeros(tokens.ids.shape).index_put((index,), x.detach())
+        None if x is None else x.new_zeros(tokens.token_ids.shape).index_put((index,), x.detach())
         for x in (logprobs, row_entropy)
     ]
     return objective.record(totals[0] + totals[1], totals, *scattered, tokens, shape)
-
-
-# What every op takes after its own arguments; the fields of `Tokens` in order.
-TOKENS = (
-    "Tensor ids, Tensor old_logprobs, Tensor advantages, Tensor? ref_logprobs, Tensor temperature, "
-    "Tensor policy_mask, Tensor? kl_mask, Tensor scales, float clip_eps_low, float clip_eps_high, "
-    "float log_ratio_clamp, int kl_estimator"
-)
 
 
 def run_rows(
@@ -63,7 +55,7 @@ def run_rows(
     zeroed: bool = False,  # dlogits is zero already
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The row kernel: (totals (4,), logprobs (N,), entropy (N,) or (0,)), and dlogits filled."""
-    n, vocab = tokens.ids.numel(), logits.shape[-1]
+    n, vocab = tokens.token_ids.numel(), logits.shape[-1]
     stats, logprobs = logits.new_empty((n, 4), dtype=torch.float32), tokens.scales.new_empty(n)
     row_entropy = tokens.scales.new_empty(n if entropy else 0)
     layout = {}
@@ -83,19 +75,8 @@ def run_rows(
             dlogits=dlogits,
             dlogits_zeroed=zeroed,
             **layout,
-            token_ids=tokens.ids,
-            old_logprobs=tokens.old_logprobs,
-            advantages=tokens.advantages,
-            ref_logprobs=tokens.ref_logprobs,
-            temperature=tokens.temperature,
+            **vars(tokens),
             temperature_stride=int(tokens.temperature.numel() > 1),
-            policy_mask=tokens.policy_mask,
-            kl_mask=tokens.kl_mask,
-            scales=tokens.scales,
-            clip_eps_low=tokens.clip_eps_low,
-            clip_eps_high=tokens.clip_eps_high,
-            log_ratio_clamp=tokens.log_ratio_clamp,
-            kl_estimator=tokens.kl_estimator,
             logprobs=logprobs,
             entropy=row_entropy if entropy else None,
             stats=stats,
@@ -104,7 +85,7 @@ def run_rows(
 
 
 @define(
-    f"policy_loss(Tensor logits, bool needs_grad, bool entropy, str backend, {TOKENS})"
+    f"policy_loss(Tensor logits, bool needs_grad, bool entropy, str backend, {objective.SCHEMA})"
     " -> (Tensor loss, Tensor totals, Tensor logprobs, Tensor entropy, Tensor dlogits)",
 )
 def _policy_loss(logits, needs_grad, entropy, backend, *arguments):
@@ -113,7 +94,7 @@ def _policy_loss(logits, needs_grad, entropy, backend, *arguments):
     shape = logits.shape if needs_grad else (0,)
     # Pages of zeros that nothing writes are free; a buffer to be filled had better be a used one.
     zeroed = needs_grad and logits.device.type == "cpu"
-    zeroed = zeroed and 2 * int(tokens.used().sum()) < tokens.ids.numel()
+    zeroed = zeroed and 2 * int(tokens.used().sum()) < tokens.token_ids.numel()
     allocate = memory.zeros if zeroed else memory.empty
     dlogits = allocate(shape, logits.dtype, logits.device)
     totals, *outputs = run_rows(
@@ -123,9 +104,9 @@ def _policy_loss(logits, needs_grad, entropy, backend, *arguments):
 
 
 @_policy_loss.register_fake
-def _(logits, needs_grad, entropy, backend, ids, *arguments):
+def _(logits, needs_grad, entropy, backend, token_ids, *arguments):
     dlogits = logits.new_empty(logits.shape if needs_grad else (0,))
-    return *fake_outputs(logits, ids, entropy), dlogits
+    return *fake_outputs(logits, token_ids, entropy), dlogits
 
 
 def fake_outputs(like: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, ...]:
@@ -142,7 +123,7 @@ _policy_loss.register_autograd(gradients.hand_out, setup_context=_setup_policy_l
 
 
 @define(
-    f"policy_loss_inplace(Tensor(a!) logits, bool entropy, str backend, {TOKENS})"
+    f"policy_loss_inplace(Tensor(a!) logits, bool entropy, str backend, {objective.SCHEMA})"
     " -> (Tensor totals, Tensor logprobs, Tensor entropy)",
 )
 def _policy_loss_inplace(logits, entropy, backend, *arguments):
@@ -154,8 +135,8 @@ def _policy_loss_inplace(logits, entropy, backend, *arguments):
 
 
 @_policy_loss_inplace.register_fake
-def _(logits, entropy, backend, ids, *arguments):
-    return fake_outputs(logits, ids, entropy)[1:]
+def _(logits, entropy, backend, token_ids, *arguments):
+    return fake_outputs(logits, token_ids, entropy)[1:]
 
 
 class _InplaceGrad(torch.autograd.Function):
@@ -226,36 +207,29 @@ def masked_ppo_loss(
     """
     _rows.check_floating("logits", logits)
     tokens = objective.prepare(
-        "logits",
-        logits,
-        logits.shape[:-1],
-        token_ids,
-        old_logprobs,
-        advantages,
-        loss_mask=loss_mask,
-        prob_threshold=prob_threshold,
-        ref_logprobs=ref_logprobs,
-        temperature=temperature,
-        clip_eps_low=clip_eps_low,
-        clip_eps_high=clip_eps_high,
-        log_ratio_clamp=log_ratio_clamp,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        kl_scope=kl_scope,
-        policy_norm=policy_norm,
-        kl_norm=kl_norm,
-    )
+        "logits", logits, logits.shape[:-1], token_ids=token_ids, old_logprobs=old_logprobs,
+        advantages=advantages, loss_mask=loss_mask, prob_threshold=prob_threshold,
+        ref_logprobs=ref_logprobs, temperature=temperature, clip_eps_low=clip_eps_low,
+        clip_eps_high=clip_eps_high, log_ratio_clamp=log_ratio_clamp, kl_coef=kl_coef,
+        kl_estimator=kl_estimator, kl_scope=kl_scope, policy_norm=policy_norm, kl_norm=kl_norm,
+    )  # fmt: skip
     chosen = dispatch.choose("policy_loss", logits, backend)
-    shape = logits.shape[:-1]
+    return _loss(logits, tokens, entropy, inplace_grad, chosen)
+
+
+def _loss(
+    logits: Tensor, tokens: Tokens, entropy: bool, inplace_grad: bool, backend: str
+) -> PolicyLoss:
     if inplace_grad:
-        _check_inplace(logits, chosen)
-        outputs = _InplaceGrad.apply(logits, entropy, chosen, *tokens.arguments())
-    elif chosen == "reference":
+        _check_inplace(logits, backend)
+        outputs = _InplaceGrad.apply(logits, entropy, backend, *tokens.arguments())
+    elif backend == "reference":
         return masked_ppo_loss_ref(logits, tokens, entropy)
     else:
         needs_grad = torch.is_grad_enabled() and logits.requires_grad
-        outputs = _policy_loss(logits, needs_grad, entropy, chosen, *tokens.arguments())
+        outputs = _policy_loss(logits, needs_grad, entropy, backend, *tokens.arguments())
     loss, totals, logprobs, row_entropy = outputs[:4]
+    shape = logits.shape[:-1]
     return objective.record(loss, totals, logprobs, row_entropy if entropy else None, tokens, shape)
 
 

@@ -19,11 +19,16 @@ def math_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def check_tensors(optional: bool = False, **tensors: Tensor | None) -> None:
-    """TypeError for what is no tensor, or None where that is no option."""
+def check_tensors(**tensors: object) -> None:
+    """TypeError for what is no tensor."""
     for name, tensor in tensors.items():
-        if not (isinstance(tensor, Tensor) or (optional and tensor is None)):
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
+
+
+def check_optional_tensors(**tensors: object) -> None:
+    """TypeError for what is neither a tensor nor None."""
+    check_tensors(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

@@ -152,7 +152,7 @@ def test_objective(estimator, clips, clamp):
         scales = tensor([0.7, 0.3], device=DEVICE)
         advantages = torch.full_like(steps, 1.5 * sign)
         tokens = objective.Tokens(
-            ids=zeros.long(),
+            token_ids=zeros.long(),
             old_logprobs=zeros,
             advantages=advantages.double(),
             ref_logprobs=zeros,
@@ -251,14 +251,14 @@ def test_unknown_ids_are_not_read():
     ids = inputs.token_ids.clone()
     ids[1], ids[2], ids[3] = -1, 100, 2**45
     dlogits = torch.zeros_like(inputs.logits)
-    _, chosen, entropy = run_rows(inputs, dlogits, ids=ids)
+    _, chosen, entropy = run_rows(inputs, dlogits, token_ids=ids)
     unknown = [False, True, True, True, False]
     assert chosen.isnan().tolist() == unknown and not entropy.isnan().any()
     assert dlogits.isnan().all(1).tolist() == unknown
     # The slope of k1 does not depend on the logprob: no column counts as the chosen one.
     zeros, ones = torch.zeros_like(inputs.advantages), torch.ones_like(inputs.loss_mask)
     k1 = {"advantages": zeros, "ref_logprobs": zeros, "kl_mask": ones, "kl_estimator": 1}
-    run_rows(inputs, dlogits, ids=ids, **k1)
+    run_rows(inputs, dlogits, token_ids=ids, **k1)
     torch.testing.assert_close(dlogits[1:4], -inputs.logits[1:4].softmax(-1))
 
 
