@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "csrc/cpu/isa.h"
 #include "csrc/ops.h"
@@ -11,27 +12,28 @@ namespace py = pybind11;
 
 namespace {
 
-// Exposes a pointer field as an integer address; 0 is null.
-template <class Args, class Pointer>
-void pointer(py::class_<Args>& cls, const char* name, Pointer Args::* field) {
-  cls.def_property(
-      name, [field](const Args& args) { return reinterpret_cast<uintptr_t>(args.*field); },
-      [field](Args& args, uintptr_t address) { args.*field = reinterpret_cast<Pointer>(address); });
-}
-
-// Exposes a RowLayout field as (block_rows, block_stride, row_stride).
-template <class Args>
-void layout(py::class_<Args>& cls, const char* name, spo::RowLayout Args::* field) {
-  cls.def_property(
-      name,
-      [field](const Args& args) {
-        const spo::RowLayout& rows = args.*field;
-        return py::make_tuple(rows.block_rows, rows.block_stride, rows.row_stride);
-      },
-      [field](Args& args, const py::tuple& strides) {
-        args.*field = {strides[0].cast<int64_t>(), strides[1].cast<int64_t>(),
-                       strides[2].cast<int64_t>()};
-      });
+// Exposes a field: a pointer as an integer address, 0 for null; a RowLayout as (block_rows,
+// block_stride, row_stride); numbers as they are.
+template <class Args, class Field>
+void expose(py::class_<Args>& cls, const char* name, Field Args::* field) {
+  if constexpr (std::is_pointer_v<Field>) {
+    cls.def_property(
+        name, [field](const Args& args) { return reinterpret_cast<uintptr_t>(args.*field); },
+        [field](Args& args, uintptr_t address) { args.*field = reinterpret_cast<Field>(address); });
+  } else if constexpr (std::is_same_v<Field, spo::RowLayout>) {
+    cls.def_property(
+        name,
+        [field](const Args& args) {
+          const spo::RowLayout& rows = args.*field;
+          return py::make_tuple(rows.block_rows, rows.block_stride, rows.row_stride);
+        },
+        [field](Args& args, const py::tuple& strides) {
+          args.*field = {strides[0].cast<int64_t>(), strides[1].cast<int64_t>(),
+                         strides[2].cast<int64_t>()};
+        });
+  } else {
+    cls.def_readwrite(name, field);
+  }
 }
 
 using NoGil = py::call_guard<py::gil_scoped_release>;
@@ -47,101 +49,16 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 #define KERNEL(name) m.def(#name "_cpu", &spo::name##_cpu, NoGil())
 #endif
 
-// `value`, `pointer` and `layout` take a field's name once and spell it twice.
-#define VALUE(field) cls.def_readwrite(#field, &Args::field)
-#define POINTER(field) pointer(cls, #field, &Args::field)
-#define LAYOUT(field) layout(cls, #field, &Args::field)
-
-static void bind_policy_loss(py::module_& m) {
-  using Args = spo::PolicyLossArgs;
-  py::class_<Args> cls(m, "PolicyLossArgs");
-  cls.def(py::init<>());
-  VALUE(rows), VALUE(vocab), VALUE(dtype), VALUE(dlogits_dtype), VALUE(dlogits_zeroed);
-  VALUE(temperature_stride);
-  VALUE(clip_eps_low), VALUE(clip_eps_high), VALUE(log_ratio_clamp), VALUE(kl_estimator);
-  VALUE(num_threads);
-  LAYOUT(logits_layout), LAYOUT(dlogits_layout);
-  POINTER(logits), POINTER(dlogits), POINTER(token_ids), POINTER(old_logprobs);
-  POINTER(advantages), POINTER(ref_logprobs), POINTER(temperature), POINTER(policy_mask);
-  POINTER(kl_mask), POINTER(scales), POINTER(logprobs), POINTER(entropy), POINTER(stats);
-  POINTER(stream);
-  KERNEL(policy_loss);
-}
-
-static void bind_logprobs(py::module_& m) {
-  using Args = spo::LogprobsArgs;
-  py::class_<Args> cls(m, "LogprobsArgs");
-  cls.def(py::init<>());
-  VALUE(rows), VALUE(vocab), VALUE(dtype), VALUE(dlogits_dtype), VALUE(temperature_stride);
-  VALUE(num_threads);
-  LAYOUT(logits_layout), LAYOUT(dlogits_layout);
-  POINTER(logits), POINTER(token_ids), POINTER(mask), POINTER(temperature), POINTER(logprobs);
-  POINTER(entropy), POINTER(row_max), POINTER(row_logsum), POINTER(grad_logprobs);
-  POINTER(grad_entropy), POINTER(dlogits);
-  POINTER(stream);
-  KERNEL(logprobs);
-  KERNEL(logprobs_backward);
-}
-
-static void bind_segments(py::module_& m) {
-  using Args = spo::SegmentsArgs;
-  py::class_<Args> cls(m, "SegmentsArgs");
-  cls.def(py::init<>());
-  VALUE(tokens), VALUE(seqs), VALUE(log_threshold), VALUE(interval);
-  POINTER(logprobs), POINTER(cu_seqlens), POINTER(cu_segments), POINTER(cu_seq_segments);
-  POINTER(stream);
-  KERNEL(segments);
-}
-
-static void bind_segment_advantages(py::module_& m) {
-  using Args = spo::SegmentAdvantagesArgs;
-  py::class_<Args> cls(m, "SegmentAdvantagesArgs");
-  cls.def(py::init<>());
-  VALUE(tokens), VALUE(segments), VALUE(seqs);
-  POINTER(values), POINTER(cu_segments), POINTER(cu_seq_segments), POINTER(advantages);
-  POINTER(stream);
-  KERNEL(segment_advantages);
-}
-
-static void bind_tree(py::module_& m) {
-  using Args = spo::TreeArgs;
-  py::class_<Args> cls(m, "TreeArgs");
-  cls.def(py::init<>());
-  VALUE(nodes);
-  POINTER(parent), POINTER(rewards), POINTER(in_value), POINTER(values);
-  POINTER(stream);
-  KERNEL(tree);
-}
-
-static void bind_tree_stats(py::module_& m) {
-  using Args = spo::TreeStatsArgs;
-  py::class_<Args> cls(m, "TreeStatsArgs");
-  cls.def(py::init<>());
-  VALUE(nodes);
-  POINTER(parent), POINTER(values), POINTER(in_value), POINTER(counts), POINTER(variances);
-  POINTER(stream);
-  KERNEL(tree_stats);
-}
-
-static void bind_tree_advantages(py::module_& m) {
-  using Args = spo::TreeAdvantagesArgs;
-  py::class_<Args> cls(m, "TreeAdvantagesArgs");
-  cls.def(py::init<>());
-  VALUE(nodes), VALUE(leave_one_out), VALUE(scale_by_std), VALUE(eps);
-  POINTER(parent), POINTER(values), POINTER(in_value), POINTER(advantages);
-  POINTER(stream);
-  KERNEL(tree_advantages);
-}
-
-static void bind_gae(py::module_& m) {
-  using Args = spo::GaeArgs;
-  py::class_<Args> cls(m, "GaeArgs");
-  cls.def(py::init<>());
-  VALUE(tokens), VALUE(seqs), VALUE(gamma), VALUE(lam);
-  POINTER(rewards), POINTER(values), POINTER(cu_seqlens), POINTER(bootstrap_values);
-  POINTER(advantages), POINTER(returns);
-  m.def("gae_cpu", &spo::gae_cpu, NoGil());
-}
+// The Python class of an argument struct, from its list of fields.
+#define EXPOSE(type, name, initial) expose(cls, #name, &Args::name);
+#define EXPOSE_ARRAY(name, absent) expose(cls, #name, &Args::name);
+#define STRUCT(name, ...)           \
+  {                                 \
+    using Args = spo::name;         \
+    py::class_<Args> cls(m, #name); \
+    cls.def(py::init<>());          \
+    __VA_ARGS__                     \
+  }
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of spo_kernels; the public functions are in Python.";
@@ -153,12 +70,21 @@ PYBIND11_MODULE(_C, m) {
 #endif
   );
   m.def("cpu_isa", [] { return spo::isa_name(spo::chosen_isa()); });
-  bind_policy_loss(m);
-  bind_logprobs(m);
-  bind_segments(m);
-  bind_segment_advantages(m);
-  bind_tree(m);
-  bind_tree_stats(m);
-  bind_tree_advantages(m);
-  bind_gae(m);
+  STRUCT(PolicyLossArgs, SPO_POLICY_LOSS_FIELDS(EXPOSE, EXPOSE_ARRAY))
+  KERNEL(policy_loss);
+  STRUCT(LogprobsArgs, SPO_LOGPROBS_FIELDS(EXPOSE))
+  KERNEL(logprobs);
+  KERNEL(logprobs_backward);
+  STRUCT(SegmentsArgs, SPO_SEGMENTS_FIELDS(EXPOSE))
+  KERNEL(segments);
+  STRUCT(SegmentAdvantagesArgs, SPO_SEGMENT_ADVANTAGES_FIELDS(EXPOSE))
+  KERNEL(segment_advantages);
+  STRUCT(TreeArgs, SPO_TREE_FIELDS(EXPOSE))
+  KERNEL(tree);
+  STRUCT(TreeStatsArgs, SPO_TREE_STATS_FIELDS(EXPOSE))
+  KERNEL(tree_stats);
+  STRUCT(TreeAdvantagesArgs, SPO_TREE_ADVANTAGES_FIELDS(EXPOSE))
+  KERNEL(tree_advantages);
+  STRUCT(GaeArgs, SPO_GAE_FIELDS(EXPOSE))
+  m.def("gae_cpu", &spo::gae_cpu, NoGil());
 }

@@ -8,13 +8,24 @@
 
 namespace spo {
 
-struct Objective {
-  float clip_eps_low, clip_eps_high;
-  float log_ratio_clamp;
-  int32_t kl_estimator;
+#define SPO_IGNORE(type, name, initial)
+#define SPO_VALUE(name, absent) float name;
+#define SPO_READ(name, absent) token.name = a.name ? a.name[row] : absent;
+
+// The values of one token. Kernels that have to wait for its logprob read them ahead.
+struct Token {
+  SPO_TOKEN_FIELDS(SPO_IGNORE, SPO_VALUE)
   float policy_scale;  // 1 / Z
   float kl_scale;      // kl_coef / Z_kl
 };
+
+SPO_HOST_DEVICE Token read_token(const PolicyLossArgs& a, int64_t row) {
+  Token token;
+  SPO_TOKEN_FIELDS(SPO_IGNORE, SPO_READ)
+  token.policy_scale = a.scales[0];
+  token.kl_scale = a.scales[1];
+  return token;
+}
 
 // No member initialisers: their constructor would be one symbol for all instruction sets.
 struct TokenLoss {
@@ -27,37 +38,47 @@ struct TokenLoss {
 
 // -min(ratio A, clip(ratio) A) / Z, ratio = exp(clamp(logprob - old_logprob)). The comparisons are
 // written so that NaN reaches the result and so that a boundary counts as inside, as in PyTorch.
-SPO_HOST_DEVICE void add_policy(const Objective& o, float logprob, float old_logprob,
-                                float advantage, TokenLoss* out) {
-  const float difference = logprob - old_logprob, bound = o.log_ratio_clamp;
+SPO_HOST_DEVICE void add_policy(const PolicyLossArgs& a, const Token& token, float logprob,
+                                TokenLoss* out) {
+  const float advantage = token.advantages, bound = a.log_ratio_clamp;
+  const float difference = logprob - token.old_logprobs;
   const bool outside = difference < -bound || difference > bound;
   const float log_ratio = difference < -bound ? -bound : difference > bound ? bound : difference;
   const float ratio = expf(log_ratio);
-  const float low = 1 - o.clip_eps_low, high = 1 + o.clip_eps_high;
+  const float low = 1 - a.clip_eps_low, high = 1 + a.clip_eps_high;
   const float clipped_ratio = ratio < low ? low : ratio > high ? high : ratio;
   const bool clipped = ratio * advantage > clipped_ratio * advantage;
   out->ratio = ratio;
   out->clipped = clipped ? 1.0f : 0.0f;
-  out->policy = -o.policy_scale * (clipped ? clipped_ratio : ratio) * advantage;
-  if (!clipped && !outside) out->dlogprob -= o.policy_scale * ratio * advantage;
+  out->policy = -token.policy_scale * (clipped ? clipped_ratio : ratio) * advantage;
+  if (!clipped && !outside) out->dlogprob -= token.policy_scale * ratio * advantage;
 }
 
 // k1 = p - q, k2 = (p - q)^2 / 2, k3 = exp(d) - d - 1 with d = clamp(q - p, -10, 10), for the
 // logprobs p of the policy and q of the reference.
-SPO_HOST_DEVICE void add_kl(const Objective& o, float logprob, float ref_logprob, TokenLoss* out) {
-  const float difference = logprob - ref_logprob;
+SPO_HOST_DEVICE void add_kl(const PolicyLossArgs& a, const Token& token, float logprob,
+                            TokenLoss* out) {
+  const float difference = logprob - token.ref_logprobs;
   float value = difference, slope = 1;
-  if (o.kl_estimator == kK2) {
+  if (a.kl_estimator == kK2) {
     value = 0.5f * difference * difference;
     slope = difference;
-  } else if (o.kl_estimator == kK3) {
+  } else if (a.kl_estimator == kK3) {
     const bool outside = difference < -10.0f || difference > 10.0f;
     const float d = difference < -10.0f ? 10.0f : difference > 10.0f ? -10.0f : -difference;
     value = expm1f(d) - d;
     slope = outside ? 0.0f : -expm1f(d);
   }
-  out->kl = o.kl_scale * value;
-  out->dlogprob += o.kl_scale * slope;
+  out->kl = token.kl_scale * value;
+  out->dlogprob += token.kl_scale * slope;
+}
+
+SPO_HOST_DEVICE TokenLoss token_loss(const PolicyLossArgs& a, const Token& token, bool in_policy,
+                                     bool in_kl, float logprob) {
+  TokenLoss loss = {};
+  if (in_policy) add_policy(a, token, logprob, &loss);
+  if (in_kl) add_kl(a, token, logprob, &loss);
+  return loss;
 }
 
 }  // namespace spo

@@ -30,133 +30,160 @@ SPO_HOST_DEVICE int64_t row_offset(const RowLayout& layout, int64_t row) {
          row % layout.block_rows * layout.row_stride;
 }
 
+// The fields of a struct are listed once, as FIELD(type, name, initial value): the struct and its
+// Python class (csrc/bindings.cpp) are made of the list.
+#define SPO_MEMBER(type, name, initial) type name = initial;
+#define SPO_ARRAY(name, absent) const float* name = nullptr;
+
+// What the objective asks of every token, and its scalars: the fields of `Tokens` in
+// spo_kernels/objective.py. PER_TOKEN(name, absent) is an array of N floats, of which the objective
+// gets the row's value (`Token` in csrc/objective.h), or `absent` if the array is null.
+#define SPO_TOKEN_FIELDS(FIELD, PER_TOKEN)                                                        \
+  FIELD(const int64_t*, token_ids, nullptr)   /* (N,), read where a mask is set */                \
+  PER_TOKEN(old_logprobs, 0)                  /* (N,) */                                          \
+  PER_TOKEN(advantages, 0)                    /* (N,) */                                          \
+  PER_TOKEN(ref_logprobs, 0)                  /* (N,), null without kl_mask */                    \
+  FIELD(const float*, temperature, nullptr)   /* (N,), or one value if temperature_stride is 0 */ \
+  FIELD(const uint8_t*, policy_mask, nullptr) /* (N,) rows with a policy term */                  \
+  FIELD(const uint8_t*, kl_mask, nullptr)     /* (N,) rows with a KL term; null: none */          \
+  FIELD(const float*, scales, nullptr)        /* (2,) 1 / Z and kl_coef / Z_kl */                 \
+  FIELD(float, clip_eps_low, 0)                                                                   \
+  FIELD(float, clip_eps_high, 0)                                                                  \
+  FIELD(float, log_ratio_clamp, 0)                                                                \
+  FIELD(int32_t, kl_estimator, kNoKl)
+
 // masked_ppo_loss: objective, metrics and dlogits of N rows.
+#define SPO_POLICY_LOSS_FIELDS(FIELD, PER_TOKEN)                                             \
+  FIELD(int64_t, rows, 0)                                                                    \
+  FIELD(int64_t, vocab, 0)                                                                   \
+  FIELD(int32_t, dtype, kFloat32)     /* of logits */                                        \
+  FIELD(const void*, logits, nullptr) /* (N, V) */                                           \
+  FIELD(RowLayout, logits_layout, {})                                                        \
+  FIELD(void*, dlogits, nullptr) /* (N, V), may be `logits` itself; null: forward only */    \
+  FIELD(RowLayout, dlogits_layout, {})                                                       \
+  FIELD(int32_t, dlogits_dtype, kFloat32) /* that of the logits, or bf16 with fp32 logits */ \
+  FIELD(bool, dlogits_zeroed, false)      /* rows without a gradient need no write */        \
+  SPO_TOKEN_FIELDS(FIELD, PER_TOKEN)                                                         \
+  FIELD(int64_t, temperature_stride, 0)                                                      \
+  FIELD(float*, logprobs, nullptr) /* (N,), 0 on dropped rows */                             \
+  FIELD(float*, entropy, nullptr)  /* (N,), 0 on dropped rows; null: not wanted */           \
+  FIELD(float*, stats, nullptr)    /* (N, 4) policy term, KL term, clipped, ratio */         \
+  FIELD(int32_t, num_threads, 1)   /* CPU only */                                            \
+  FIELD(void*, stream, nullptr)    /* CUDA only */
 struct PolicyLossArgs {
-  int64_t rows = 0;
-  int64_t vocab = 0;
-  int32_t dtype = kFloat32;      // of logits
-  const void* logits = nullptr;  // (N, V)
-  RowLayout logits_layout;
-  void* dlogits = nullptr;  // (N, V), may be `logits` itself; null: forward only
-  RowLayout dlogits_layout;
-  int32_t dlogits_dtype = kFloat32;     // that of the logits, or bf16 with fp32 logits
-  bool dlogits_zeroed = false;          // rows without a gradient need no write
-  const int64_t* token_ids = nullptr;   // (N,), read where a mask is set
-  const float* old_logprobs = nullptr;  // (N,)
-  const float* advantages = nullptr;    // (N,)
-  const float* ref_logprobs = nullptr;  // (N,), may be null if kl_mask is
-  const float* temperature = nullptr;   // (N,), or one value if temperature_stride is 0
-  int64_t temperature_stride = 0;
-  const uint8_t* policy_mask = nullptr;  // (N,) rows with a policy term
-  const uint8_t* kl_mask = nullptr;      // (N,) rows with a KL term; null: none
-  const float* scales = nullptr;         // (2,) 1 / Z and kl_coef / Z_kl
-  float clip_eps_low = 0;
-  float clip_eps_high = 0;
-  float log_ratio_clamp = 0;
-  int32_t kl_estimator = kNoKl;
-  float* logprobs = nullptr;  // (N,), 0 on dropped rows
-  float* entropy = nullptr;   // (N,), 0 on dropped rows; null: not wanted
-  float* stats = nullptr;     // (N, 4) policy term, KL term, clipped, ratio
-  int32_t num_threads = 1;    // CPU only
-  void* stream = nullptr;     // CUDA only
+  SPO_POLICY_LOSS_FIELDS(SPO_MEMBER, SPO_ARRAY)
 };
 
-// token_logprobs: logprob (and entropy) of N rows.
+// token_logprobs: logprob (and entropy) of N rows. The fields from grad_logprobs to dlogits_dtype
+// are for the backward, which reads logprobs, entropy, row_max and row_logsum.
+#define SPO_LOGPROBS_FIELDS(FIELD)                                                                 \
+  FIELD(int64_t, rows, 0)                                                                          \
+  FIELD(int64_t, vocab, 0)                                                                         \
+  FIELD(int32_t, dtype, kFloat32)                                                                  \
+  FIELD(const void*, logits, nullptr) /* (N, V) */                                                 \
+  FIELD(RowLayout, logits_layout, {})                                                              \
+  FIELD(const int64_t*, token_ids, nullptr) /* (N,), read where the mask is set */                 \
+  FIELD(const uint8_t*, mask, nullptr)      /* (N,) rows to compute; null: all */                  \
+  FIELD(const float*, temperature, nullptr) /* (N,), or one value if temperature_stride is 0 */    \
+  FIELD(int64_t, temperature_stride, 0)                                                            \
+  FIELD(float*, logprobs, nullptr)   /* (N,), 0 on dropped rows */                                 \
+  FIELD(float*, entropy, nullptr)    /* (N,); null: not wanted */                                  \
+  FIELD(float*, row_max, nullptr)    /* (N,) largest logit; kept for the backward */               \
+  FIELD(float*, row_logsum, nullptr) /* (N,) log of the sum of exp((logit - max) / temperature) */ \
+  FIELD(const float*, grad_logprobs, nullptr) /* (N,) */                                           \
+  FIELD(const float*, grad_entropy, nullptr)  /* (N,); null: zero */                               \
+  FIELD(void*, dlogits, nullptr)              /* (N, V), may be `logits` itself */                 \
+  FIELD(RowLayout, dlogits_layout, {})                                                             \
+  FIELD(int32_t, dlogits_dtype, kFloat32) /* that of the logits, or bf16 with fp32 logits */       \
+  FIELD(int32_t, num_threads, 1)          /* CPU only */                                           \
+  FIELD(void*, stream, nullptr)           /* CUDA only */
 struct LogprobsArgs {
-  int64_t rows = 0;
-  int64_t vocab = 0;
-  int32_t dtype = kFloat32;
-  const void* logits = nullptr;  // (N, V)
-  RowLayout logits_layout;
-  const int64_t* token_ids = nullptr;  // (N,), read where the mask is set
-  const uint8_t* mask = nullptr;       // (N,) rows to compute; null: all
-  const float* temperature = nullptr;  // (N,), or one value if temperature_stride is 0
-  int64_t temperature_stride = 0;
-  float* logprobs = nullptr;    // (N,), 0 on dropped rows
-  float* entropy = nullptr;     // (N,); null: not wanted
-  float* row_max = nullptr;     // (N,) largest logit; kept for the backward
-  float* row_logsum = nullptr;  // (N,) log of the sum of exp((logit - max) / temperature)
-  // Backward only; it reads logprobs, entropy, row_max and row_logsum.
-  const float* grad_logprobs = nullptr;  // (N,)
-  const float* grad_entropy = nullptr;   // (N,); null: zero
-  void* dlogits = nullptr;               // (N, V), may be `logits` itself
-  RowLayout dlogits_layout;
-  int32_t dlogits_dtype = kFloat32;  // that of the logits, or bf16 with fp32 logits
-  int32_t num_threads = 1;           // CPU only
-  void* stream = nullptr;            // CUDA only
+  SPO_LOGPROBS_FIELDS(SPO_MEMBER)
 };
 
 // cutpoint_segments: where the segments of B packed sequences start.
+#define SPO_SEGMENTS_FIELDS(FIELD)                                                     \
+  FIELD(int64_t, tokens, 0)                                                            \
+  FIELD(int64_t, seqs, 0)                                                              \
+  FIELD(const float*, logprobs, nullptr)     /* (T,) */                                \
+  FIELD(const int64_t*, cu_seqlens, nullptr) /* (B + 1,) */                            \
+  FIELD(float, log_threshold, 0)                                                       \
+  FIELD(int64_t, interval, 1)               /* cutpoints in a segment, at least 1 */   \
+  FIELD(int64_t*, cu_segments, nullptr)     /* (T + 1,), of which M + 1 are written */ \
+  FIELD(int64_t*, cu_seq_segments, nullptr) /* (B + 1,) */                             \
+  FIELD(void*, stream, nullptr)             /* CUDA only */
 struct SegmentsArgs {
-  int64_t tokens = 0;
-  int64_t seqs = 0;
-  const float* logprobs = nullptr;      // (T,)
-  const int64_t* cu_seqlens = nullptr;  // (B + 1,)
-  float log_threshold = 0;
-  int64_t interval = 1;                // cutpoints in a segment, at least 1
-  int64_t* cu_segments = nullptr;      // (T + 1,), of which M + 1 are written
-  int64_t* cu_seq_segments = nullptr;  // (B + 1,)
-  void* stream = nullptr;              // CUDA only
+  SPO_SEGMENTS_FIELDS(SPO_MEMBER)
 };
 
 // segment_advantages: V(end) - V(start) on every token of M segments in B sequences.
+#define SPO_SEGMENT_ADVANTAGES_FIELDS(FIELD)                     \
+  FIELD(int64_t, tokens, 0)                                      \
+  FIELD(int64_t, segments, 0)                                    \
+  FIELD(int64_t, seqs, 0)                                        \
+  FIELD(const float*, values, nullptr)            /* (M + B,) */ \
+  FIELD(const int64_t*, cu_segments, nullptr)     /* (M + 1,) */ \
+  FIELD(const int64_t*, cu_seq_segments, nullptr) /* (B + 1,) */ \
+  FIELD(float*, advantages, nullptr)              /* (T,) */     \
+  FIELD(void*, stream, nullptr)                   /* CUDA only */
 struct SegmentAdvantagesArgs {
-  int64_t tokens = 0;
-  int64_t segments = 0;
-  int64_t seqs = 0;
-  const float* values = nullptr;             // (M + B,)
-  const int64_t* cu_segments = nullptr;      // (M + 1,)
-  const int64_t* cu_seq_segments = nullptr;  // (B + 1,)
-  float* advantages = nullptr;               // (T,)
-  void* stream = nullptr;                    // CUDA only
+  SPO_SEGMENT_ADVANTAGES_FIELDS(SPO_MEMBER)
 };
 
 // tree_values: bottom-up values of S nodes, parents before children.
+#define SPO_TREE_FIELDS(FIELD)                                              \
+  FIELD(int64_t, nodes, 0)                                                  \
+  FIELD(const int32_t*, parent, nullptr)   /* (S,), -1 for a root */        \
+  FIELD(const float*, rewards, nullptr)    /* (S,), NaN where not a leaf */ \
+  FIELD(const uint8_t*, in_value, nullptr) /* (S,) */                       \
+  FIELD(float*, values, nullptr)           /* (S,) */                       \
+  FIELD(void*, stream, nullptr)            /* CUDA only */
 struct TreeArgs {
-  int64_t nodes = 0;
-  const int32_t* parent = nullptr;    // (S,), -1 for a root
-  const float* rewards = nullptr;     // (S,), NaN where not a leaf
-  const uint8_t* in_value = nullptr;  // (S,)
-  float* values = nullptr;            // (S,)
-  void* stream = nullptr;             // CUDA only
+  SPO_TREE_FIELDS(SPO_MEMBER)
 };
 
 // tree_stats: count and population variance of every node's counted children.
+#define SPO_TREE_STATS_FIELDS(FIELD)                                            \
+  FIELD(int64_t, nodes, 0)                                                      \
+  FIELD(const int32_t*, parent, nullptr)   /* (S,) */                           \
+  FIELD(const float*, values, nullptr)     /* (S,) */                           \
+  FIELD(const uint8_t*, in_value, nullptr) /* (S,) */                           \
+  FIELD(int32_t*, counts, nullptr)         /* (S,) */                           \
+  FIELD(float*, variances, nullptr)        /* (S,), NaN where the count is 0 */ \
+  FIELD(void*, stream, nullptr)            /* CUDA only */
 struct TreeStatsArgs {
-  int64_t nodes = 0;
-  const int32_t* parent = nullptr;    // (S,)
-  const float* values = nullptr;      // (S,)
-  const uint8_t* in_value = nullptr;  // (S,)
-  int32_t* counts = nullptr;          // (S,)
-  float* variances = nullptr;         // (S,), NaN where the count is 0
-  void* stream = nullptr;             // CUDA only
+  SPO_TREE_STATS_FIELDS(SPO_MEMBER)
 };
 
 // tree_advantages: every node's value relative to its parent's or its siblings'.
+#define SPO_TREE_ADVANTAGES_FIELDS(FIELD)                                                      \
+  FIELD(int64_t, nodes, 0)                                                                     \
+  FIELD(const int32_t*, parent, nullptr)   /* (S,) */                                          \
+  FIELD(const float*, values, nullptr)     /* (S,) */                                          \
+  FIELD(const uint8_t*, in_value, nullptr) /* (S,) */                                          \
+  FIELD(bool, leave_one_out, false) /* baseline: mean of the other siblings, not the parent */ \
+  FIELD(bool, scale_by_std, false)                                                             \
+  FIELD(double, eps, 0)                                                                        \
+  FIELD(float*, advantages, nullptr) /* (S,), 0 on roots */                                    \
+  FIELD(void*, stream, nullptr)      /* CUDA only */
 struct TreeAdvantagesArgs {
-  int64_t nodes = 0;
-  const int32_t* parent = nullptr;    // (S,)
-  const float* values = nullptr;      // (S,)
-  const uint8_t* in_value = nullptr;  // (S,)
-  bool leave_one_out = false;         // baseline: mean of the other siblings, not the parent
-  bool scale_by_std = false;
-  double eps = 0;
-  float* advantages = nullptr;  // (S,), 0 on roots
-  void* stream = nullptr;       // CUDA only
+  SPO_TREE_ADVANTAGES_FIELDS(SPO_MEMBER)
 };
 
 // gae: generalised advantage estimation over B packed sequences.
+#define SPO_GAE_FIELDS(FIELD)                                                               \
+  FIELD(int64_t, tokens, 0)                                                                 \
+  FIELD(int64_t, seqs, 0)                                                                   \
+  FIELD(const float*, rewards, nullptr)          /* (T,) */                                 \
+  FIELD(const float*, values, nullptr)           /* (T,) */                                 \
+  FIELD(const int64_t*, cu_seqlens, nullptr)     /* (B + 1,) */                             \
+  FIELD(const float*, bootstrap_values, nullptr) /* (B,); null: 0 after every last token */ \
+  FIELD(double, gamma, 1)                                                                   \
+  FIELD(double, lam, 1)                                                                     \
+  FIELD(float*, advantages, nullptr) /* (T,) */                                             \
+  FIELD(float*, returns, nullptr)    /* (T,) */
 struct GaeArgs {
-  int64_t tokens = 0;
-  int64_t seqs = 0;
-  const float* rewards = nullptr;           // (T,)
-  const float* values = nullptr;            // (T,)
-  const int64_t* cu_seqlens = nullptr;      // (B + 1,)
-  const float* bootstrap_values = nullptr;  // (B,); null: 0 after every last token
-  double gamma = 1;
-  double lam = 1;
-  float* advantages = nullptr;  // (T,)
-  float* returns = nullptr;     // (T,)
+  SPO_GAE_FIELDS(SPO_MEMBER)
 };
 
 // CPU launchers; each returns when its outputs are written.

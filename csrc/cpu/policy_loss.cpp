@@ -16,7 +16,7 @@ static void zero_row(const PolicyLossArgs& a, int64_t row) {
 
 // T: type of the logits, U: of dlogits.
 template <class T, class U>
-static void policy_loss_row(const PolicyLossArgs& a, const Objective& objective, int64_t row) {
+static void policy_loss_row(const PolicyLossArgs& a, int64_t row) {
   const bool in_kl = a.kl_mask && a.kl_mask[row];
   // A zero advantage makes the policy term and its gradient 0: such a row needs no logprob.
   const bool in_policy = a.policy_mask[row] && a.advantages[row] != 0;
@@ -33,8 +33,7 @@ static void policy_loss_row(const PolicyLossArgs& a, const Objective& objective,
     const bool known = id >= 0 && id < a.vocab;  // else NaN, where Python could not look first
     logprob = known ? static_cast<float>(row_logprob(sums, to_float(x[id]), exp_scale)) : NAN;
     if (a.entropy) entropy = static_cast<float>(row_entropy(sums));
-    if (in_policy) add_policy(objective, logprob, a.old_logprobs[row], a.advantages[row], &loss);
-    if (in_kl) add_kl(objective, logprob, a.ref_logprobs[row], &loss);
+    loss = token_loss(a, read_token(a, row), in_policy, in_kl, logprob);
     if (a.dlogits && loss.dlogprob == 0) {
       zero_row<U>(a, row);
     } else if (a.dlogits) {
@@ -58,9 +57,7 @@ static void policy_loss_row(const PolicyLossArgs& a, const Objective& objective,
 
 template <class T, class U = T>
 static void policy_loss_range(const PolicyLossArgs& a, int64_t begin, int64_t end) {
-  const Objective objective = {a.clip_eps_low, a.clip_eps_high, a.log_ratio_clamp,
-                               a.kl_estimator, a.scales[0],     a.scales[1]};
-  for (int64_t row = begin; row < end; ++row) policy_loss_row<T, U>(a, objective, row);
+  for (int64_t row = begin; row < end; ++row) policy_loss_row<T, U>(a, row);
 }
 
 void policy_loss_rows(const PolicyLossArgs& a, int64_t begin, int64_t end) {

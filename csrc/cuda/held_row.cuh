@@ -12,6 +12,7 @@
 // of 151936 bf16 logits over 4 blocks, or of 151936 fp32 logits over 8. The copy engine then has a
 // third of that, 76 KB, in flight at any time, where latency times bandwidth asks for about 30 KB.
 #include "csrc/cuda/row.cuh"
+#include "csrc/objective.h"
 
 namespace spo {
 
@@ -24,7 +25,8 @@ constexpr int kMaxPieces = 16;     // at most 228 KB / (512 x 2 x 16 bytes) = 14
 // What the row asks of the objective. One thread fetches it while the logits are under way: loads
 // after the sums would be one more trip to memory per row.
 struct RowInputs {
-  float logit, old_logprob, advantage, ref_logprob, policy_scale, kl_scale;
+  float logit;
+  Token token;
 };
 
 // What the block keeps in shared memory ahead of its granules.

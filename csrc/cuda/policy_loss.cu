@@ -1,7 +1,6 @@
 // masked_ppo_loss on CUDA: per row one sweep for the log-sum-exp, then the scalar objective, then
 // one sweep that writes dlogits. Rows that carry no loss are never read.
 #include "csrc/cuda/held_row.cuh"
-#include "csrc/objective.h"
 
 namespace spo {
 namespace {
@@ -36,11 +35,10 @@ __device__ __forceinline__ void store_row(const PolicyLossArgs& a, int64_t row, 
 
 // The token's logit is NaN if the row has no such token.
 template <class T>
-__device__ __forceinline__ RowInputs row_inputs(const PolicyLossArgs& a, int64_t row,
-                                                const Terms& terms, const T* x, int64_t token) {
+__device__ __forceinline__ RowInputs row_inputs(const PolicyLossArgs& a, int64_t row, const T* x,
+                                                int64_t token) {
   const bool known = token >= 0 && token < a.vocab;
-  return {known ? to_float(x[token]) : NAN,      a.old_logprobs[row], a.advantages[row],
-          terms.kl ? a.ref_logprobs[row] : 0.0f, a.scales[0],         a.scales[1]};
+  return {known ? to_float(x[token]) : NAN, read_token(a, row)};
 }
 
 // For one thread: the objective of a row, its derivative, and the row's outputs if `stores`.
@@ -48,14 +46,10 @@ __device__ __forceinline__ Gradient finish_row(const PolicyLossArgs& a, int64_t 
                                                const Terms& terms, const RowInputs& in,
                                                const Partial& sums, bool stores,
                                                bool* has_gradient) {
-  const Objective objective = {a.clip_eps_low, a.clip_eps_high, a.log_ratio_clamp,
-                               a.kl_estimator, in.policy_scale, in.kl_scale};
   const double logsum = log(static_cast<double>(sums.sum));
   const double distance = (static_cast<double>(in.logit) - sums.max) * terms.inv_temperature;
   const float logprob = static_cast<float>(distance - logsum);
-  TokenLoss loss = {};
-  if (terms.policy) add_policy(objective, logprob, in.old_logprob, in.advantage, &loss);
-  if (terms.kl) add_kl(objective, logprob, in.ref_logprob, &loss);
+  const TokenLoss loss = token_loss(a, in.token, terms.policy, terms.kl, logprob);
   if (stores) {
     const double entropy = logsum - static_cast<double>(kLn2) * sums.weighted / sums.sum;
     store_row(a, row, logprob, static_cast<float>(entropy), loss);
@@ -93,7 +87,7 @@ __global__ void __launch_bounds__(kHeldThreads, kHeldBlocks)
     // Read before the blocks exchange their sums: after that dlogits may overwrite the logits.
     const float loose = held.loose_logit();
     const int64_t token = a.token_ids[row];
-    if (threadIdx.x == 0) memory.inputs = row_inputs(a, row, terms, held.row, token);
+    if (threadIdx.x == 0) memory.inputs = row_inputs(a, row, held.row, token);
     Partial p = a.entropy ? held.template sums<true>(memory, loose, terms.scale)
                           : held.template sums<false>(memory, loose, terms.scale);
     p = reduce_block(p, terms.scale, memory.warps);
@@ -126,7 +120,7 @@ __global__ void __launch_bounds__(1024)
       a.entropy ? sum_row<true>(x, a.vocab, terms.scale) : sum_row<false>(x, a.vocab, terms.scale);
   p = reduce_block(p, terms.scale, memory.warps);
   if (threadIdx.x == 0) {
-    const RowInputs inputs = row_inputs(a, row, terms, x, token);
+    const RowInputs inputs = row_inputs(a, row, x, token);
     memory.gradient = finish_row(a, row, terms, inputs, p, true, &memory.has_gradient);
   }
   if (!a.dlogits) return;
