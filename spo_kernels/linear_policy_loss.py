@@ -124,7 +124,7 @@ def _linear_policy_loss(
 
 @_linear_policy_loss.register_fake
 def _(hidden, weight, bias, hidden_index, needs_grad, entropy, *others):
-    ids = others[-len(objective.FIELDS)]
+    ids = others[-len(objective.TYPES)]
     grads = head.empty_gradients(hidden, weight, bias, needs_grad)
     return *fake_outputs(hidden, ids, entropy), *grads, ids.new_empty((), dtype=torch.bool)
 

@@ -94,7 +94,7 @@ class Tokens:
     def _map_rows(self, change: Callable[[Tensor, float], Tensor]) -> Tokens:
         """`change` of every tensor of one row per token and of the `padding` that suits it."""
         n = self.token_ids.shape[0]
-        values = {name: getattr(self, name) for name in FIELDS}
+        values = {name: getattr(self, name) for name in TYPES}
         for name, kind in _TENSORS.items():
             x = values[name]
             if x is not None and "whole" not in kind and x.shape[0] == n:  # else one for all rows
@@ -103,15 +103,12 @@ class Tokens:
 
     def arguments(self) -> tuple[Any, ...]:
         """In the order of the op schemas."""
-        return tuple(getattr(self, name) for name in FIELDS)
+        return tuple(getattr(self, name) for name in TYPES)
 
 
-_TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "float": "float", "int": "int"}
-FIELDS = tuple(f.name for f in fields(Tokens))
-# What every op takes after its own arguments.
-SCHEMA = ", ".join(f"{_TYPES[str(f.type)]} {f.name}" for f in fields(Tokens))
-_TENSORS = {f.name: dict(f.metadata) for f in fields(Tokens) if str(f.type).startswith("Tensor")}
-_OPTIONAL = tuple(f.name for f in fields(Tokens) if str(f.type) == "Tensor | None")
+TYPES = {f.name: str(f.type).replace(" | None", "?") for f in fields(Tokens)}
+SCHEMA = ", ".join(f"{kind} {name}" for name, kind in TYPES.items())  # ends the schema of every op
+_TENSORS = {f.name: dict(f.metadata) for f in fields(Tokens) if "Tensor" in TYPES[f.name]}
 
 
 def policy_mask(
@@ -166,7 +163,7 @@ def prepare(
         policy_norm=policy_norm,
         kl_norm=kl_norm,
     )
-    optional = {k: x for k, x in floats.items() if k in _OPTIONAL}
+    optional = {k: x for k, x in floats.items() if TYPES[k] == "Tensor?"}
     rows.check_tensors(token_ids=token_ids, **{k: floats[k] for k in floats if k not in optional})
     rows.check_optional_tensors(loss_mask=loss_mask, **optional)
     _check_kl(kl_coef, kl_estimator, kl_scope, floats["ref_logprobs"])

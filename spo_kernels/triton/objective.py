@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from spo_kernels.objective import TYPES
 from spo_kernels.triton.softmax import expm1
+
+TokenArgs = namedtuple("TokenArgs", tuple(TYPES))  # what a kernel is told of the tokens
+
+
+def token_args(**fields: Any) -> TokenArgs:
+    """The fields of `Tokens` for a kernel, compiled anew for every value of an int or a bool."""
+    constants = {k: tl.constexpr(x) for k, x in fields.items() if isinstance(x, int)}
+    return TokenArgs(**fields | constants)
 
 
 @triton.jit
-def policy_term(
-    logprob, old_logprob, advantage, policy_scale, clip_eps_low, clip_eps_high, log_ratio_clamp
-):
+def policy_term(logprob, row, tokens, advantage):
     """(policy, clipped, ratio, d policy / d logprob) of -min(ratio A, clip(ratio) A) / Z.
 
     The comparisons let NaN through to the result and count a boundary as inside, as in PyTorch.
     """
-    difference = logprob - old_logprob
-    below = difference < -log_ratio_clamp
-    above = difference > log_ratio_clamp
-    log_ratio = tl.where(below, -log_ratio_clamp, tl.where(above, log_ratio_clamp, difference))
+    policy_scale = tl.load(tokens.scales)
+    bound = tokens.log_ratio_clamp
+    difference = logprob - tl.load(tokens.old_logprobs + row)
+    below = difference < -bound
+    above = difference > bound
+    log_ratio = tl.where(below, -bound, tl.where(above, bound, difference))
     ratio = tl.exp(log_ratio)
-    low = 1 - clip_eps_low
-    high = 1 + clip_eps_high
+    low = 1 - tokens.clip_eps_low
+    high = 1 + tokens.clip_eps_high
     held = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
     clipped = ratio * advantage > held * advantage
     policy = -policy_scale * tl.where(clipped, held, ratio) * advantage
@@ -31,16 +43,17 @@ def policy_term(
 
 
 @triton.jit
-def kl_term(logprob, ref_logprob, kl_scale, KL_ESTIMATOR: tl.constexpr):
+def kl_term(logprob, row, tokens):
     """(kl, d kl / d logprob) of k1, k2 or k3, the values 1, 2 and 3 of `KlEstimator` in csrc/ops.h.
 
     With p and q the two logprobs: p - q, (p - q)^2 / 2, exp(d) - d - 1 for d = clamp(q - p, +-10).
     """
-    difference = logprob - ref_logprob
-    if KL_ESTIMATOR == 1:
+    kl_scale = tl.load(tokens.scales + 1)
+    difference = logprob - tl.load(tokens.ref_logprobs + row)
+    if tokens.kl_estimator == 1:
         value = difference
         slope = 1.0
-    elif KL_ESTIMATOR == 2:
+    elif tokens.kl_estimator == 2:
         value = 0.5 * difference * difference
         slope = difference
     else:

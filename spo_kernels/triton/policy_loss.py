@@ -4,13 +4,15 @@ sweeps it again to write dlogits. Rows that carry no loss are never read.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from spo_kernels.triton.configs import row_sweep
-from spo_kernels.triton.objective import kl_term, policy_term
+from spo_kernels.triton.objective import kl_term, policy_term, token_args
 from spo_kernels.triton.softmax import LN2, LOG2E, expm1, row_start, row_sums, write_row, zero_row
 
 
@@ -25,33 +27,23 @@ def policy_loss_kernel(
     dlogits_block_stride,
     dlogits_row_stride,
     vocab,
-    token_ids,
-    old_logprobs,
-    advantages,
-    ref_logprobs,
-    temperature,
+    tokens,  # TokenArgs; kl_mask None: no KL term
     temperature_stride,
-    policy_mask,
-    kl_mask,  # None: no KL term
-    scales,
-    clip_eps_low,
-    clip_eps_high,
-    log_ratio_clamp,
     logprobs,
     entropies,  # None: not wanted
     stats,
     DLOGITS_ZEROED: tl.constexpr,
-    KL_ESTIMATOR: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     x = row_start(logits, row, logits_block_rows, logits_block_stride, logits_row_stride)
-    advantage = tl.load(advantages + row)
+    advantage = tl.load(tokens.advantages + row)
     # A zero advantage makes the policy term and its gradient 0: such a row needs no logprob.
-    in_policy = (tl.load(policy_mask + row) != 0) & (advantage != 0)
+    in_policy = (tl.load(tokens.policy_mask + row) != 0) & (advantage != 0)
     used = in_policy
-    if kl_mask is not None:
-        in_kl = tl.load(kl_mask + row) != 0
+    in_kl = row < 0  # no row
+    if tokens.kl_mask is not None:
+        in_kl = tl.load(tokens.kl_mask + row) != 0
         used = in_policy | in_kl
     logprob = 0.0
     entropy = 0.0
@@ -65,8 +57,8 @@ def policy_loss_kernel(
     inv_temperature = 1.0
     token = -1
     if used:
-        inv_temperature = tl.div_rn(1.0, tl.load(temperature + row * temperature_stride))
-        id = tl.load(token_ids + row)
+        inv_temperature = tl.div_rn(1.0, tl.load(tokens.temperature + row * temperature_stride))
+        id = tl.load(tokens.token_ids + row)
         known = (id >= 0) & (id < vocab)  # else NaN, where Python could not look first
         token = tl.where(known, id, -1).to(tl.int32)
         # Before the sweeps: dlogits may be the logits.
@@ -78,20 +70,10 @@ def policy_loss_kernel(
         logprob = (chosen - row_max) * inv_temperature - log_sum
         entropy = log_sum - LN2 * weighted / row_sum
         if in_policy:
-            policy, clipped, ratio, slope = policy_term(
-                logprob,
-                tl.load(old_logprobs + row),
-                advantage,
-                tl.load(scales),
-                clip_eps_low,
-                clip_eps_high,
-                log_ratio_clamp,
-            )
-        if kl_mask is not None:
+            policy, clipped, ratio, slope = policy_term(logprob, row, tokens, advantage)
+        if tokens.kl_mask is not None:
             if in_kl:
-                kl, kl_slope = kl_term(
-                    logprob, tl.load(ref_logprobs + row), tl.load(scales + 1), KL_ESTIMATOR
-                )
+                kl, kl_slope = kl_term(logprob, row, tokens)
                 slope += kl_slope
     tl.store(logprobs + row, logprob)
     if entropies is not None:
@@ -123,22 +105,11 @@ def policy_loss(
     dlogits_layout: tuple[int, int, int] = (1, 0, 0),
     dlogits_dtype: int = 0,
     dlogits_zeroed: bool,
-    token_ids: Tensor,  # (N,) int64
-    old_logprobs: Tensor,  # (N,)
-    advantages: Tensor,  # (N,)
-    ref_logprobs: Tensor | None,  # (N,)
-    temperature: Tensor,  # (N,) or (1,)
     temperature_stride: int,
-    policy_mask: Tensor,  # (N,) bool
-    kl_mask: Tensor | None,  # (N,) bool
-    scales: Tensor,  # (2,)
-    clip_eps_low: float,
-    clip_eps_high: float,
-    log_ratio_clamp: float,
-    kl_estimator: int,
     logprobs: Tensor,  # (N,)
     entropy: Tensor | None,  # (N,)
     stats: Tensor,  # (N, 4)
+    **fields: Any,  # of `Tokens`
 ) -> None:
     """Fill logprobs, entropy, stats and dlogits: `policy_loss_cpu` on `PolicyLossArgs`."""
     with torch.cuda.device_of(logits):
@@ -148,22 +119,11 @@ def policy_loss(
             dlogits,
             *dlogits_layout,
             vocab,
-            token_ids,
-            old_logprobs,
-            advantages,
-            ref_logprobs,
-            temperature,
+            token_args(**fields),
             temperature_stride,
-            policy_mask,
-            kl_mask,
-            scales,
-            clip_eps_low,
-            clip_eps_high,
-            log_ratio_clamp,
             logprobs,
             entropy,
             stats,
             DLOGITS_ZEROED=dlogits_zeroed,
-            KL_ESTIMATOR=kl_estimator,
             **row_sweep(vocab),
         )

@@ -14,7 +14,9 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from spo_kernels.objective import TYPES  # noqa: E402
 from spo_kernels.triton import configs, logprobs, policy_loss  # noqa: E402
+from spo_kernels.triton.objective import TokenArgs  # noqa: E402
 
 
 @pytest.mark.parametrize("cases", ["triton_loss_cases.py", "triton_logprobs_cases.py"])
@@ -51,10 +53,10 @@ TARGETS = {
 LOSS = policy_loss.policy_loss_kernel
 FORWARD = logprobs.logprobs_kernel
 BACKWARD = logprobs.logprobs_backward_kernel
-NO_KL = {"KL_ESTIMATOR": 0, "DLOGITS_ZEROED": False, "kl_mask": None, "ref_logprobs": None}
+NO_KL = {"kl_estimator": 0, "DLOGITS_ZEROED": False, "kl_mask": None, "ref_logprobs": None}
 PLAIN = {**NO_KL, "entropies": None}
 NO_GRAD = {"dlogits": None, **{f"dlogits_{x}": 0 for x in ("block_stride", "row_stride")}}
-K3 = {"KL_ESTIMATOR": 3, "DLOGITS_ZEROED": False}
+K3 = {"kl_estimator": 3, "DLOGITS_ZEROED": False}
 VARIANTS = {  # kernel, dtypes of logits and dlogits, arguments that are no run-time values
     "loss fp32": (LOSS, "fp32", "fp32", PLAIN),
     "loss bf16": (LOSS, "bf16", "bf16", PLAIN),
@@ -64,8 +66,8 @@ VARIANTS = {  # kernel, dtypes of logits and dlogits, arguments that are no run-
     "loss entropy": (LOSS, "bf16", "bf16", NO_KL),
     "loss forward": (LOSS, "fp32", "fp32", {**PLAIN, **NO_GRAD}),
     "loss forward entropy k3": (LOSS, "bf16", "bf16", {**K3, **NO_GRAD}),
-    "loss k1": (LOSS, "fp32", "fp32", {**K3, "KL_ESTIMATOR": 1, "entropies": None}),
-    "loss k2": (LOSS, "fp32", "fp32", {**K3, "KL_ESTIMATOR": 2, "entropies": None}),
+    "loss k1": (LOSS, "fp32", "fp32", {**K3, "kl_estimator": 1, "entropies": None}),
+    "loss k2": (LOSS, "fp32", "fp32", {**K3, "kl_estimator": 2, "entropies": None}),
     "loss entropy k3 fp32": (LOSS, "fp32", "fp32", K3),
     "loss entropy k3 bf16": (LOSS, "bf16", "bf16", K3),
     "loss entropy k3 fp16": (LOSS, "fp16", "fp16", K3),
@@ -82,7 +84,6 @@ VARIANTS = {  # kernel, dtypes of logits and dlogits, arguments that are no run-
     "backward entropy bf16": (BACKWARD, "bf16", "bf16", {}),
 }
 UNALIGNED = ("loss entropy k3 fp16", "logprobs of all rows", "backward entropy bf16")
-SCALARS = ("clip_eps_low", "clip_eps_high", "log_ratio_clamp")
 
 
 def compile_for(target, kernel, dtype, dlogits_dtype, constants, vocab):
@@ -90,27 +91,31 @@ def compile_for(target, kernel, dtype, dlogits_dtype, constants, vocab):
     options = configs.row_sweep(vocab, target.warp_size)
     constants = {**constants, "BLOCK_V": options.pop("BLOCK_V")}
     signature, values, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
+    types = {"logits": "*" + dtype, "dlogits": "*" + dlogits_dtype, "token_ids": "*i64"}
+
+    def type_of(name, place):
         if name.endswith("block_rows") and vocab % 16 == 0:
-            constants = {**constants, name: 1}  # (N, V) logits; else a view of (B, L, V)
+            constants[name] = 1  # (N, V) logits; else a view of (B, L, V)
         if name in constants:
-            signature[name], values[i,] = "constexpr", constants[name]
-        elif name == "token_ids":
-            signature[name] = "*i64"
-        elif name.endswith("mask"):
-            signature[name] = "*i1"
-        elif name in ("logits", "dlogits"):
-            signature[name] = "*" + (dtype if name == "logits" else dlogits_dtype)
-        elif name in SCALARS:
-            signature[name] = "fp32"
-        elif name == "vocab" or name.endswith(("_stride", "block_rows")):
-            signature[name] = "i64" if name.endswith("block_stride") else "i32"
+            values[place] = constants[name]
+            return "constexpr"
+        size = name == "vocab" or name.endswith(("_stride", "block_rows"))
+        if size:
+            kind = "i64" if name.endswith("block_stride") else "i32"
+        elif TYPES.get(name) == "float":
+            return "fp32"
         else:
-            signature[name] = "*fp32"
-        pointer = signature[name].startswith("*")
-        size = name == "vocab" or name.endswith(("block_stride", "row_stride"))
-        if name not in constants and (pointer or (size and vocab % 16 == 0)):
-            attributes[i,] = [["tt.divisibility", 16]]
+            kind = "*i1" if name.endswith("mask") else types.get(name, "*fp32")
+        if not size or (vocab % 16 == 0 and not name.endswith(("temperature_stride", "rows"))):
+            attributes[place] = [["tt.divisibility", 16]]
+        return kind
+
+    for i, name in enumerate(kernel.arg_names):
+        if name == "tokens":
+            fields = (type_of(field, (i, k)) for k, field in enumerate(TokenArgs._fields))
+            signature[name] = TokenArgs(*fields)
+        else:
+            signature[name] = type_of(name, (i,))
     source = ASTSource(kernel, signature, values, attributes)
     return triton.compile(source, target=target, options=options)
 

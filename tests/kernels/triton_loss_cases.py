@@ -16,7 +16,7 @@ from torch import tensor
 
 from spo_kernels import masked_ppo_loss, objective, policy_loss
 from spo_kernels.testing import assert_as_good_as_torch, loss_inputs, poison
-from spo_kernels.triton.objective import kl_term, policy_term
+from spo_kernels.triton.objective import kl_term, policy_term, token_args
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -98,27 +98,18 @@ def test_options(option):
 
 
 @triton.jit
-def objective_kernel(
-    logprobs, old, advantages, ref, scales, low, high, clamp, out, N, KL: tl.constexpr
-):
-    i = tl.arange(0, 32)
-    inside = i < N
-    logprob = tl.load(logprobs + i, mask=inside)
-    policy, clipped, ratio, slope = policy_term(
-        logprob,
-        tl.load(old + i, mask=inside),
-        tl.load(advantages + i, mask=inside),
-        tl.load(scales),
-        low,
-        high,
-        clamp,
-    )
-    kl, kl_slope = kl_term(logprob, tl.load(ref + i, mask=inside), tl.load(scales + 1), KL)
-    tl.store(out + i, policy, mask=inside)
-    tl.store(out + N + i, kl, mask=inside)
-    tl.store(out + 2 * N + i, clipped, mask=inside)
-    tl.store(out + 3 * N + i, ratio, mask=inside)
-    tl.store(out + 4 * N + i, slope + kl_slope, mask=inside)
+def objective_kernel(logprobs, tokens, out):
+    N: tl.constexpr = 32
+    i = tl.arange(0, N)
+    logprob = tl.load(logprobs + i)
+    advantage = tl.load(tokens.advantages + i)
+    policy, clipped, ratio, slope = policy_term(logprob, i, tokens, advantage)
+    kl, kl_slope = kl_term(logprob, i, tokens)
+    tl.store(out + i, policy)
+    tl.store(out + N + i, kl)
+    tl.store(out + 2 * N + i, clipped)
+    tl.store(out + 3 * N + i, ratio)
+    tl.store(out + 4 * N + i, slope + kl_slope)
 
 
 @pytest.mark.parametrize("estimator", [1, 2, 3])
@@ -144,6 +135,7 @@ def test_objective(estimator, clips, clamp):
         10.5,
         -10.5,
     ]
+    steps = [0.25] * (30 - len(steps)) + steps
     steps = tensor([*steps, -math.inf, math.nan], device=DEVICE)
     for sign in (1.0, -1.0):
         # In fp64, since PyTorch's slope of expm1(d) - d cancels near 0.
@@ -170,8 +162,9 @@ def test_objective(estimator, clips, clamp):
         expected = torch.stack([*want, slope]).detach().float()
         expected[4, -1] = math.nan  # a kernel shows it, the derivative of PyTorch's clamp hides it
         got, zeros = torch.full_like(expected, 99.0), torch.zeros_like(steps)
-        rows = (steps, zeros, advantages, zeros, scales)
-        objective_kernel[(1,)](*rows, *clips, clamp, got, len(steps), KL=estimator)
+        floats = {"old_logprobs": zeros, "advantages": advantages, "ref_logprobs": zeros}
+        tokens = dataclasses.replace(tokens, scales=scales, **floats)
+        objective_kernel[(1,)](steps, token_args(**vars(tokens)), got)
         torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-9, equal_nan=True)
 
 
