@@ -1,5 +1,7 @@
 """Fused kernels for policy optimisation: probability-masked PPO losses, logprobs, trees, GAE."""
 
+from importlib import metadata as _metadata
+
 from spo_kernels.dispatch import backends
 from spo_kernels.gae import gae
 from spo_kernels.linear_policy_loss import linear_masked_ppo_loss
@@ -10,8 +12,14 @@ from spo_kernels.policy_loss import masked_ppo_loss
 from spo_kernels.segments import cutpoint_segments, segment_advantages
 from spo_kernels.tree import tree_advantages, tree_stats, tree_values
 
+try:
+    __version__ = _metadata.version("spo-kernels")
+except _metadata.PackageNotFoundError:
+    __version__ = "unknown: spo-kernels is not installed as a distribution"
+
 __all__ = [
     "PolicyLoss",
+    "__version__",
     "backends",
     "cutpoint_segments",
     "empty_cache",
