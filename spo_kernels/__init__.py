@@ -4,8 +4,9 @@ from importlib import metadata as _metadata
 
 from spo_kernels.dispatch import backends
 from spo_kernels.gae import gae
+from spo_kernels.linear_logprobs import linear_token_logprobs
 from spo_kernels.linear_policy_loss import linear_masked_ppo_loss
-from spo_kernels.logprobs import linear_token_logprobs, token_logprobs
+from spo_kernels.logprobs import token_logprobs
 from spo_kernels.memory import empty_cache
 from spo_kernels.objective import PolicyLoss, policy_mask
 from spo_kernels.policy_loss import masked_ppo_loss

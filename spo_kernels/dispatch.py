@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_C: ModuleType | None
 try:
-    from spo_kernels import _C
+    _C = importlib.import_module("spo_kernels._C")
 except ImportError as error:  # installed with SPO_BUILD_NATIVE=0, or built for another Python
     _C = None
     _NO_NATIVE = f"the native extension spo_kernels._C is not there ({error})"

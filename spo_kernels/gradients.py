@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _autograd
 
 from spo_kernels.library import define
 
@@ -67,7 +68,7 @@ def hand_out(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, 
     formed = ctx.formed
     traced = any(type(grad) is not Tensor for grad in formed.values())
     held = any(holder() is not None for holder in ctx.holders)  # by who called the op directly
-    if traced or held or torch._C._autograd._get_current_graph_task_keep_graph():
+    if traced or held or _autograd._get_current_graph_task_keep_graph():
         formed = {i: grad * grad_output for i, grad in formed.items()}
     else:
         ctx.formed = None

@@ -14,6 +14,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,10 @@ def empty_gradients(
 ) -> tuple[Tensor, ...]:
     """Buffers for dhidden, dweight, dbias; (0,) where no gradient is wanted."""
     wanted = zip((hidden, weight, bias), needs, strict=True)
-    return tuple(x.new_empty(x.shape) if need else hidden.new_empty(0) for x, need in wanted)
+    return tuple(
+        x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0)
+        for x, need in wanted
+    )
 
 
 def select_states(hidden: Tensor, hidden_index: Tensor | None, index: Tensor) -> Tensor:
@@ -138,7 +142,8 @@ def _bf16_tiles() -> Iterator[None]:
     if threading.active_count() > 1:
         yield
         return
-    setting = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # `matmul` is not among its declared attributes
+    setting = mkldnn.matmul
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:
@@ -206,10 +211,11 @@ class HeadGradients:
         """Take in a chunk: dlogits (c, V), x (c, D). `only`: no other chunk comes before or after,
         so that dweight can be written in its own dtype at once."""
         if self.needs_hidden:
-            dx = None
-            for block, w in _blocks(self.weight, dlogits.dtype):
-                part = dlogits[:, block]
-                dx = torch.mm(part, w) if dx is None else dx.addmm_(part, w)
+            blocks = _blocks(self.weight, dlogits.dtype)
+            block, w = next(blocks)
+            dx = torch.mm(dlogits[:, block], w)
+            for block, w in blocks:
+                dx.addmm_(dlogits[:, block], w)
             self.dx.append(dx)
         if self.needs_weight:
             self._add_weight(dlogits, x.to(dlogits.dtype), only)
@@ -218,11 +224,10 @@ class HeadGradients:
             self.dbias = dbias if self.dbias is None else self.dbias.add_(dbias)
 
     def _add_weight(self, dlogits: Tensor, x: Tensor, only: bool) -> None:
-        first = self.dweight is None
-        if first:
+        total, first = self.dweight, self.dweight is None
+        if total is None:
             dtype = self.weight.dtype if only else torch.float32
-            self.dweight = memory.empty(self.weight.shape, dtype, x.device)
-        total = self.dweight
+            total = self.dweight = memory.empty(self.weight.shape, dtype, x.device)
         if total.dtype == dlogits.dtype:
             if first:
                 torch.mm(dlogits.t(), x, out=total)
@@ -263,7 +268,7 @@ class HeadGradients:
             if dweight is None:
                 dweight = memory.zeros(self.weight.shape, self.weight.dtype, self.weight.device)
             dweight = dweight.to(self.weight.dtype)
-        if self.needs_bias:
+        if self.needs_bias and self.bias is not None:
             dbias = self.bias.new_zeros(self.bias.shape) if self.dbias is None else self.dbias
             dbias = dbias.to(self.bias.dtype)
         return dhidden, dweight, dbias

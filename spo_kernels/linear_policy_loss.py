@@ -96,14 +96,16 @@ def _linear_policy_loss(
     else:
         tokens.check(vocab)
         index, overflow = _active(tokens, max_active), tokens.policy_mask.new_zeros(())
-        states = head.select_states(hidden, hidden_index, index)
+        states, known = head.select_states(hidden, hidden_index, index), None
     parts = list(head.chunks(index.numel(), vocab, logits_dtype, memory_budget))
     grads = head.HeadGradients(weight, bias, needs_grad)
     totals, *outputs = (x.zero_() for x in fake_outputs(hidden, tokens.token_ids, entropy)[1:])
     with torch.autocast(hidden.device.type, enabled=False):
         for part in parts:
             chunk = tokens.take(index[part])
-            if fixed:  # a row without a hidden state gets an id that kernels answer with NaN
+            if (
+                known is not None
+            ):  # a row without a hidden state gets an id that kernels answer with NaN
                 chunk = dataclasses.replace(
                     chunk, token_ids=torch.where(known[part], chunk.token_ids, -1)
                 )

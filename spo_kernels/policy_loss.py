@@ -39,11 +39,11 @@ def reference(
     logprobs, row_entropy = _rows.logprobs_of(logits, kept.token_ids, kept.temperature, entropy)
     terms = objective.token_objective(logprobs, kept)
     totals = torch.stack([term.sum() for term in terms])
-    scattered = [
-        None if x is None else x.new_zeros(tokens.token_ids.shape).index_put((index,), x.detach())
-        for x in (logprobs, row_entropy)
-    ]
-    return objective.record(totals[0] + totals[1], totals, *scattered, tokens, shape)
+    empty = logprobs.new_zeros(tokens.token_ids.shape)
+    if row_entropy is not None:
+        row_entropy = empty.index_put((index,), row_entropy.detach())
+    logprobs = empty.index_put((index,), logprobs.detach())
+    return objective.record(totals[0] + totals[1], totals, logprobs, row_entropy, tokens, shape)
 
 
 def run_rows(
@@ -151,7 +151,8 @@ class _InplaceGrad(torch.autograd.Function):
         return totals[0] + totals[1], totals, logprobs, row_entropy
 
     @staticmethod
-    def backward(ctx, grad_output, *_):
+    def backward(ctx, *grad_outputs):
+        grad_output = grad_outputs[0]
         gradients.refuse_second_order(grad_output)
         (logits,) = ctx.saved_tensors
         dlogits = logits.detach()

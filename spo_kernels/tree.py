@@ -62,16 +62,18 @@ def tree_advantages_ref(
     """`tree_advantages` in PyTorch."""
     _check_parent(parent)
     up, exact = parent.long().clamp(min=0), values.double()
+    base, deviation = exact[up], None
     if baseline == "loo" or scale == "std":
         counts, sums, variances = _child_moments(parent.long(), exact, in_value)
-    base = exact[up]
-    if baseline == "loo":
-        _check_counted(parent, in_value)
-        others = counts[up] - 1
-        base = torch.where(others > 0, (sums[up] - exact) / others, exact)
+        if baseline == "loo":
+            _check_counted(parent, in_value)
+            others = counts[up] - 1
+            base = torch.where(others > 0, (sums[up] - exact) / others, exact)
+        if scale == "std":
+            deviation = variances[up].sqrt()
     advantages = exact - base
-    if scale == "std":
-        advantages = advantages / (variances[up].sqrt() + eps)
+    if deviation is not None:
+        advantages = advantages / (deviation + eps)
     return torch.where(parent >= 0, advantages, 0.0).to(values.dtype)
 
 

@@ -1,5 +1,7 @@
 """token_logprobs in Triton: one program per row; a sweep forward, a sweep backward."""
 
+# The parameters that kernels declare as tl.constexpr are given plain Python values.
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 import torch

@@ -65,7 +65,7 @@ def test_unknown_ids_are_not_read():
     names = ("logprobs", "row_max", "row_logsum")
     results = {name: torch.zeros(5, device=DEVICE) for name in names}
     heat = torch.ones(1, device=DEVICE)
-    logprobs._native_rows(
+    logprobs.run_rows(
         "logprobs", "triton", inputs.logits, ids, temperature=heat, entropy=None, **results
     )
     assert results["logprobs"].isnan().tolist() == [False, True, True, True, False]

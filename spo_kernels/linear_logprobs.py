@@ -1,0 +1,208 @@
+"""Logprob of chosen tokens and entropy from hidden states: the head runs chunk by chunk.
+
+Reference, op schemas with their fake and autograd, public function, in that order.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from spo_kernels import dispatch, gradients, head
+from spo_kernels import logprobs as _logprobs
+from spo_kernels import rows as _rows
+from spo_kernels.library import define
+from spo_kernels.logprobs import GRADS, NAMES, RESULTS, SAVED, TOKENS
+
+MEMORY_BUDGET = 1 << 30  # bytes of logits that the head makes at a time
+
+
+def linear_token_logprobs_ref(
+    hidden: Tensor,  # (..., D), or (H, D) with hidden_index
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    hidden_index: Tensor | None,  # (N,) int64
+    ids: Tensor,  # (N,) int64
+    mask: Tensor,  # (N,) bool
+    temperature: Tensor,  # (N,) or (1,)
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # (N,), (N,)
+    """`linear_token_logprobs` in differentiable PyTorch: keep rows, project, reference logprobs."""
+    _rows.check_rows(ids, temperature, mask, weight.shape[0])
+    index = mask.nonzero().squeeze(1)
+    states = head.select_states(hidden, hidden_index, index)
+    logits = head.linear_ref(hidden.reshape(-1, hidden.shape[-1])[states], weight, bias)
+    return _logprobs.reference(logits, ids, index, temperature, entropy)
+
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? hidden_index"
+
+
+@define(
+    f"linear_logprobs({_HEAD}, bool[] needs_grad, ScalarType logits_dtype, int memory_budget, "
+    f"{TOKENS}) -> {RESULTS}",
+)
+def _linear_logprobs(
+    hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budget, *tokens
+):
+    ids, mask, temperature, entropy, backend = tokens
+    vocab = weight.shape[0]
+    _rows.check_rows(ids, temperature, mask, vocab)
+    results = tuple(x.zero_() for x in _logprobs.new_results(hidden, ids, entropy))
+    index = mask.nonzero().squeeze(1)
+    states = head.select_states(hidden, hidden_index, index)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part in head.chunks(index.numel(), vocab, logits_dtype, memory_budget):
+            rows = index[part]
+            logits = head.project(flat[states[part]], weight, bias, logits_dtype)
+            chunk = _logprobs.new_results(hidden, rows, entropy)
+            _logprobs.run_rows(
+                "logprobs",
+                backend,
+                logits,
+                ids[rows],
+                temperature=temperature if temperature.numel() == 1 else temperature[rows],
+                **dict(zip(NAMES, chunk, strict=True)),
+            )
+            for whole, values in zip(results, chunk, strict=True):
+                if whole.numel():
+                    whole[rows] = values
+    return results
+
+
+@_linear_logprobs.register_fake
+def _(hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budget, ids, *others):
+    return _logprobs.new_results(hidden, ids, others[2])
+
+
+@define(
+    f"linear_logprobs_backward({_HEAD}, bool[] needs_grad, ScalarType logits_dtype, "
+    f"int memory_budget, {TOKENS}, {SAVED}, {GRADS})"
+    " -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+)
+def _linear_logprobs_backward(
+    hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budget, *tokens_and_saved
+):
+    """Makes the logits a second time: the forward of a long batch cannot keep them."""
+    ids, mask, temperature, _, backend, *saved, grad_logprobs, grad_entropy = tokens_and_saved
+    wanted = mask & (grad_logprobs != 0)
+    if grad_entropy is not None:
+        wanted |= mask & (grad_entropy != 0)
+    index = wanted.nonzero().squeeze(1)
+    states = head.select_states(hidden, hidden_index, index)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    parts = list(head.chunks(index.numel(), weight.shape[0], logits_dtype, memory_budget))
+    grads = head.HeadGradients(weight, bias, needs_grad)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part in parts:
+            rows, x = index[part], flat[states[part]]
+            logits = head.project(x, weight, bias, logits_dtype)
+            dlogits = head.gradient_buffer(logits, x, weight)
+            buffers = dict(
+                zip(NAMES, (s if s.numel() == 0 else s[rows] for s in saved), strict=True)
+            )
+            _logprobs.run_rows(
+                "logprobs_backward",
+                backend,
+                logits,
+                ids[rows],
+                temperature=temperature if temperature.numel() == 1 else temperature[rows],
+                grad_logprobs=grad_logprobs[rows],
+                grad_entropy=None if grad_entropy is None else grad_entropy[rows],
+                dlogits=dlogits,
+                **buffers,
+            )
+            grads.add(dlogits, x, only=len(parts) == 1)
+        return grads.finish(hidden, states, shared=hidden_index is not None)
+
+
+@_linear_logprobs_backward.register_fake
+def _(hidden, weight, bias, hidden_index, needs_grad, *others):
+    return head.empty_gradients(hidden, weight, bias, needs_grad)
+
+
+def _linear_logprobs_grad(ctx, grad_logprobs, grad_entropy, *_):
+    inputs, output = _logprobs.restore(ctx)
+    grads = _logprobs.row_grads(output[0], grad_logprobs, grad_entropy)
+    gradients.refuse_second_order(grads[0])
+    products = _linear_logprobs_backward(*inputs, *output, *grads)
+    needed = (x if need else None for x, need in zip(products, inputs[4], strict=True))
+    return *needed, *[None] * (len(inputs) - 3)
+
+
+_linear_logprobs.register_autograd(_linear_logprobs_grad, setup_context=_logprobs.save)
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    hidden_index: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: Literal[False] = False,
+    logits_dtype: torch.dtype = torch.float32,
+    memory_budget: int = MEMORY_BUDGET,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    hidden_index: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: Literal[True],
+    logits_dtype: torch.dtype = torch.float32,
+    memory_budget: int = MEMORY_BUDGET,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_token_logprobs(
+    hidden: Tensor,  # (..., D), or (H, D) with hidden_index
+    weight: Tensor,  # (V, D)
+    token_ids: Tensor,  # (...), or (N,) with hidden_index
+    *,
+    bias: Tensor | None = None,  # (V,)
+    hidden_index: Tensor | None = None,  # (N,) int64, the hidden state that predicts each token
+    loss_mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    logits_dtype: torch.dtype = torch.float32,
+    memory_budget: int = MEMORY_BUDGET,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # (...) fp32 (fp64 from fp64), or that and the entropy (...)
+    """`token_logprobs(hidden @ weight.T + bias, ...)` with at most `memory_budget` bytes of logits.
+
+    Masked tokens never reach the projection. Products are fp32, or `logits_dtype` if that is
+    torch.bfloat16; hidden and weight may differ in dtype. The backward makes the logits again.
+    """
+    shape = head.check_head(hidden, weight, bias, hidden_index)
+    head.check_options(hidden, weight, bias, hidden_index, logits_dtype)
+    ids, mask, heat = _logprobs.prepare("hidden", hidden, shape, token_ids, loss_mask, temperature)
+    chosen = dispatch.choose("logprobs", hidden, backend)
+    if chosen == "reference":
+        head.refuse_low_precision(logits_dtype)
+        logprobs, row_entropy = linear_token_logprobs_ref(
+            hidden, weight, bias, hidden_index, ids, mask, heat, entropy
+        )
+    else:
+        needs_grad = head.needs_grad(hidden, weight, bias)
+        sizes = (needs_grad, logits_dtype, memory_budget)
+        tokens = (ids, mask, heat, entropy, chosen)
+        logprobs, row_entropy, *_ = _linear_logprobs(
+            hidden, weight, bias, hidden_index, *sizes, *tokens
+        )
+    return _logprobs.shaped(logprobs, row_entropy if entropy else None, shape)
