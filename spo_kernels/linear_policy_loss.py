@@ -179,8 +179,9 @@ def linear_masked_ppo_loss(
     """
     shape = head.check_head(hidden, weight, bias, hidden_index)
     head.check_options(hidden, weight, bias, hidden_index, logits_dtype)
+    rows.check_floating("hidden", hidden)
     tokens = objective.prepare(
-        "hidden", hidden, shape, token_ids=token_ids, old_logprobs=old_logprobs,
+        hidden, shape, token_ids=token_ids, old_logprobs=old_logprobs,
         advantages=advantages, loss_mask=loss_mask, prob_threshold=prob_threshold,
         ref_logprobs=ref_logprobs, temperature=temperature, clip_eps_low=clip_eps_low,
         clip_eps_high=clip_eps_high, log_ratio_clamp=log_ratio_clamp, kl_coef=kl_coef,

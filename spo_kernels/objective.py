@@ -131,13 +131,13 @@ def policy_mask(
 
 
 def prepare(
-    name: str,
     like: Tensor,  # logits or hidden: gives device and precision
     shape: tuple[int, ...],
     *,
     token_ids: Tensor,
     loss_mask: Tensor | None,
     prob_threshold: float | None,
+    ref_logprobs: Tensor | None,
     temperature: float | Tensor,
     kl_coef: float,
     kl_estimator: str,
@@ -148,42 +148,48 @@ def prepare(
 ) -> Tokens:
     """Check the arguments that both public functions share and flatten them.
 
-    `name` is what the caller calls `like`. `others` become the fields of `Tokens` of their names:
-    scalars as they are; floats per token, which must have the shape of the tokens, or broadcast
-    against it where the field says "broadcast".
+    `others` become the fields of `Tokens` of their names: scalars as they are; floats per token,
+    which must have the shape of the tokens, or broadcast where the field's metadata say so.
     """
-    rows.check_floating(name, like)
-    floats = {k: x for k, x in others.items() if k in _TENSORS}
     rows.check_devices(
         like,
         token_ids=token_ids,
-        **floats,
+        **others,
         loss_mask=loss_mask,
+        ref_logprobs=ref_logprobs,
         temperature=temperature,
         policy_norm=policy_norm,
         kl_norm=kl_norm,
     )
-    optional = {k: x for k, x in floats.items() if TYPES[k] == "Tensor?"}
-    rows.check_tensors(token_ids=token_ids, **{k: floats[k] for k in floats if k not in optional})
-    rows.check_optional_tensors(loss_mask=loss_mask, **optional)
-    _check_kl(kl_coef, kl_estimator, kl_scope, floats["ref_logprobs"])
-    with_kl, dtype = kl_coef > 0, rows.math_dtype(like)
-    if not with_kl:
-        floats["ref_logprobs"] = None
-    for k, x in floats.items():
-        flatten = rows.broadcast_floats if "broadcast" in _TENSORS[k] else rows.flat_floats
-        others[k] = None if x is None else flatten(k, x, shape, dtype)
+    rows.check_tensors(token_ids=token_ids)
+    rows.check_optional_tensors(loss_mask=loss_mask, ref_logprobs=ref_logprobs)
+    _check_kl(kl_coef, kl_estimator, kl_scope, ref_logprobs)
+    dtype = rows.math_dtype(like)
+    for k, x in others.items():
+        left_out = others[k] is None and TYPES[k] == "Tensor?"
+        if k in _TENSORS and not left_out:
+            flatten = rows.broadcast_floats if "broadcast" in _TENSORS[k] else rows.flat_floats
+            others[k] = flatten(k, x, shape, dtype)
     ids = rows.flat_ids("token_ids", token_ids, shape)
     trained = rows.flat_mask("loss_mask", loss_mask, ids, shape)
     mask = policy_mask(others["old_logprobs"], trained, prob_threshold)
-    norms = (policy_norm, policy_norm if kl_norm is None else kl_norm)
+    count = mask.sum()
+    scale = _scale("policy_norm", 1.0, policy_norm, count, dtype)
+    reference, kl_mask, estimator, kl_scale = None, None, 0, torch.zeros_like(scale)
+    if ref_logprobs is not None and kl_coef > 0:
+        reference = rows.flat_floats("ref_logprobs", ref_logprobs, shape, dtype)
+        kl_mask = mask if kl_scope == "masked" else trained
+        estimator = KL_ESTIMATORS[kl_estimator]
+        kl_norm = policy_norm if kl_norm is None else kl_norm
+        kl_scale = _scale("kl_norm", kl_coef, kl_norm, count, dtype)
     tokens = Tokens(
         token_ids=ids,
+        ref_logprobs=reference,
         temperature=rows.flat_temperature(temperature, like, shape, dtype),
         policy_mask=mask,
-        kl_mask=(mask if kl_scope == "masked" else trained) if with_kl else None,
-        scales=_scales(kl_coef, norms, mask, dtype),
-        kl_estimator=KL_ESTIMATORS[kl_estimator] if with_kl else 0,
+        kl_mask=kl_mask,
+        scales=torch.stack([scale, kl_scale]),
+        kl_estimator=estimator,
         **others,
     )
     tokens.check_scalars()
@@ -201,33 +207,26 @@ def _check_kl(coef: float, estimator: str, scope: str, ref_logprobs: Tensor | No
         raise ValueError(f"kl_coef={coef} needs ref_logprobs")
 
 
-def _scales(
-    kl_coef: float,
-    norms: tuple[float | Tensor | None, float | Tensor | None],  # of the policy and KL terms
-    mask: Tensor,  # (N,) bool; its count stands for a norm of None
-    dtype: torch.dtype,
-) -> Tensor:  # (2,)
-    count = mask.sum()
-    policy, kl = (count if norm is None else norm for norm in norms)
-    scale = _scale("policy_norm", 1.0, policy, count, dtype)
-    if kl_coef == 0:
-        return torch.stack([scale, torch.zeros_like(scale)])
-    return torch.stack([scale, _scale("kl_norm", kl_coef, kl, count, dtype)])
-
-
 def _scale(
-    name: str, coef: float, norm: float | Tensor, like: Tensor, dtype: torch.dtype
+    name: str,
+    coef: float,
+    norm: float | Tensor | None,
+    count: Tensor,  # () what a norm of None stands for
+    dtype: torch.dtype,
 ) -> Tensor:
     """coef / norm as a () tensor, 0 where the norm is 0."""
-    if not isinstance(norm, Tensor):
+    if norm is None:
+        norm = count.to(dtype)
+    elif not isinstance(norm, Tensor):
         if not 0 <= norm < math.inf:
             raise ValueError(f"{name} must be a finite count >= 0, found {norm}")
-        return torch.full((), coef / norm if norm else 0.0, dtype=dtype, device=like.device)
-    if norm.numel() != 1:
-        raise ValueError(f"{name} must be one number, found shape {tuple(norm.shape)}")
-    norm = norm.detach().reshape(()).to(dtype)
-    if not rows.is_captured(norm) and norm.device.type == "cpu" and not 0 <= norm < math.inf:
-        raise ValueError(f"{name} must be a finite count >= 0, found {float(norm)}")
+        return torch.full((), coef / norm if norm else 0.0, dtype=dtype, device=count.device)
+    else:
+        if norm.numel() != 1:
+            raise ValueError(f"{name} must be one number, found shape {tuple(norm.shape)}")
+        norm = norm.detach().reshape(()).to(dtype)
+        if not rows.is_captured(norm) and norm.device.type == "cpu" and not 0 <= norm < math.inf:
+            raise ValueError(f"{name} must be a finite count >= 0, found {float(norm)}")
     return torch.where(norm == 0, 0.0, coef / norm)
 
 

@@ -208,7 +208,7 @@ def masked_ppo_loss(
     """
     _rows.check_floating("logits", logits)
     tokens = objective.prepare(
-        "logits", logits, logits.shape[:-1], token_ids=token_ids, old_logprobs=old_logprobs,
+        logits, logits.shape[:-1], token_ids=token_ids, old_logprobs=old_logprobs,
         advantages=advantages, loss_mask=loss_mask, prob_threshold=prob_threshold,
         ref_logprobs=ref_logprobs, temperature=temperature, clip_eps_low=clip_eps_low,
         clip_eps_high=clip_eps_high, log_ratio_clamp=log_ratio_clamp, kl_coef=kl_coef,

@@ -50,12 +50,14 @@ def flat_ids(name: str, ids: Tensor, shape: Sequence[int]) -> Tensor:
 
 def flat_floats(name: str, values: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Per-token numbers of exactly the tokens' shape as (N,), without their graph."""
+    check_tensors(**{name: values})
     _check_shape(name, values, shape)
     return values.detach().reshape(-1).to(dtype).contiguous()
 
 
 def broadcast_floats(name: str, values: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """As `flat_floats`, but broadcast first; (B,) against (B, L) means one value per sequence."""
+    check_tensors(**{name: values})
     values = values.detach()
     if values.ndim == 1 and len(shape) > 1:
         if values.shape[0] != shape[0]:
