@@ -44,8 +44,9 @@ class Tokens:
     """What the objective asks of every token, and its scalars: the one list in Python.
 
     The schemas of the ops, the arguments of the kernels, `take` and `padded` follow from it, and
-    SPO_TOKEN_FIELDS in csrc/ops.h has the same names. An option that a user may leave out is
-    `Tensor | None`. What the metadata say of a tensor is explained at `prepare` and `_map_rows`.
+    SPO_TOKEN_FIELDS in csrc/ops.h has the same names. A tensor may say in its metadata that what a
+    user gives may "broadcast", what is the "padding" of a row that no mask keeps (else 0), and that
+    it is one "whole" and has no rows.
     """
 
     token_ids: Tensor  # (N,) int64
@@ -92,7 +93,7 @@ class Tokens:
         return self._map_rows(lambda x, padding: torch.cat([x, x.new_full((1,), padding)]))
 
     def _map_rows(self, change: Callable[[Tensor, float], Tensor]) -> Tokens:
-        """`change` of every tensor of one row per token and of the `padding` that suits it."""
+        """With `change(x, padding)` for every tensor x of one row per token."""
         n = self.token_ids.shape[0]
         values = {name: getattr(self, name) for name in TYPES}
         for name, kind in _TENSORS.items():
