@@ -1,4 +1,4 @@
-# make demo | make test | make setup | make lint.  ENGINE=hf make demo runs without vLLM; VLLM=0 skips installing it.
+# make demo | make test | make setup | make lint | make slow | make wheels.  ENGINE=hf make demo runs without vLLM; VLLM=0 skips installing it.
 PYTHON ?= python3
 VENV   ?= .venv
 ENGINE ?= vllm
@@ -6,12 +6,18 @@ VLLM   ?= 1
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 # CPU wheels of torch; set TORCH_INDEX= to take whatever the default index has (CUDA builds).
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Interpreters that `make wheels` builds for; empty: those found of python3.10 to python3.13.
+PYTHONS ?=
+# What pyright accepts today; it is to be `spo spo_kernels`.
+TYPED  ?= $(addprefix spo_kernels/,__init__.py arguments.py gae.py library.py memory.py segments.py testing.py)
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip
 
 export HF_HUB_OFFLINE := 1
+# pyright would ask a registry for a newer release at every run.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: setup demo test slow lint native clean
+.PHONY: setup demo test slow lint native wheels clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -40,6 +46,7 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python $(TYPED)
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 native: setup
@@ -51,5 +58,8 @@ test: setup lint native
 slow: setup
 	$(BIN)/python -m pytest -m slow
 
+wheels: setup
+	$(BIN)/python tools/wheels.py $(PYTHONS)
+
 clean:
-	rm -rf build $(VENV) *.egg-info spo_kernels/*.so
+	rm -rf build dist $(VENV) *.egg-info spo_kernels/*.so
