@@ -17,8 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 FAILED = (
-    "spo_kernels: the native kernels were not built, {why}: install it, or set SPO_BUILD_NATIVE=0 "
-    "to install without them (every op then runs on its PyTorch reference)"
+    "spo_kernels: the native kernels were not built, since {why}: install what is missing, or set "
+    "SPO_BUILD_NATIVE=0 to install without them (every op then runs on its PyTorch reference)"
 )
 
 
@@ -29,12 +29,12 @@ class CMakeBuild(build_ext):
         try:
             self._build(ext)
         except ImportError as error:
-            why = f"since the Python package {error.name} is missing"
+            why = f"the Python package {error.name} is missing"
         except FileNotFoundError as error:
-            why = f"since {error.filename} is missing"
+            why = f"{error.filename} is missing"
         except subprocess.CalledProcessError as error:
             step = "compile" if "--build" in error.cmd else "configure"
-            why = f"since cmake could not {step} them (it says above what it misses; a compiler?)"
+            why = f"cmake could not {step} them (its message is above; is there a C++ compiler?)"
         else:
             return
         # Not an exception: setuptools would print a traceback below this sentence.
