@@ -80,7 +80,7 @@ def test_an_error_that_no_extra_explains_stays_an_error():
 
 
 def test_sentences():
-    error = ModuleNotFoundError("No module named 'vllm.lora'", name="vllm")
+    error = ModuleNotFoundError("No module named 'vllm'", name="vllm")
     assert missing(error) == (
         "what was asked for needs vllm, which is not installed: pip install 'spo-kernels[vllm]'"
     )
@@ -89,6 +89,8 @@ def test_sentences():
         "the trainer needs transformers, and what is installed does not fit "
         "(cannot import name 'AttentionInterface'): pip install 'spo-kernels[train]'"
     )
+    error = ModuleNotFoundError("No module named 'trl.trainer'", name="trl.trainer")
+    assert "does not fit (No module named 'trl.trainer')" in missing(error)
     assert missing(ImportError("cannot import name 'x'", name="spo.train")) is None
     assert missing(ImportError("no name")) is None
 
