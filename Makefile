@@ -8,8 +8,6 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Interpreters that `make wheels` builds for; empty: those found of python3.10 to python3.13.
 PYTHONS ?=
-# What pyright accepts today; it is to be `spo spo_kernels`.
-TYPED  ?= $(addprefix spo_kernels/,__init__.py arguments.py gae.py library.py memory.py segments.py testing.py)
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip
 
@@ -41,12 +39,12 @@ $(VENV)/.ready: $(VENV)/.vllm pyproject.toml setup.py CMakeLists.txt $(wildcard 
 	touch $@
 
 demo: setup
-	$(BIN)/spo compare recipes/demo-tree.yaml recipes/demo-grpo.yaml engine.name=$(ENGINE)
+	$(BIN)/spo compare demo-tree demo-grpo engine.name=$(ENGINE)
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python $(TYPED)
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 native: setup

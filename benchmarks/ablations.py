@@ -34,7 +34,7 @@ ABLATIONS: dict[str, tuple[Arm, ...]] = {
     "interval": tuple(chain(f"interval {n}", f"shape.interval={n}") for n in (2, 5, 100)),
     "partition": (
         chain("cutpoint"),
-        chain("fixed", "shape.partition=fixed", "shape.segment_tokens=[8]"),
+        chain("fixed", "shape.partition=fixed", "shape.segment_tokens=8"),
         chain("steps", "shape.partition=steps"),
     ),
     "mask": (

@@ -60,7 +60,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot  # noqa: E402
 
 KINDS = ("token", "segment")
-NUM_PROBES, THRESHOLD, INTERVAL = 4, 0.9, 5  # as in recipes/spo-chain.yaml
+NUM_PROBES, THRESHOLD, INTERVAL = 4, 0.9, 5  # as in spo/recipes/spo-chain.yaml
 PILOT = 16  # responses that say whether a problem is neither hopeless nor solved
 
 Record = dict[str, Any]

@@ -74,7 +74,7 @@ class Arm:
     """One line of a comparison: a recipe and what differs from it."""
 
     name: str
-    recipe: str  # file name in recipes/
+    recipe: str  # file name in spo/recipes/
     overrides: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()  # what --tune tries
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from .extras import missing
+from spo.extras import missing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `spo`; returns the exit code."""
     try:
-        from .cli import main as run  # here, since what it imports may be missing
+        from spo.cli import main as run  # here, since what it imports may be missing
 
         return run(argv)
     except ImportError as error:

@@ -115,7 +115,7 @@ def run(out, mode, iterations, *more, fail=False):
     out.mkdir(parents=True, exist_ok=True)
     recipe.write_text("name: test\n")
     settings = [f"train.parallel={mode}", f"train.iterations={iterations}", f"out={out}"]
-    return torchrun("-m", "spo.cli", "train", recipe, *SMALL, *settings, *more, fail=fail)
+    return torchrun("-m", "spo", "train", recipe, *SMALL, *settings, *more, fail=fail)
 
 
 def weights(out):

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ORDER = [  # a room may import from rooms before it, and from its own
-    ("named", "records", "config", "metrics"),
+    ("extras", "named", "records", "config", "metrics"),
     ("tasks", "engines"),
     ("grow",),
     ("credit",),
@@ -17,6 +17,7 @@ ORDER = [  # a room may import from rooms before it, and from its own
     ("report",),
     ("api",),
     ("cli",),
+    ("__main__",),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SIDE = {  # what they may import

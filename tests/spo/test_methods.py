@@ -82,7 +82,7 @@ def test_sharded_ranks_train_as_whole_ones(method, tmp_path):
     found = {}
     for mode in ("ddp", "fsdp"):
         more = [*SMALL, f"out={tmp_path / mode}", f"train.parallel={mode}"]
-        torchrun("-m", "spo.cli", "train", RECIPES / f"{method}.yaml", *more)
+        torchrun("-m", "spo", "train", RECIPES / f"{method}.yaml", *more)
         checkpoint = latest_checkpoint(tmp_path / mode)
         found[mode] = load_file(checkpoint / "policy" / "model.safetensors")
         if method == "ppo":

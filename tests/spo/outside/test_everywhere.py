@@ -33,7 +33,7 @@ def recipe(tmp_path):
 
 def spo(*arguments, cwd, run=(sys.executable, "-m")):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*run, "spo.cli", *map(str, arguments)]
+    command = [*run, "spo", *map(str, arguments)]
     done = subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200
     )
