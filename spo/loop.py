@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
 
 from spo.config.recipe import Recipe
@@ -59,7 +59,7 @@ def train(
     lines: list[dict] = []
 
     def write(line: dict) -> None:
-        if not ranks.main:
+        if writer is None:
             return
         head = {
             "iteration": state.iteration,
@@ -180,8 +180,10 @@ def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
         raise ValueError("shape.rescore=true works with train.parallel=ddp, not with fsdp")
 
 
-def _writer(recipe: Recipe, state: checkpoint.State, ranks: Ranks):
-    """The metrics file on rank 0."""
+def _writer(
+    recipe: Recipe, state: checkpoint.State, ranks: Ranks
+) -> AbstractContextManager[MetricsWriter | None]:
+    """The metrics file on rank 0, nothing on the others."""
     if not ranks.main:
         return nullcontext()
     return MetricsWriter(recipe.out_dir / "metrics.jsonl", resume_at=state.iteration)

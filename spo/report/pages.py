@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -72,8 +73,8 @@ def run_views(run: Path, name: str) -> list[TreeView]:
 class _NoModels:
     """A page is made without the run's models."""
 
-    def score(self, *_: object) -> list[Tensor]:
-        raise LookupError
+    def score(self, names: Sequence[str], *_: Any, **__: Any) -> list[Tensor]:
+        raise LookupError(names)
 
 
 def tree_view(title: str, path: str | os.PathLike, recipe: Recipe, tokenizer) -> TreeView:
