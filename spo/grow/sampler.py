@@ -45,10 +45,14 @@ class Sampler:
         self.tokenizer = tokenizer or load_tokenizer(recipe.policy)
         self._rescore = rescore
         self._shapes: dict[int, Shape] = {}  # by their limit
-        self._own = engine is None
-        self.engine = Lane(engine_of(recipe) if engine is None else engine)
-        self.grader = Grader({recipe.task: task_of(recipe)})
         self.stop_token_ids = (self.tokenizer.eos_token_id,)
+        self.grader = Grader({recipe.task: task_of(recipe)})
+        self._own = engine is None
+        try:
+            self.engine = Lane(engine_of(recipe) if engine is None else engine)
+        except BaseException:
+            self.grader.close()
+            raise
 
     def __enter__(self) -> Sampler:
         return self
@@ -58,9 +62,11 @@ class Sampler:
 
     def close(self) -> None:
         """End the grader, and the engine if it was made here."""
-        self.grader.close()
-        if self._own:
-            self.engine.close()
+        try:
+            self.grader.close()
+        finally:
+            if self._own:
+                self.engine.close()
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of a response, for the grader."""
