@@ -10,6 +10,7 @@ import heapq
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,8 @@ class HFEngine:
         self.model = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, attn_implementation="spo_slots", local_files_only=True
         )
-        self.model.to(device).eval().requires_grad_(False)
+        self.model.to(device)  # pyright: ignore[reportArgumentType]  # its wrapper hides the self
+        self.model.eval().requires_grad_(False)
         config = self.model.config
         window = getattr(config, "sliding_window", None)
         if window and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
@@ -95,7 +97,7 @@ class HFEngine:
         self.running: list[Sequence] = []
         self.waiting: list[tuple[int, int, Sequence]] = []  # heap by priority, then arrival
         self._arrivals = 0
-        self._counters = dict.fromkeys(COUNTERS, 0)
+        self._counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
 
     @property
     def room(self) -> int:
@@ -118,7 +120,8 @@ class HFEngine:
         hidden = self._forward(
             last[:, None], slots.lens[:rows, None], slice(0, rows), slots.spans(rows)
         )
-        token_ids, logprobs = self._sample(self.model.get_output_embeddings()(hidden[:, -1]))
+        head: Any = self.model.get_output_embeddings()
+        token_ids, logprobs = self._sample(head(hidden[:, -1]))
         slots.lens[:rows] += 1
         slots.tokens[np.arange(rows), slots.lens[:rows]] = token_ids
         for sequence, token, logprob in zip(
@@ -221,7 +224,7 @@ class HFEngine:
                     last_version=self.version,
                 )
             )
-            self.slots.retain(row, self._counters["steps"])
+            self.slots.retain(row, int(self._counters["steps"]))
             last = self.running.pop()
             self.slots.replace(row, len(self.running))
             if row < len(self.running):
@@ -238,7 +241,7 @@ class HFEngine:
                 sequence.first_version = self.version
             admitted.setdefault(sequence.prefix_ids, []).append(sequence)
             room -= 1
-        slots, step = self.slots, self._counters["steps"]
+        slots, step = self.slots, int(self._counters["steps"])
         first = len(self.running)
         missing = []
         for prefix, group in admitted.items():  # one row per distinct prefix

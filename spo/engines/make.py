@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -54,7 +55,8 @@ def make_engine(name: str, model: str, *, addresses: Sequence[str] = (), **optio
         from spo.engines.pool import EnginePool
         from spo.engines.remote import RemoteEngine
 
-        limits = {key: options.get(key) for key in ("dtype", "max_num_seqs", "max_model_len")}
+        taken = ("dtype", "max_num_seqs", "max_model_len")
+        limits: dict[str, Any] = {key: options.get(key) for key in taken}
         return EnginePool([RemoteEngine(address, **limits) for address in _share(addresses)])
     if name == "hf":
         from spo.engines.hf import HFEngine

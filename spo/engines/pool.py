@@ -111,7 +111,7 @@ class EnginePool:
     def _alive(self) -> list[Member]:
         alive = [member for member in self.members if member.lost is None]
         if not alive:
-            reasons = "; ".join(member.lost for member in self.members)
+            reasons = "; ".join(str(member.lost) for member in self.members)
             raise RuntimeError(f"every engine of the pool is lost: {reasons}")
         return alive
 

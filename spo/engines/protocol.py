@@ -24,36 +24,55 @@ COUNTERS = (
 class Engine(Protocol):
     """What the rollout loop needs. Token ids go in and come out; text never does."""
 
-    max_model_len: int  # longest prefix + completion, in tokens
-    block_size: int  # tokens that a cached prefix is shared by
-    version: int  # of the weights
+    @property
+    def max_model_len(self) -> int:
+        """Longest prefix + completion, in tokens."""
+        ...
+
+    @property
+    def block_size(self) -> int:
+        """Tokens that a cached prefix is shared by."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Of the weights."""
+        ...
 
     @property
     def room(self) -> int:
         """Samples that could start at once; negative if some wait."""
+        ...
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ValueError if it cannot fit `max_model_len`."""
+        ...
 
     def poll(self) -> list[Completion]:
         """Advance by one step and return the samples that finished in it."""
+        ...
 
     def abort(self) -> None:
         """Drop every sample that waits or runs."""
+        ...
 
     def sleep(self) -> None:
         """Give memory to the trainer until `load_weights`, where the engine can."""
+        ...
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace the weights in place and forget every cached prefix. Samples in flight go on:
         their prefixes are computed again, each token keeps the logprob it was sampled with.
         """
+        ...
 
     def counters(self) -> dict[str, float]:
         """Totals: steps, running (summed over steps), generated, prefill and cached tokens."""
+        ...
 
     def close(self) -> None:
         """Free the engine's memory."""
+        ...
 
 
 def check_request(request: Request, max_model_len: int) -> None:

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -55,7 +56,7 @@ class Client:
         self._http = http.client.HTTPConnection(found[1], timeout=CONNECT_S)
         self._shut = False
 
-    def ask(self, method: str, path: str, body: dict | None = None) -> dict | None:
+    def ask(self, method: str, path: str, body: dict | None = None) -> Any:
         """The JSON answer, None if it is empty.
 
         Raises ConnectionError if there is no answer, Refused if it is an error.
@@ -81,8 +82,9 @@ class Client:
             except OSError:  # the other side was faster
                 pass
 
-    def _exchange(self, method: str, path: str, body: dict | None) -> dict | None:
-        if self._http.sock is None:
+    def _exchange(self, method: str, path: str, body: dict | None) -> Any:
+        sock = self._http.sock
+        if sock is None:
             self._http.connect()
             self._http.sock.settimeout(self.timeout_s)
         data = None if body is None else json.dumps(body)
@@ -127,14 +129,14 @@ class RemoteEngine:
         self._clients: list[Client] = []  # one per thread
         self._serials = itertools.count()
         self._in_flight = 0
-        self._own = {"generated": 0, "step_seconds": 0.0}
+        self._own: dict[str, float] = {"generated": 0, "step_seconds": 0.0}
         settings = self._connect(dtype)
         self.block_size = settings["block_size"]
         self.max_num_seqs = min(max_num_seqs or settings["max_num_seqs"], settings["max_num_seqs"])
         self.max_model_len = min(
             max_model_len or settings["max_model_len"], settings["max_model_len"]
         )
-        self._served = dict.fromkeys(COUNTERS, 0)
+        self._served: dict[str, float] = dict.fromkeys(COUNTERS, 0)
 
     @property
     def room(self) -> int:
@@ -294,7 +296,7 @@ class RemoteEngine:
             last_version=int(spans[-1]["version"]),
         )
 
-    def _ask(self, client: Client, method: str, path: str, body: dict | None = None) -> dict | None:
+    def _ask(self, client: Client, method: str, path: str, body: dict | None = None) -> Any:
         """`Client.ask`; a server whose engine is dead still answers, and counts as lost."""
         try:
             return client.ask(method, path, body)
@@ -307,7 +309,7 @@ class RemoteEngine:
                 raise ConnectionError(str(unhealthy)) from error
             raise
 
-    def _rpc(self, method: str, *args: str):
+    def _rpc(self, method: str, *args: str) -> Any:
         """Call a method of `spo.engines.served` in every worker; the first one's answer."""
         body = {"method": method, "args": args}
         return self._ask(self._control, "POST", "/collective_rpc", body)["results"][0]

@@ -6,6 +6,10 @@ that trainers can write, and count what its own metrics leave out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from safetensors.torch import load_file
 
 from spo.engines.protocol import COUNTERS
@@ -17,10 +21,16 @@ EXTENSION = "spo.engines.served.Served"
 class Served:
     """Mixed into vLLM's worker. Everything is named `spo_…`: vLLM refuses names it has itself."""
 
+    vllm_config: Any  # these are the worker's
+    device: torch.device
+    get_model: Callable
+    reload_weights: Callable
+    execute_model: Callable
+
     def spo_settings(self) -> dict:
         """How this process was started; counts its steps from the first call on."""
         if not hasattr(self, "_spo_totals"):
-            self._spo_totals = dict.fromkeys(COUNTERS, 0)
+            self._spo_totals: dict[str, float] = dict.fromkeys(COUNTERS, 0)
             self.execute_model = self._spo_counted(self.execute_model)
         config = self.vllm_config
         return {
@@ -43,7 +53,7 @@ class Served:
         if self.device.type == "cpu":
             repack_cpu_linears(self.get_model())
 
-    def spo_counters(self) -> dict[str, int]:
+    def spo_counters(self) -> dict[str, float]:
         return dict(self._spo_totals)
 
     def _spo_counted(self, execute_model):

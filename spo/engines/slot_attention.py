@@ -94,8 +94,12 @@ def shared_attention(
         visible = span.visible
         if visible is not None:
             visible = visible.expand(n, group, span.length).reshape(n * group, span.length)
-        part = partial_attention(queries, *cache[:, span.slot, :, : span.length], visible)
-        part = tuple(x.view(kv_heads, n, group, -1).transpose(0, 1) for x in part)
+        shared_keys, shared_values = cache[:, span.slot, :, : span.length]
+        numerator, maximum, denominator = (
+            x.view(kv_heads, n, group, -1).transpose(0, 1)
+            for x in partial_attention(queries, shared_keys, shared_values, visible)
+        )
+        part = numerator, maximum, denominator
         if span.rows is None:
             parts.append(part)
             continue
@@ -133,7 +137,7 @@ def merge(parts: Sequence[Part]) -> Tensor:
     maximum = parts[0][1]
     for part in parts[1:]:
         maximum = torch.maximum(maximum, part[1])
-    numerator = denominator = 0.0
+    numerator = denominator = maximum.new_zeros(())
     for part in parts:
         weight = (part[1] - maximum).exp_()
         numerator = numerator + part[0] * weight

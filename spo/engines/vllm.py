@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,15 +70,16 @@ class VLLMEngine:
         if sleep_mode and on_cpu:
             raise ValueError("engine.sleep_mode: vLLM has none on the CPU")
         self.block_size = block_size or (32 if on_cpu else 16)
+        name = str(dtype).removeprefix("torch.")
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=model,
                 skip_tokenizer_init=True,
-                dtype=str(dtype).removeprefix("torch."),
+                dtype=name,  # pyright: ignore[reportArgumentType]  # one of its literals
                 block_size=self.block_size,
                 enforce_eager=on_cpu,
                 max_num_seqs=max_num_seqs,
-                max_model_len=max_model_len,
+                max_model_len=max_model_len,  # pyright: ignore[reportArgumentType]  # None too
                 enable_prefix_caching=True,
                 # vLLM rewinds a seeded request's generator after a partial prefill, which CPU
                 # generators cannot do (0.32: "CPU Generator does not use offset").
@@ -100,8 +102,9 @@ class VLLMEngine:
         self._params = (SamplingParams, RequestOutputKind.FINAL_ONLY)
         self._requests: dict[str, tuple[Request, int, int, str]] = {}
         self._serial = 0
-        self._counters = dict.fromkeys(COUNTERS, 0)
-        self._scheduler = self.engine.engine_core.engine_core.scheduler
+        self._counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
+        client: Any = self.engine.engine_core  # the one of this process holds the engine itself
+        self._scheduler = client.engine_core.scheduler
         self._scheduler.schedule = self._counted(self._scheduler.schedule)
 
     @property
@@ -126,7 +129,7 @@ class VLLMEngine:
                 output_kind=final_only,
                 skip_reading_prefix_cache=not self.reuse_prefixes,
             )
-            prompt = {"prompt_token_ids": list(request.prefix_ids)}
+            prompt: Any = {"prompt_token_ids": list(request.prefix_ids)}
             inside = self.engine.add_request(name, prompt, params, priority=request.priority)
             self._requests[name] = (request, index, self.version, inside)
 
@@ -241,5 +244,6 @@ def repack_cpu_linears(model: torch.nn.Module) -> None:
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     for layer in model.modules():
-        if hasattr(layer, "cpu_linear") and layer.weight.numel() > 0:
+        weight = getattr(layer, "weight", None)
+        if hasattr(layer, "cpu_linear") and weight is not None and weight.numel() > 0:
             dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
