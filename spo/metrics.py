@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
+from typing import SupportsFloat
 
 STAGES = ("train", "eval")
 
@@ -36,7 +37,7 @@ class MetricsWriter:
         """Append one line. Raises ValueError or TypeError naming the key that is wrong."""
         _check(line)
         clean = {
-            key: value if isinstance(value, (str, bool)) else finite(value)
+            key: finite(value) if isinstance(value, Real) and not isinstance(value, bool) else value
             for key, value in line.items()
         }
         self._file.write(json.dumps(clean, allow_nan=False).encode() + b"\n")
@@ -99,7 +100,7 @@ def _check(line: Mapping[str, object]) -> None:
             raise TypeError(f"metric {key!r} must be a number or a string, found {type(value)}")
 
 
-def finite(value: Real) -> int | float | None:
+def finite(value: SupportsFloat) -> int | float | None:
     """`value` as JSON has it: null where it is not finite."""
     if isinstance(value, Integral):
         return int(value)
@@ -113,11 +114,10 @@ def _whole_lines(path: Path) -> list[tuple[bytes, dict]]:
     for number, raw in enumerate(raws, start=1):
         try:
             line = json.loads(raw)
-            whole = raw.endswith(b"\n")
             _check({key: math.nan if value is None else value for key, value in line.items()})
         except (ValueError, TypeError, AttributeError):  # not JSON, no object, not all of a line
-            whole = False
-        if whole:
+            line = None
+        if line is not None and raw.endswith(b"\n"):
             lines.append((raw, line))
         elif number < len(raws):
             raise ValueError(f"{path}, line {number} is not a metrics line: {raw[:80]!r}")

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from spo import named
 from spo.tasks import OPTIONS, Task
@@ -70,7 +70,7 @@ class Grader:
         self._queue: deque[tuple[int, str]] = deque()  # key and item as JSON, not yet sent
         self._sent: deque[tuple[int, str]] = deque()  # with the worker, in order
         self._graded: list[Graded] = []
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._start()
 
     def submit(self, key: int, task: str, text: str, answer: object) -> None:
@@ -130,7 +130,7 @@ class Grader:
     def _start(self) -> None:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         arguments = [self._timeout_s, self._memory_mb, self._tasks]
-        self._process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             [sys.executable, "-B", "-m", "spo.tasks.grading", json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -139,9 +139,12 @@ class Grader:
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # Ctrl-C is the trainer's; the whole group can be killed
         )
+        assert process.stdin is not None and process.stdout is not None
+        self._stdin: IO[bytes] = process.stdin
+        self._stdout: IO[bytes] = process.stdout
         self._unread = b""
-        ready, _, _ = select.select([self._process.stdout], [], [], START_TIMEOUT_S)
-        said = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
+        ready, _, _ = select.select([self._stdout], [], [], START_TIMEOUT_S)
+        said = os.read(self._stdout.fileno(), 1 << 16) if ready else b""
         if said != b"null\n":
             self._kill()
             why = said.decode(errors="replace").strip() or "nothing"
@@ -154,8 +157,8 @@ class Grader:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            process.stdin.close()
-            process.stdout.close()
+            self._stdin.close()
+            self._stdout.close()
 
     def _restart(self, reason: str | None) -> None:
         """A new worker for what was sent; with a reason the first of it is given up."""
@@ -178,23 +181,24 @@ class Grader:
         message = memoryview(len(body).to_bytes(HEADER, "big") + body)
         try:
             while message:
-                message = message[self._process.stdin.write(message) :]
+                message = message[self._stdin.write(message) :]
         except BrokenPipeError:  # it died while it waited, which is no item's fault
             self._restart(None)
         self._deadline = time.monotonic() + self._timeout_s
 
     def _receive(self, wait_s: float) -> None:
         """Take what the worker has answered; replace it if it is dead or late."""
-        stdout = self._process.stdout
-        ready, _, _ = select.select([stdout], [], [], wait_s)
+        ready, _, _ = select.select([self._stdout], [], [], wait_s)
         if not ready:
             if time.monotonic() >= self._deadline:
                 self._restart(f"timed out after {self._timeout_s:g} s")
             return
-        said = os.read(stdout.fileno(), 1 << 16)
+        said = os.read(self._stdout.fileno(), 1 << 16)
         if not said:
+            assert self._process is not None
             # Not reaped here, so that its process group still exists when `_kill` ends it.
             end = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+            assert end is not None
             by = "exit code" if end.si_code == os.CLD_EXITED else "signal"
             self._restart(f"the worker ended with {by} {end.si_status}")
             return

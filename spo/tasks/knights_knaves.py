@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated
+from typing import Annotated, TypeGuard
 
 from annotated_types import Ge, Le
 
@@ -142,7 +142,7 @@ def solution(
     """Guess and check; the last guess is the answer, right unless it gave up after a wrong one."""
     statements = _parse(problem.text)
     (right,) = solve(statements)
-    lines, tried = [], {right}
+    lines, tried, roles = [], {right}, right
     for attempt in range(ATTEMPTS):
         roles = right
         if attempt < ATTEMPTS - 1 and rng.random() < wrong:
@@ -168,5 +168,5 @@ def _check(statements: list[Statement], roles: tuple[bool, ...]) -> Iterator[str
             return
 
 
-def _names(value: object) -> bool:
+def _names(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)

@@ -139,9 +139,8 @@ def multiplicities(text: str) -> list[int] | None:
     if exact_number(text) is not None:
         return [1]
     numbers = [exact_number(item) for item in text.split(",")]
-    if None in numbers:
-        return None
-    return [numbers.count(number) for number in sorted(set(numbers))]
+    distinct = {number for number in numbers if number is not None}
+    return None if None in numbers else [numbers.count(number) for number in sorted(distinct)]
 
 
 def plain(text: str) -> str:
@@ -163,9 +162,9 @@ def words(text: str) -> str:
 def with_base(text: str, base: str | None = None) -> tuple[str, str] | None:
     """Digits and base of a numeral such as `1A_{16}`; `base` is assumed where it names none."""
     match = _BASED.fullmatch(text)
-    if match is None or (match[2] or base) is None:
+    if match is None or (named := match[2] or base) is None:
         return None
-    return match[1].upper(), match[2] or base
+    return match[1].upper(), named
 
 
 def in_base_ten(text: str) -> str:

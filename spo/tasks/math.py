@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from spo.tasks import latex
 from spo.tasks.answers import after_think, exact_number, last_boxed
@@ -124,16 +124,13 @@ def _compare(given: str, answer: str) -> bool:
     # evaluates it as Python.
     config = [LatexExtractionConfig(boxed_match_priority=0)]
     gold, target = (
-        [
-            _plain(e)
-            for e in math_verify.parse(f"${t}$", extraction_config=config, parsing_timeout=None)
-        ]
+        [_plain(e) for e in math_verify.parse(f"${t}$", config, parsing_timeout=0)]  # 0: no limit
         for t in (answer, given)
     )
     return math_verify.verify(gold, target, allow_set_relation_comp=True, timeout_seconds=None)
 
 
-def _plain(expression):
+def _plain(expression: Any) -> Any:
     """With symbols known by name alone: the parser takes `i` for real or not by what is near it."""
     from sympy import Basic, Symbol
 

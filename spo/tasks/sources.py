@@ -145,11 +145,13 @@ def _snapshot(source: str, repo: str, revision: str | None, inside: str) -> Path
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    # OSError and those of the transport in use
+    unreachable: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
     try:
         # Asked first, as a download waits for the hub without end.
         HfApi().dataset_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
         return _download(repo, revision, inside)
-    except HfHubHTTPError.__bases__ as error:  # OSError and those of the transport in use
+    except unreachable as error:
         try:
             return _download(repo, revision, inside, local_files_only=True)
         except LocalEntryNotFoundError:
@@ -175,12 +177,12 @@ def _configured(source: str, folder: Path, name: str, split: str | None) -> list
 
     try:
         with tempfile.TemporaryDirectory() as cache:
-            found = load_dataset_builder(str(folder), name, cache_dir=cache).config.data_files
+            found = load_dataset_builder(str(folder), name, cache_dir=cache).config.data_files or {}
     except (ValueError, OSError) as error:
         raise ValueError(f"data set {source}: no folder of it and {_short(error)}") from error
-    files = [f for key in found or () if split in (None, SPLITS.get(key)) for f in found[key]]
+    files = [f for key in found if split in (None, SPLITS.get(key)) for f in found[key]]
     if not files:
-        raise ValueError(f"data set {source}: no {split} files; it holds {', '.join(found or ())}")
+        raise ValueError(f"data set {source}: no {split} files; it holds {', '.join(found)}")
     return [Path(file) for file in files]
 
 
@@ -205,7 +207,7 @@ def _rows(paths: Sequence[Path]) -> list[tuple[dict, str]]:
 
 
 def _read(paths: Sequence[Path]) -> list[dict]:
-    import datasets
+    import datasets.config
     import pyarrow
 
     kind = paths[0].suffix

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from dataclasses import Field
+from typing import Any, ClassVar, Protocol
 
 from spo.tasks.problem import Problem
 
@@ -18,6 +19,8 @@ class Task(Protocol):
     the clock of the grading worker runs: libraries and tables that take their time belong there or
     at the top of the module.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # of every dataclass
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
         """The problems of "train", endless and drawn from `seed`, or of "test", always the same.
