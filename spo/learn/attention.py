@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-BLOCK = 128  # tokens of a FlexAttention block
-BUCKETS = 8  # FlexAttention compiles per length: at most this many lengths per power of two
+from spo.learn.flex import block_mask, flex, padded_length
+
 ROUND = 16  # runs whose lengths round up to the same multiple share a call
 
 
@@ -180,9 +179,10 @@ class _Grouped(torch.autograd.Function):
         ctx.plan, ctx.scale = plan, scale
         return out
 
+    # The type of torch's decorator loses the name `ctx`.
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out):
+    def backward(ctx, grad_out):  # pyright: ignore[reportIncompatibleMethodOverride]
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         query, key, value, out, lse = ctx.saved_tensors
         keys, values = _repeat_heads(query, key, value)
@@ -245,62 +245,6 @@ def _grouped(query: Tensor, key: Tensor, value: Tensor, plan: GroupedPlan, scale
     return _heads(_Grouped.apply(*tensors, plan, scale))
 
 
-# flex: FlexAttention, the default on CUDA
-
-
-def padded_length(size: int) -> int:
-    """The next of few lengths: multiples of a power of two of blocks, BUCKETS per doubling."""
-    blocks = -(-size // BLOCK)
-    step = 1 << max(0, (blocks - 1).bit_length() - BUCKETS.bit_length())
-    return -(-blocks // step) * step * BLOCK
-
-
-def block_mask(visible_until: Tensor):
-    """FlexAttention's BlockMask of a pack, from one minimum and one maximum per key block.
-
-    Block (i, j), j <= i, holds a visible pair iff max(until[j]) > i * BLOCK, and nothing but
-    visible pairs iff j < i and min(until[j]) >= (i + 1) * BLOCK. Padding sees itself alone.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    size, device = visible_until.numel(), visible_until.device
-    total = padded_length(size)
-    until = torch.arange(1, total + 1, device=device, dtype=torch.int32)
-    until[:size] = visible_until
-    per_block = until.view(-1, BLOCK)
-    begin = torch.arange(total // BLOCK, device=device)[:, None] * BLOCK
-    earlier = begin.T < begin
-    full = earlier & (per_block.amin(1) >= begin + BLOCK)
-    partial = (earlier & (per_block.amax(1) > begin) & ~full) | (begin.T == begin)
-    lists = []
-    for blocks in (partial, full):
-        order = torch.argsort(blocks.int(), dim=1, descending=True, stable=True)
-        lists += [blocks.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]]
-
-    def visible(batch, head, q, k):
-        return (k <= q) & (q < until[k])
-
-    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=visible)
-
-
-@cache
-def _flex_kernel(device: str) -> Callable:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if device != "cuda":
-        return flex_attention
-    limits = torch._dynamo.config  # beyond its limit of lengths it would materialise all scores
-    limits.recompile_limit = max(limits.recompile_limit, 16 * BUCKETS)
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def _flex(query: Tensor, key: Tensor, value: Tensor, plan, scale: float) -> Tensor:
-    if query.device.type == "cpu" and query.requires_grad:
-        raise ValueError("policy.attention=flex has no backward on the CPU; use grouped")
-    kernel = _flex_kernel(query.device.type)
-    return kernel(query, key, value, block_mask=plan, scale=scale, enable_gqa=True)
-
-
 # varlen: flash-attn, each run one entry with its ancestors' keys gathered
 
 
@@ -335,8 +279,8 @@ def _varlen_plan(visible_until: Tensor) -> VarlenPlan:
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: float) -> Tensor:
-    try:
-        from flash_attn import flash_attn_varlen_func
+    try:  # an optional package
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             "policy.attention=varlen needs the package flash-attn: "
@@ -360,7 +304,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: 
 BACKENDS: dict[str, tuple[Callable, Callable]] = {
     "dense": (_dense_plan, _dense),
     "grouped": (_grouped_plan, _grouped),
-    "flex": (block_mask, _flex),
+    "flex": (block_mask, flex),
     "varlen": (_varlen_plan, _varlen),
 }
 PREFIX = "spo_"  # of the backends' names in transformers' interface

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -46,16 +47,28 @@ class State:
     policy: str = ""  # content of the start policy, see `PolicyConfig.content`
 
 
+class Savable(Protocol):
+    """A model, a `distributed.Whole` in its place, or a tokenizer."""
+
+    def save_pretrained(self, save_directory: Path, /) -> object: ...
+
+
+class Stateful(Protocol):
+    """An optimiser, or a `distributed.Whole` in its place."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
 def save_checkpoint(
     out_dir: Path,
     recipe: Recipe,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    model: Savable,
+    optimizer: Stateful,
     *,
-    tokenizer,
+    tokenizer: Savable,
     state: State,
     replay: Replay,
-    critic: tuple[torch.nn.Module, torch.optim.Optimizer] | None = None,
+    critic: tuple[Savable, Stateful] | None = None,
 ) -> Path:
     """Write `out_dir/checkpoints/iter-NNNNNN` and remove the ones before it.
 
@@ -77,6 +90,7 @@ def save_checkpoint(
             torch.save({"optimizer": critic[1].state_dict()}, temporary / "critic" / "optimizer.pt")
         if replay.forest is not None:
             replay.forest.save(temporary / "replay.safetensors")
+            assert replay.credit is not None
             save_file({"credit": replay.credit}, temporary / "replay_credit.safetensors")
         (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
         save_recipe(recipe, temporary / "recipe.yaml")

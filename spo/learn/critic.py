@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForTokenClassification
+from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from spo.config.policy import PolicyConfig
 from spo.learn.model import hidden_states, inside, load_model
 from spo.records import Batch, LossOutput
 
 
-def load_critic(config: PolicyConfig, path: str | None = None) -> torch.nn.Module:
+def load_critic(config: PolicyConfig, path: str | None = None) -> PreTrainedModel:
     """A critic that starts from the policy's weights and values every state 0.
 
     Args:
@@ -23,24 +24,26 @@ def load_critic(config: PolicyConfig, path: str | None = None) -> torch.nn.Modul
     """
     critic = load_model(AutoModelForTokenClassification, config, path, num_labels=1)
     if path is None:
-        torch.nn.init.zeros_(critic.score.weight)
-        torch.nn.init.zeros_(critic.score.bias)
+        head: Any = critic.score
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
     return critic
 
 
-def row_values(critic: torch.nn.Module, batch: Batch) -> Tensor:
+def row_values(critic: PreTrainedModel, batch: Batch) -> Tensor:
     """(N,) fp32, the value of the state before every row's token."""
     return inside(critic, _row_values, batch)
 
 
-def _row_values(critic: torch.nn.Module, batch: Batch) -> Tensor:
-    values = critic.score(hidden_states(critic, batch))[:, 0].float()
+def _row_values(critic: PreTrainedModel, batch: Batch) -> Tensor:
+    head: Any = critic.score
+    values = head(hidden_states(critic, batch))[:, 0].float()
     # Not values[index]: on the CPU its gradient adds siblings' shares in an order that varies.
     return values.index_select(0, batch.hidden_index)
 
 
 def value_loss(
-    critic: torch.nn.Module,
+    critic: PreTrainedModel,
     batch: Batch,
     old_values: Tensor,  # (N,) fp32, when the rows were sampled
     returns: Tensor,  # (N,) fp32

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 PATIENCE = timedelta(hours=12)  # ranks wait for rank 0's evaluations and for long rollouts
 
@@ -74,11 +76,12 @@ def shard(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, devic
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    model.run_inside = MethodType(lambda self, function, *args: function(self, *args), model)
+    run = MethodType(lambda self, function, *args: function(self, *args), model)
+    vars(model)["run_inside"] = run
     register_fsdp_forward_method(model, "run_inside")
     if optimizer is None:
         return
-    pairs = dict(zip(whole, model.parameters(), strict=True))
+    pairs: dict[Tensor, Any] = dict(zip(whole, model.parameters(), strict=True))
     for group in optimizer.param_groups:
         group["params"] = [pairs[p] for p in group["params"]]
     for p in [p for p in optimizer.state if p in pairs]:
@@ -100,6 +103,7 @@ def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
 def begin_batch(model: torch.nn.Module, ranks: Ranks, *, last: bool) -> None:
     """Before a micro-batch: the head and the embeddings are gathered and reduced once per step."""
     if ranks.sharded:
+        assert isinstance(model, FSDPModule)
         model.set_reshard_after_backward(last, recurse=False)
         model.set_requires_gradient_sync(last, recurse=False)
 
@@ -117,7 +121,8 @@ def add_gradients(model: torch.nn.Module, ranks: Ranks) -> None:
         dist.all_reduce(p.grad, async_op=True) for p in model.parameters() if p.grad is not None
     ]
     for work in waiting:
-        work.wait()
+        if work is not None:
+            work.wait()
 
 
 def add_figures(figures: dict[str, float], ranks: Ranks) -> dict[str, float]:
@@ -134,7 +139,8 @@ def full(tensor: Tensor) -> Tensor:
 class Whole:
     """A sharded model and its optimiser as one process would save them. Made by all ranks."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer):
+        assert isinstance(model, FSDPModule)
         model.reshard()  # a forward without a backward leaves the root's weights gathered
         self._model = model
         tensors = dict(model.named_parameters())
@@ -149,8 +155,8 @@ class Whole:
             }
         }
 
-    def save_pretrained(self, path) -> None:
+    def save_pretrained(self, path: Path) -> None:
         self._model.save_pretrained(path, state_dict=self._tensors)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return self._optimizer

@@ -6,7 +6,11 @@ of a step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from transformers import PreTrainedModel
 
 from spo.config.loss import LikelihoodLossConfig, LossConfig, PolicyLossConfig
 from spo.learn.model import hidden_states, inside
@@ -15,7 +19,7 @@ from spo_kernels import linear_masked_ppo_loss, linear_token_logprobs, policy_ma
 
 
 def policy_loss(
-    model: torch.nn.Module, batch: Batch, config: LossConfig, temperature: float
+    model: PreTrainedModel, batch: Batch, config: PolicyLossConfig, temperature: float
 ) -> LossOutput:
     """The clipped-ratio loss of a packed batch, a summand of its optimiser step's loss.
 
@@ -25,9 +29,9 @@ def policy_loss(
 
 
 def _policy_loss(
-    model: torch.nn.Module, batch: Batch, config: LossConfig, temperature: float
+    model: PreTrainedModel, batch: Batch, config: PolicyLossConfig, temperature: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     out = linear_masked_ppo_loss(
         hidden_states(model, batch),
         head.weight,
@@ -49,6 +53,7 @@ def _policy_loss(
         policy_norm=batch.policy_norm,
         entropy=True,
     )
+    assert out.entropy is not None
     kept = policy_mask(batch.old_logprobs, batch.loss_mask, config.prob_threshold)
     num_kept = float(out.num_kept)
     metrics = {
@@ -62,7 +67,7 @@ def _policy_loss(
 
 
 def likelihood_loss(
-    model: torch.nn.Module, batch: Batch, config: LossConfig, temperature: float
+    model: PreTrainedModel, batch: Batch, config: LikelihoodLossConfig, temperature: float
 ) -> LossOutput:
     """-(1/Z) sum of credit * logprob: NLL where the credit is 1 (RestEM), and the gradient of a
     loss of whole responses where it is that loss's derivative (see spo/credit/pairs.py).
@@ -71,9 +76,9 @@ def likelihood_loss(
 
 
 def _likelihood_loss(
-    model: torch.nn.Module, batch: Batch, temperature: float
+    model: PreTrainedModel, batch: Batch, temperature: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     logprobs, entropy = linear_token_logprobs(
         hidden_states(model, batch),
         head.weight,
@@ -103,5 +108,8 @@ def _mismatch(log_ratio: torch.Tensor) -> dict[str, float]:
     }
 
 
-LOSSES = {PolicyLossConfig: policy_loss, LikelihoodLossConfig: likelihood_loss}
+LOSSES: dict[type[LossConfig], Callable[..., LossOutput]] = {
+    PolicyLossConfig: policy_loss,
+    LikelihoodLossConfig: likelihood_loss,
+}
 """By the type of their settings."""

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spo.config.policy import PolicyConfig
 from spo.learn.attention import PREFIX, make_layout, tree_spans
 from spo.records import Batch
 from spo_kernels import linear_token_logprobs
 
+T = TypeVar("T")
 
-def load_policy(config: PolicyConfig, path: str | None = None) -> torch.nn.Module:
+
+def load_policy(config: PolicyConfig, path: str | None = None) -> PreTrainedModel:
     """A causal model that trains on packed batches, or on rows if `policy.packing` says so.
 
     Args:
@@ -27,7 +30,7 @@ def load_policy(config: PolicyConfig, path: str | None = None) -> torch.nn.Modul
     return load_model(AutoModelForCausalLM, config, path)
 
 
-def load_model(auto, config: PolicyConfig, path: str | None = None, **options) -> torch.nn.Module:
+def load_model(auto, config: PolicyConfig, path: str | None = None, **options) -> PreTrainedModel:
     """`load_policy` for any of transformers' auto classes; `options` go to its config."""
     options |= {"dtype": getattr(torch, config.dtype), "use_safetensors": True}
     if config.packing == "tree":
@@ -48,7 +51,7 @@ def attention_backend(config: PolicyConfig) -> str:
 
 
 @torch.no_grad()
-def check_packing(model: torch.nn.Module, name: str) -> None:
+def check_packing(model: PreTrainedModel, name: str) -> None:
     """Raise ValueError if the model's layers do not keep the branches of a pack apart.
 
     A root with two leaves is forwarded twice with different first leaves: the second leaf must not
@@ -66,7 +69,7 @@ def check_packing(model: torch.nn.Module, name: str) -> None:
             f"policy.path: {name} has {', '.join(sorted(kinds))} layers, which cannot keep the "
             f"branches of a pack apart; {advice}"
         )
-    implementation = model.config._attn_implementation
+    implementation = _implementation(model)
     device = next(model.parameters()).device
     leaves = []
     for first in (3, 4):
@@ -100,18 +103,22 @@ def _load(auto, config: PolicyConfig, path: str | None = None, **options):
         raise ValueError(f"policy.path: {name} cannot be loaded ({reason})") from error
 
 
-def hidden_states(model: torch.nn.Module, batch: Batch) -> Tensor:
+def _implementation(model: PreTrainedModel) -> str:
+    """The name of the model's attention in transformers' interface."""
+    return model.config._attn_implementation or ""
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Last hidden states (T, D) of a packed batch; of its rows where the model was loaded so."""
-    implementation = model.config._attn_implementation or ""
-    if not implementation.startswith(PREFIX):
+    if not _implementation(model).startswith(PREFIX):
         return _row_states(model, batch)
     return _pack_states(model, batch.token_ids, batch.position_ids, batch.visible_until)
 
 
 def _pack_states(
-    model: torch.nn.Module, token_ids: Tensor, position_ids: Tensor, visible_until: Tensor
+    model: PreTrainedModel, token_ids: Tensor, position_ids: Tensor, visible_until: Tensor
 ) -> Tensor:
-    backend = model.config._attn_implementation.removeprefix(PREFIX)
+    backend = _implementation(model).removeprefix(PREFIX)
     layout = make_layout(visible_until, position_ids, backend)
     size = token_ids.numel()
     ids, positions = (
@@ -121,38 +128,36 @@ def _pack_states(
     return out.last_hidden_state[0, :size]
 
 
-def _row_states(model: torch.nn.Module, batch: Batch) -> Tensor:
+def _row_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Every tree of the pack is a chain: one row each, padded at the end, where no token looks."""
-    lengths = torch.tensor([end - start for start, end in tree_spans(batch.visible_until)])
-    if not torch.equal(batch.position_ids.cpu(), torch.cat([torch.arange(n) for n in lengths])):
+    sizes = [end - start for start, end in tree_spans(batch.visible_until)]
+    if not torch.equal(batch.position_ids.cpu(), torch.cat([torch.arange(n) for n in sizes])):
         raise ValueError("a model of policy.packing=rows needs batches packed as rows, found trees")
-    rows = torch.nn.utils.rnn.pad_sequence(
-        batch.token_ids.split(lengths.tolist()), batch_first=True
-    )
-    real = (torch.arange(rows.shape[1]) < lengths[:, None]).to(rows.device)
+    rows = torch.nn.utils.rnn.pad_sequence(list(batch.token_ids.split(sizes)), batch_first=True)
+    real = (torch.arange(rows.shape[1]) < torch.tensor(sizes)[:, None]).to(rows.device)
     return model.base_model(input_ids=rows, use_cache=False).last_hidden_state[real]
 
 
-def inside(model: torch.nn.Module, function: Callable, *arguments):
+def inside(model: PreTrainedModel, function: Callable[..., T], *arguments: Any) -> T:
     """`function(model, *arguments)`, with the weights gathered where the model is sharded."""
     run = getattr(model, "run_inside", None)  # see spo.learn.distributed.shard
     return function(model, *arguments) if run is None else run(function, *arguments)
 
 
 @torch.no_grad()
-def score(model: torch.nn.Module, batch: Batch, temperature: float) -> Batch:
+def score(model: PreTrainedModel, batch: Batch, temperature: float) -> Batch:
     """The batch with `ref_logprobs` of its rows under `model` (the reference)."""
     return dataclasses.replace(batch, ref_logprobs=row_logprobs(model, batch, temperature))
 
 
-def row_logprobs(model: torch.nn.Module, batch: Batch, temperature: float) -> Tensor:
+def row_logprobs(model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
     """(N,) fp32, log-probabilities of the batch's rows."""
     return inside(model, _row_logprobs, batch, temperature)
 
 
-def _row_logprobs(model: torch.nn.Module, batch: Batch, temperature: float) -> Tensor:
-    head = model.get_output_embeddings()
-    return linear_token_logprobs(
+def _row_logprobs(model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
+    head: Any = model.get_output_embeddings()
+    logprobs = linear_token_logprobs(
         hidden_states(model, batch),
         head.weight,
         batch.targets,
@@ -160,11 +165,13 @@ def _row_logprobs(model: torch.nn.Module, batch: Batch, temperature: float) -> T
         hidden_index=batch.hidden_index,
         temperature=temperature,
     )
+    assert isinstance(logprobs, Tensor)  # without the entropy
+    return logprobs
 
 
 @torch.no_grad()
 def sequence_logprobs(
-    model: torch.nn.Module, prefix_ids: list[int], token_ids: list[int], temperature: float
+    model: PreTrainedModel, prefix_ids: list[int], token_ids: list[int], temperature: float
 ) -> list[float]:
     """Log-probabilities of `token_ids` after `prefix_ids`, as the trainer computes them."""
     ids = torch.tensor(prefix_ids + token_ids)
@@ -181,7 +188,7 @@ def sequence_logprobs(
         policy_norm=1.0,
     )
     batch = to_device(batch, next(model.parameters()).device)
-    return score(model, batch, temperature).ref_logprobs.tolist()
+    return row_logprobs(model, batch, temperature).tolist()
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:

@@ -85,6 +85,7 @@ def unpack(forest: Forest, batches: Sequence[Batch], rows: Sequence[Tensor]) -> 
     """
     tokens = torch.zeros(forest.token_ids.numel())
     for batch, values in zip(batches, rows, strict=True):
+        assert batch.token_index is not None
         tokens[batch.token_index.cpu()] = values.float().cpu()
     return tokens
 

@@ -12,12 +12,13 @@ from test_batch import random_forest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spo.config.loss import PolicyLossConfig
-from spo.config.policy import EMBEDDED, PolicyConfig, hidden_states, load_policy
+from spo.config.policy import EMBEDDED, PolicyConfig
 from spo.config.recipe import load_recipe
 from spo.credit.nodes import of_tokens
-from spo.learn import attention
-from spo.learn.attention import BACKENDS, BLOCK, BUCKETS
+from spo.learn.attention import BACKENDS
+from spo.learn.flex import BLOCK, BUCKETS, block_mask, padded_length
 from spo.learn.loss import policy_loss
+from spo.learn.model import hidden_states, load_policy
 from spo.learn.pack import pack
 from spo.loop import train
 from spo.records import Forest
@@ -122,10 +123,10 @@ def test_block_mask_is_the_one_pytorch_finds_pair_by_pair(seed, nodes, longest):
     from torch.nn.attention.flex_attention import create_block_mask
 
     until = random_pack(seed, 2, nodes, longest)
-    total = attention.padded_length(until.numel())
+    total = padded_length(until.numel())
     padded = torch.arange(1, total + 1, dtype=torch.int32)
     padded[: until.numel()] = until
-    found = attention.block_mask(until)
+    found = block_mask(until)
     expected = create_block_mask(
         lambda b, h, q, k: (k <= q) & (q < padded[k]), None, None, total, total, device="cpu"
     )
@@ -141,7 +142,7 @@ def test_block_mask_is_the_one_pytorch_finds_pair_by_pair(seed, nodes, longest):
 def test_flex_forward():
     until = random_pack(3, nodes=12)
     query, key, value, _ = random_tensors(until, torch.float32)
-    pad = attention.padded_length(until.numel()) - until.numel()
+    pad = padded_length(until.numel()) - until.numel()
     with torch.no_grad():
         padded = (F.pad(x, (0, 0, 0, pad)) for x in (query, key, value))
         mine = with_backend("flex", until)(*padded)[:, :, : until.numel()]
@@ -155,7 +156,7 @@ def test_flex_forward():
 def test_flex_forward_and_backward_on_cuda():
     until = random_pack(3, nodes=40, longest=90).cuda()
     tensors = random_tensors(until, torch.bfloat16)
-    pad = attention.padded_length(until.numel()) - until.numel()
+    pad = padded_length(until.numel()) - until.numel()
     attend = with_backend("flex", until)
 
     def padded(*leaves):
@@ -168,7 +169,7 @@ def test_flex_forward_and_backward_on_cuda():
 
 
 def test_lengths_come_in_few_buckets():
-    lengths = [attention.padded_length(n) for n in range(1, 1 + 64 * BLOCK)]
+    lengths = [padded_length(n) for n in range(1, 1 + 64 * BLOCK)]
     for size, length in enumerate(lengths, start=1):
         assert size <= length < size + max(BLOCK, size / 4) and length % BLOCK == 0
     above = {length for length in lengths if 32 * BLOCK < length <= 64 * BLOCK}
