@@ -9,6 +9,7 @@ from itertools import chain, islice
 
 from spo.config.recipe import Recipe
 from spo.credit import replay
+from spo.credit.nodes import check_credit
 from spo.engines.make import require_device
 from spo.engines.protocol import Engine
 from spo.grow.rollout import RolloutStats
@@ -93,6 +94,7 @@ def train(
             grown = time.perf_counter()
             sampler.engine.sleep()
             credit = recipe.credit.assign(forest, learner)
+            check_credit(forest, credit)
             _save_forest(recipe, forest, state, ranks)
             chosen, kept, buffer = replay.merge(
                 forest,

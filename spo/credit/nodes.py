@@ -7,9 +7,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spo.records import Forest
+from spo.records import Credit, Forest
 
 ZERO_CREDIT = 1e-6  # a token trains only above this
+
+
+def check_credit(forest: Forest, credit: Credit) -> None:
+    """Raise ValueError unless there is one finite number for each token."""
+    expected, tokens = forest.token_ids.numel(), credit.tokens
+    if tokens.shape != (expected,):
+        raise ValueError(
+            f"credit: expected one number for each of the forest's {expected} tokens, found shape "
+            f"{tuple(tokens.shape)}; `of_tokens` makes them of (S,) numbers of nodes"
+        )
+    if not tokens.isfinite().all():
+        token = int((~tokens.isfinite()).nonzero()[0])
+        raise ValueError(f"credit: expected finite numbers, found {tokens[token]} at token {token}")
 
 
 def of_tokens(forest: Forest, of_nodes: Tensor) -> Tensor:

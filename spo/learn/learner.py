@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spo.config.recipe import Recipe
-from spo.credit.nodes import of_tokens
+from spo.credit.nodes import check_credit, of_tokens
 from spo.learn import checkpoint, distributed
 from spo.learn.critic import explained_variance, load_critic, row_values, value_loss
 from spo.learn.distributed import Ranks
@@ -74,7 +74,13 @@ class Learner:
         tokens: Tensor,
         trees: Sequence[int] | None = None,
     ) -> list[Tensor]:
-        """See `spo.credit.rule.Models`."""
+        """See `spo.config.credit.Models`. Raises ValueError for a model that the run has not."""
+        for name in names:
+            if name not in self.models:
+                raise ValueError(
+                    f"credit.type={self.recipe.credit_type} asks for the {name}, the run has "
+                    f"{', '.join(self.models)}: its `reference` or `critic` says what it needs"
+                )
         packs, _ = self._pack(forest, tokens, trees, masked=False)
         temperature = self.recipe.sampling.temperature
 
@@ -110,7 +116,10 @@ class Learner:
         """One optimiser step on some trees: of the policy, then of the critic if there is one."""
         recipe, rule = self.recipe, self.recipe.credit
         now = rule.before_step(forest, credit, trees, self)
-        extra = now.figures if now is not credit else {}
+        extra = {}
+        if now is not credit:
+            check_credit(forest, now)
+            extra = now.figures
         packs, stats = self._pack(forest, now.tokens, trees)
         norm = now.norm
         if recipe.loss.policy_norm == "constant":

@@ -56,3 +56,22 @@ def test_it_trains_and_its_hook_is_called_before_every_step(tmp_path):
     assert "mean_moved" not in plain
     assert held["mean_moved"] > 1e-4  # 0 in the first epoch, but not in the second
     assert held["loss"] != plain["loss"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ("Credit(worth)", ["one number for each", "of_tokens"]),
+        ("Credit(of_tokens(forest, worth / 0))", ["expected finite numbers"]),
+        ("Credit(*models.score(['reference'], forest, of_tokens(forest, worth)))", ["reference"]),
+    ],
+)
+def test_a_rule_that_is_wrong_is_told_so(broken, words, tmp_path):
+    source = (RECIPE.parent / "rule.py").read_text()
+    head, tail = source.split("        return Credit(of_tokens(forest, worth), figures", 1)
+    tail = tail.split("\n", 1)[1]
+    (tmp_path / "rule.py").write_text(f"{head}        return {broken}\n{tail}")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.read_text())
+    with pytest.raises(ValueError) as error:
+        train(tmp_path / "recipe.yaml", [f"out={tmp_path / 'run'}"])
+    assert all(word in str(error.value) for word in words)
