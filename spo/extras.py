@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 EXTRA_OF = {
+    "annotated_types": "train",
     "cloudpickle": "train",
     "datasets": "train",
     "huggingface_hub": "train",

@@ -17,6 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 HERE = Path(__file__).resolve().parents[1]
 
 
@@ -29,14 +32,12 @@ def recipes(tree: Path) -> dict[str, Path]:
 
 def digest(run: Path) -> str:
     """One hash of every tensor of the run's checkpoint, by name, type and content."""
-    from safetensors.torch import load_file
-
     found = hashlib.sha256()
     (checkpoint,) = (run / "checkpoints").glob("iter-*")
     for part in ("policy", "critic"):
         for file in sorted((checkpoint / part).glob("*.safetensors")):
             for name, tensor in sorted(load_file(file).items()):
-                data = tensor.contiguous().view(-1).view(dtype=__import__("torch").uint8)
+                data = tensor.contiguous().view(-1).view(torch.uint8)
                 found.update(f"{part} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 found.update(data.numpy().tobytes())
     return found.hexdigest()[:16]

@@ -23,6 +23,7 @@ GRADIENTS = """
 import json, sys
 import torch
 from test_batch import RHO, load_fp64, random_forest
+from spo.credit.nodes import of_tokens
 from spo.learn import distributed
 from spo.learn.pack import pack
 from spo.config.loss import PolicyLossConfig
@@ -70,7 +71,8 @@ if ranks.main:
 def torchrun(*command, fail=False):
     """Run on two processes of one thread each."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    paths = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*launch, *map(str, command)], env=environment, capture_output=True, text=True, timeout=240
