@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 OWN: dict[str, dict[str, str]] = {
     "task": {
@@ -114,9 +114,13 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str, chosen: str = 
                 f"{f'; {where}={{...}} replaces the whole group' if chosen else ''}"
             )
     values = dict(settings)
-    for key, inner in _groups(kind).items():
-        if isinstance(values.get(key), Mapping):
-            values[key] = build(inner, values[key], f"{where}.{key}")
+    for key, hint in _hints(kind).items():
+        value = values.get(key)
+        if isinstance(value, bool):
+            values[key] = _as_word(value, hint)
+        for inner in (hint, *get_args(hint)):
+            if isinstance(value, Mapping) and dataclasses.is_dataclass(inner):
+                values[key] = build(inner, value, f"{where}.{key}")  # pydantic passes unknown keys
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
@@ -126,18 +130,18 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str, chosen: str = 
         raise ValueError(f"{where}: its settings' types cannot be checked ({reason})") from error
 
 
-def _groups(kind: type) -> dict[str, type]:
-    """The fields that are dataclasses, or may be: pydantic alone would pass over unknown keys."""
+def _hints(kind: type) -> dict[str, Any]:
     try:
-        hints = get_type_hints(kind)
+        return get_type_hints(kind)
     except NameError:  # `build` says which
         return {}
-    groups: dict[str, type] = {}
-    for key, hint in hints.items():
-        for choice in (hint, *get_args(hint)):
-            if isinstance(choice, type) and dataclasses.is_dataclass(choice):
-                groups[key] = choice
-    return groups
+
+
+def _as_word(value: bool, hint: Any) -> bool | str:
+    """`off` and `on`, which YAML reads as booleans, where the setting is one of some words."""
+    words = get_args(hint) if get_origin(hint) is Literal else ()
+    found = [word for word in (("on", "yes") if value else ("off", "no")) if word in words]
+    return found[0] if found else value
 
 
 def _sentence(error: Any, where: str) -> str:

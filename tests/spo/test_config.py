@@ -129,6 +129,13 @@ def test_every_setting_has_a_docstring():
             assert after.lstrip().startswith('"""'), f"{kind.__name__}.{f.name}"
 
 
+def test_off_is_a_word_where_words_are_expected():
+    assert load_recipe(None, ["credit.whiten=off"]).credit.whiten == "off"  # YAML reads False
+    with pytest.raises(ValueError, match="credit.whiten.*found True"):
+        load_recipe(None, ["credit.whiten=on"])
+    assert load_recipe(None, ["eval.sampled=off"]).eval.sampled is False
+
+
 def test_settings_that_contradict_cannot_be_written():
     """A rule fixes its loss, a shape its settings; a recipe can name no others."""
     for overrides, words in (
