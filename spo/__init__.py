@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from spo.extras import missing
+
 if TYPE_CHECKING:
     from spo.api import evaluate, rollout, train
     from spo.config.credit import Rule
@@ -48,7 +50,12 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'spo' has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
+    try:
+        return getattr(import_module(_PLACES[name]), name)
+    except ImportError as error:
+        if sentence := missing(error):
+            raise ImportError(f"spo.{name}: {sentence}", name=error.name) from error
+        raise
 
 
 def __dir__() -> list[str]:

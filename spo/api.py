@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from spo import loop
-from spo.config.recipe import Recipe, load_recipe
+from spo.config.recipe import Recipe, check_recipe, load_recipe
 from spo.engines.make import engine_of
 from spo.engines.protocol import Engine
 from spo.grow.evaluate import Accuracy
@@ -58,7 +58,8 @@ def evaluate(
     """Pass@1 on the test split: greedy, then the mean over `samples` per problem if there are any.
 
     Args:
-        checkpoint: folder of a run, whose newest policy is tested; by default the recipe's policy.
+        checkpoint: folder of a run, whose newest policy is tested, or of one of its checkpoints; by
+            default the recipe's policy.
         engine: sample with this one, which has the weights already and is left open.
         limits: on the response, in tokens; by default the recipe's.
         temperature: of the samples, 0 is greedy; by default the recipe's.
@@ -76,6 +77,8 @@ def evaluate(
         raise ValueError(f"limits: expected positive numbers of tokens, found {list(limits)}")
     if checkpoint is not None:
         newest = latest_checkpoint(Path(checkpoint))
+        if (Path(checkpoint) / "policy").is_dir():  # one checkpoint of a run
+            newest = Path(checkpoint)
         if newest is None:
             raise ValueError(f"checkpoint: {checkpoint} holds no complete checkpoint")
         policy = dataclasses.replace(recipe.policy, path=str(newest / "policy"))
@@ -142,8 +145,11 @@ def compare(
 
 def recipe_of(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that was given or named. Raises ValueError for overrides of one that is made."""
+    if isinstance(overrides, str):
+        raise ValueError(f"overrides: expected a list such as [{overrides!r}], found a text")
     if not isinstance(recipe, Recipe):
         return load_recipe(recipe, overrides)
     if overrides:
         raise ValueError("overrides: they go with a recipe by name or path, not with a Recipe")
+    check_recipe(recipe)
     return recipe

@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         if recipe:
             sub.add_argument(
-                "recipe", help="YAML file; every setting is documented in spo/config/recipe.py"
+                "recipe",
+                help="YAML file, or the name of one that ships (spo-tree, grpo, …); settings are "
+                "documented in spo/config/, spo/grow/ (shapes) and spo/credit/ (rules)",
             )
             sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
         return sub

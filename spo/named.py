@@ -10,11 +10,12 @@ import dataclasses
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import ModuleType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 OWN: dict[str, dict[str, str]] = {
     "task": {
@@ -40,11 +41,17 @@ OWN: dict[str, dict[str, str]] = {
 }
 """Key of the recipe -> short name -> where it is."""
 
-METHODS = {"task": ("problems", "grade")}
-"""What a class must be able to do."""
+METHODS = {
+    "task": ("problems", "grade"),
+    "shape.kind": ("make", "cost"),
+    "credit.type": ("assign",),
+}
+"""What a class must be able to do; docs/extend.md says how."""
 
 BASES = {"shape.kind": "spo.config.shape:ShapeConfig", "credit.type": "spo.config.credit:Rule"}
 """What it must inherit."""
+
+_names: dict[tuple[str, type], str] = {}  # (key, class from outside) -> where it was found
 
 T = TypeVar("T")
 
@@ -64,36 +71,45 @@ def find(key: str, name: str, folder: Path | None = None) -> type[Any]:
     if own:
         module = importlib.import_module(place)
     else:
-        path = _path_of(key, place, folder) if place.endswith(".py") else None
+        path = _path_of(key, place, folder) if place.lower().endswith(".py") else None
         try:
             module = _from_file(path) if path else _from_module(place)
-        except Exception as error:  # whatever the user's own code raises while it is imported
+        except (Exception, SystemExit) as error:  # whatever the user's own code raises
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"{key}: {place} cannot be imported ({reason})") from error
+        place = str(path or place)
     kind = getattr(module, attribute, None)
     if not isinstance(kind, type):
         raise ValueError(f"{key}: {place} has no class {attribute}")
     if not dataclasses.is_dataclass(kind):
         raise ValueError(f"{key}: {name} must be a dataclass, whose fields are its settings")
-    if missing := [m for m in METHODS.get(key, ()) if not callable(getattr(kind, m, None))]:
-        raise ValueError(f"{key}: {name} has no method {' and no method '.join(missing)}")
-    if base := BASES.get(key):
-        place, _, attribute = base.partition(":")
-        if not issubclass(kind, getattr(importlib.import_module(place), attribute)):
-            raise ValueError(f"{key}: {name} must inherit {attribute} of {place}")
+    base = object
+    if key in BASES:
+        where, _, called = BASES[key].partition(":")
+        base = getattr(importlib.import_module(where), called)
+        if not issubclass(kind, base):
+            raise ValueError(f"{key}: {name} must inherit {called} of {where}")
+    for method in METHODS[key]:
+        written = getattr(kind, method, None)
+        if not callable(written) or written is getattr(base, method, None):
+            raise ValueError(f"{key}: {name} has no method {method}")
+    if not own:
+        _names[key, kind] = f"{place}:{attribute}"
     return kind
 
 
 def name_of(key: str, kind: type) -> str:
     """What a recipe calls a class, from any folder: the inverse of `find`."""
+    if (key, kind) in _names:
+        return _names[key, kind]
     module = kind.__module__
     place = f"{module}:{kind.__qualname__}"
     for short, own in OWN[key].items():
         if own == place:
             return short
-    if module.startswith(_FILE) or module == "__main__":
+    if module == "__main__":  # of a script that makes its recipe itself
         file = getattr(sys.modules[module], "__file__", None)
-        return f"{file}:{kind.__qualname__}" if file else place
+        return f"{Path(file).resolve()}:{kind.__qualname__}" if file else place
     return place
 
 
@@ -113,14 +129,8 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str, chosen: str = 
                 f"{f' ({chosen})' if chosen else ''}: {', '.join(known) or 'none'}"
                 f"{f'; {where}={{...}} replaces the whole group' if chosen else ''}"
             )
-    values = dict(settings)
-    for key, hint in _hints(kind).items():
-        value = values.get(key)
-        if isinstance(value, bool):
-            values[key] = _as_word(value, hint)
-        for inner in (hint, *get_args(hint)):
-            if isinstance(value, Mapping) and dataclasses.is_dataclass(inner):
-                values[key] = build(inner, value, f"{where}.{key}")  # pydantic passes unknown keys
+    hints = _hints(kind)
+    values = {k: _strict(v, hints.get(k, Any), f"{where}.{k}") for k, v in settings.items()}
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
@@ -128,6 +138,24 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str, chosen: str = 
     except (PydanticUserError, NameError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{where}: its settings' types cannot be checked ({reason})") from error
+    except Exception as error:  # whatever a class from outside raises when it is made
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{where}: {kind.__name__} cannot be made ({reason})") from error
+
+
+def settings_of(instance: Any, where: str) -> dict[str, Any]:
+    """The fields of a dataclass as YAML has them, which `build` reads back.
+
+    Raises ValueError where they cannot be written.
+    """
+    from pydantic import TypeAdapter
+    from pydantic_core import PydanticSerializationError
+
+    try:
+        return TypeAdapter(type(instance)).dump_python(instance, mode="json")
+    except (PydanticSerializationError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{where}: its settings cannot be saved as YAML ({reason})") from error
 
 
 def _hints(kind: type) -> dict[str, Any]:
@@ -137,11 +165,32 @@ def _hints(kind: type) -> dict[str, Any]:
         return {}
 
 
-def _as_word(value: bool, hint: Any) -> bool | str:
-    """`off` and `on`, which YAML reads as booleans, where the setting is one of some words."""
-    words = get_args(hint) if get_origin(hint) is Literal else ()
-    found = [word for word in (("on", "yes") if value else ("off", "no")) if word in words]
-    return found[0] if found else value
+def _strict(value: Any, hint: Any, where: str) -> Any:
+    """What pydantic would pass over: unknown keys of inner dataclasses, booleans as numbers; and
+    YAML's reading of `off` and `on` as booleans where the setting is one of some words.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        fits = [h for h in inner if isinstance(value, Mapping) and dataclasses.is_dataclass(h)]
+        rest = [h for h in inner if h is not type(None)]
+        if bool in rest or not (fits or len(rest) == 1):
+            return value
+        return _strict(value, (fits or rest)[0], where)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(hint, value, where)  # type: ignore[arg-type]
+    if isinstance(value, bool):
+        if hint in (int, float):
+            raise ValueError(f"recipe: {where}: expected a number, found {value}")
+        words = [w for w in (("on", "yes") if value else ("off", "no")) if w in inner]
+        return words[0] if origin is Literal and words else value
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        alike = origin is list or Ellipsis in inner or len(inner) != len(value)
+        of_each = [inner[0]] * len(value) if alike else inner
+        pairs = enumerate(zip(value, of_each, strict=True))
+        return [_strict(v, h, f"{where}.{i}") for i, (v, h) in pairs]
+    if origin is dict and isinstance(value, Mapping):
+        return {k: _strict(v, inner[1], f"{where}.{k}") for k, v in value.items()}
+    return value
 
 
 def _sentence(error: Any, where: str) -> str:
@@ -161,12 +210,12 @@ _FILE = "spo_file_"  # modules of files: name + digest of the path
 
 def _path_of(key: str, place: str, folder: Path | None) -> Path:
     """The file that a recipe of `folder` means by `place`."""
-    given = Path(place).expanduser()
+    given = Path(os.path.expanduser(place))
     tried = [given] if given.is_absolute() else [f / given for f in (folder, Path.cwd()) if f]
     for path in tried:
-        if path.is_file():
+        if os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
             return path.resolve()
-    raise ValueError(f"{key}: there is no file {' or '.join(map(str, tried))}")
+    raise ValueError(f"{key}: there is no file {' or '.join(map(str, tried))}"[:500])
 
 
 def _from_module(name: str) -> ModuleType:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from spo import load_recipe, train
+from spo.tasks import task_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "extend.md"
 SMALL = [
@@ -19,20 +20,19 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
-def test_your_own_task_and_rule(tmp_path):
-    task, rule = blocks("python")
-    (tmp_path / "doubles.py").write_text(task)
-    (tmp_path / "signs.py").write_text(rule)
-    of_task, of_rule = blocks("yaml")
-    (tmp_path / "task.yaml").write_text(of_task)
-    (tmp_path / "rule.yaml").write_text(of_rule)
+def test_your_own_task_rule_and_shape(tmp_path):
+    for name, code in zip(("doubles", "signs", "fork"), blocks("python"), strict=True):
+        (tmp_path / f"{name}.py").write_text(code)
+    for name, text in zip(("task", "rule", "shape"), blocks("yaml"), strict=True):
+        (tmp_path / f"{name}.yaml").write_text(text)
     recipe = load_recipe(tmp_path / "task.yaml")
     assert recipe.task == f"{tmp_path / 'doubles.py'}:Doubles"
-    from spo.tasks import task_of
-
     problems = list(task_of(recipe).problems("test", 0))
-    assert [p.answer for p in problems] == [2, 4, 6, 8, 10]
-    assert task_of(recipe).grade(" 4 ", 4) and not task_of(recipe).grade("5", 4)
-    lines = train(tmp_path / "rule.yaml", [*SMALL, f"out={tmp_path / 'run'}"])
-    (trained,) = (line for line in lines if line["stage"] == "train")
-    assert trained["mean_abs_advantage"] > 0 and trained["skipped_steps"] == 0
+    assert len(problems) == 20 and {p.answer for p in problems} <= {2, 4, 6, 8, 10}
+    assert task_of(recipe).grade("<answer> 4 </answer>", 4) and not task_of(recipe).grade("4", 4)
+    for name in ("task", "rule", "shape"):
+        small = [s for s in SMALL if name != "shape" or not s.startswith("shape=")]
+        lines = train(tmp_path / f"{name}.yaml", [*small, f"out={tmp_path / name}"])
+        (trained,) = (line for line in lines if line["stage"] == "train")
+        assert trained["skipped_steps"] == 0
+        assert trained["mean_abs_advantage"] > 0 or name == "task"  # too easy, or too hard

@@ -24,3 +24,7 @@ class DataConfig:
     """Training problems with longer prompts are left out."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of the task: numbers of countdown, people of knights_knaves."""
+
+    def __post_init__(self) -> None:
+        if self.template.count("{problem}") != 1:
+            raise ValueError(f"data.template: expected {{problem}} once, found {self.template!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from spo.config.ranges import PositiveInt, Share
+from spo.config.ranges import Count, PositiveInt, Share
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class EngineConfig:
     docs/rollout.md says."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the engine's weights and cache."""
-    max_num_seqs: PositiveInt = 128
+    max_num_seqs: Count = 128
     """Sequences that run at once."""
     max_model_len: PositiveInt | None = None
     """Longest prompt + response, in tokens; the model's own limit by default."""
@@ -30,3 +30,9 @@ class EngineConfig:
     align_segments: bool = False
     """Move the segments of trees to lengths at which a branch recomputes one token only, by at most
     half a cache block (vllm; hf shares prefixes of any length)."""
+
+    def __post_init__(self) -> None:
+        if self.name == "hf" and (self.addresses or self.sleep_mode):
+            raise ValueError(
+                "engine.addresses and engine.sleep_mode are vLLM's, found engine.name=hf"
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spo.config.ranges import NotNegativeInt, PositiveInt
+from spo.config.ranges import Count, NotNegativeInt
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class EvalConfig:
 
     every: NotNegativeInt = 10
     """Iterations between evaluations; 0 evaluates at the start and the end only."""
-    problems: PositiveInt = 200
+    problems: Count = 200
     """Test problems."""
     sampled: bool = True
     """Also draw one sample per problem at the training temperature."""

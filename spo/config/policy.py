@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "policy"
 CHUNK, STRIDE = 1 << 20, 1 << 26  # bytes that are hashed of every so many
@@ -22,7 +24,7 @@ class PolicyConfig:
     """Type of the trained weights and of the optimiser's state."""
     autocast: bool = False
     """Run the forward in bfloat16 over float32 weights."""
-    device: str = "cpu"
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda)(:\d+)?$")] = "cpu"
     """Where the trainer and the engine run: cpu or cuda."""
     packing: Literal["tree", "rows"] = "tree"
     """tree: every unique token once. rows: one row per node with its whole prefix, for models

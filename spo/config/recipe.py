@@ -5,9 +5,8 @@ type or a number out of range is one sentence that names it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from spo.config.evaluation import EvalConfig
 from spo.config.loss import LOSSES, LossConfig, PolicyLossConfig
 from spo.config.policy import PolicyConfig
 from spo.config.sampling import SamplingConfig
-from spo.config.shape import ShapeConfig
+from spo.config.shape import Cost, ShapeConfig
 from spo.config.train import TrainConfig
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -86,8 +85,16 @@ def load_recipe(recipe: str | os.PathLike | None = None, overrides: Sequence[str
 
 
 def as_tree(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as YAML has it: plain lists, dicts, numbers and strings."""
-    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    """The resolved recipe as YAML has it: plain lists, dicts, numbers and strings.
+
+    Raises ValueError where a setting of a class from outside cannot be written so.
+    """
+    tree: dict[str, Any] = {}
+    for f in dataclasses.fields(recipe):
+        value = getattr(recipe, f.name)
+        tree[f.name] = (
+            named.settings_of(value, f.name) if dataclasses.is_dataclass(value) else value
+        )
     tree["shape"] = {"kind": recipe.shape_kind} | tree["shape"]
     tree["credit"] = {"type": recipe.credit_type} | tree["credit"]
     return tree
@@ -105,25 +112,40 @@ def shipped_recipes() -> dict[str, Path]:
 
 def _read(path: Path) -> tuple[dict[str, Any], Path]:
     """A recipe's settings, and the folder that its relative files are looked for in."""
-    if not path.exists() and not path.suffix and len(path.parts) == 1:
-        if path.name not in shipped_recipes():
+    if not os.path.isfile(path):
+        shipped = SHIPPED / f"{path}.yaml"
+        by_name = shipped_recipes().get(str(path)) or (shipped if shipped.is_file() else None)
+        if by_name is None and not path.suffix:
             raise ValueError(
                 f"recipe {path}: there is no such file, and the package ships "
                 f"{', '.join(shipped_recipes())}"
             )
-        path = shipped_recipes()[path.name]
+        path = by_name or path
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ValueError(f"recipe {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"recipe {path}: not UTF-8 text ({error.reason})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         where = " ".join(str(error).split())
         raise ValueError(f"recipe {path}: not valid YAML ({where})") from error
-    if not isinstance(loaded or {}, dict):
+    if loaded is not None and not isinstance(loaded, dict):
         raise ValueError(f"recipe {path}: expected a mapping of settings")
     return loaded or {}, path.parent
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, where YAML's own takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -160,6 +182,8 @@ def _resolve(tree: Mapping[str, Any], folder: Path | None) -> Recipe:
             raise ValueError(f"recipe: unknown key {key}; known here: {', '.join(known)}")
         if key in plain and not isinstance(value, str) and not (key == "out" and value is None):
             raise ValueError(f"recipe: {key}: expected a text, found {value!r}")
+    if "/" in tree.get("name", "run") or not tree.get("name", "run").strip("\0. "):
+        raise ValueError(f"name: expected the name of a folder, found {tree['name']!r}")
     fields: dict[str, Any] = {key: tree.get(key, default) for key, default in plain.items()}
     for key, kind in groups.items():
         fields[key] = named.build(kind, _group(tree, key), key)
@@ -168,27 +192,33 @@ def _resolve(tree: Mapping[str, Any], folder: Path | None) -> Recipe:
     named.build(task, fields["data"].options, "data.options")
     for key, choice in UNIONS.items():
         settings = _group(tree, key)
-        default = {"shape": "tree", "credit": "values"}[key]
-        name = str(settings.pop(choice, default))
+        name = settings.pop(choice, None)
+        if name is None:
+            name = {"shape": "tree", "credit": "values"}[key]
+        if not isinstance(name, str):
+            raise ValueError(f"recipe: {key}.{choice}: expected a name, found {name!r}")
         kind = named.find(f"{key}.{choice}", name, folder)
+        if any(f.name == choice for f in dataclasses.fields(kind)):
+            raise ValueError(f"{key}.{choice}: {name} has a field {choice}, which names the class")
         fields[key] = named.build(kind, settings, key, f"{key}.{choice}={name}")
     fields["loss"] = _loss(fields["credit"], _group(tree, "loss"))
     recipe = Recipe(**fields)
-    _check(recipe)
+    check_recipe(recipe)
     return recipe
 
 
 def _group(tree: Mapping[str, Any], key: str) -> dict[str, Any]:
     """The settings of a group; one that stands there with nothing in it is empty."""
     value = tree.get(key)
-    if not isinstance(value or {}, Mapping):
-        raise ValueError(f"recipe: {key}: expected a group of settings, found {value!r}")
+    if value is not None and not isinstance(value, Mapping):
+        name = f", such as {key}.{UNIONS[key]}={value}" if key in UNIONS else ""
+        raise ValueError(f"recipe: {key}: expected a group of settings{name}, found {value!r}")
     return dict(value or {})
 
 
 def _loss(rule: Rule, settings: Mapping[str, Any]) -> LossConfig:
     """The settings of the loss that the credit rule fixes."""
-    if rule.loss not in LOSSES:
+    if not isinstance(rule.loss, str) or rule.loss not in LOSSES:
         raise ValueError(f"credit: loss must be one of {', '.join(LOSSES)}, found {rule.loss!r}")
     kind = LOSSES[rule.loss]
     if settings and not dataclasses.fields(kind):
@@ -200,18 +230,42 @@ def _loss(rule: Rule, settings: Mapping[str, Any]) -> LossConfig:
     return named.build(kind, settings, "loss")
 
 
-def _check(recipe: Recipe) -> None:
-    """Raise ValueError where groups contradict each other."""
-    recipe.credit.check(recipe.shape)
-    if recipe.train.replay_nodes and not recipe.credit.replayable:
+def check_recipe(recipe: Recipe) -> None:
+    """Raise ValueError where settings are out of range or groups contradict each other."""
+    for key, settings in as_tree(recipe).items():  # those of a recipe that was made in Python too
+        group = getattr(recipe, key)
+        if dataclasses.is_dataclass(group):
+            settings.pop(UNIONS.get(key), None)
+            named.build(type(group), settings, key)
+    sampling, train, engine = recipe.sampling, recipe.train, recipe.engine
+    _asked(f"credit.type={recipe.credit_type}", recipe.credit.check, recipe.shape)
+    if train.replay_nodes and not recipe.credit.replayable:
         raise ValueError(
             f"train.replay_nodes must be 0 for credit.type={recipe.credit_type}, whose credit does "
-            f"not outlive its iteration, found {recipe.train.replay_nodes}"
+            f"not outlive its iteration, found {train.replay_nodes}"
         )
-    sampling = recipe.sampling
-    recipe.shape.cost(sampling.max_new_tokens)  # says if nothing is left for the last segment
+    if engine.max_model_len is not None and engine.max_model_len <= sampling.max_new_tokens:
+        raise ValueError(
+            f"engine.max_model_len: expected room for a prompt and sampling.max_new_tokens="
+            f"{sampling.max_new_tokens}, found {engine.max_model_len}"
+        )
+    who = f"shape.kind={recipe.shape_kind}"
+    cost = _asked(who, recipe.shape.cost, sampling.max_new_tokens)
+    if not isinstance(cost, Cost):
+        raise ValueError(f"{who}: cost must return a spo.config.shape.Cost, found {cost!r}")
     for _, limit in sampling.stages:
         try:
-            recipe.shape.cost(limit)
+            _asked(who, recipe.shape.cost, limit)
         except ValueError as error:
             raise ValueError(f"sampling.stages: with a limit of {limit}, {error}") from error
+
+
+def _asked(who: str, function: Callable[[Any], Any], argument: Any) -> Any:
+    """What a class, perhaps from outside, answers; whatever it raises becomes one sentence."""
+    try:
+        return function(argument)
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{who}: {function.__name__} failed ({reason})") from error

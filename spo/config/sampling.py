@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from spo.config.ranges import Positive, PositiveInt
+from spo.config.ranges import Positive, PositiveInt, Share
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class SamplingConfig:
     """Must stay 0 (off), for the same reason."""
     max_new_tokens: PositiveInt = 64
     """Longest response, in tokens."""
-    stages: tuple[tuple[float, int], ...] = ()
+    stages: tuple[tuple[Share, PositiveInt], ...] = ()
     """Shorter limits at first, for a context that grows: (share of the run, tokens) pairs; until
     that share of `train.iterations` or `train.max_generated_tokens` is done, responses end there.
     """

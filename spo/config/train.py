@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spo.config.ranges import (
+    Count,
     NotNegative,
     NotNegativeInt,
     Positive,
@@ -23,18 +24,18 @@ class TrainConfig:
     """Rollouts, each followed by training."""
     max_generated_tokens: PositiveInt | None = None
     """Stop after the iteration in which this many tokens have been generated."""
-    prompts: PositiveInt = 16
+    prompts: Count = 16
     """Prompts per iteration."""
     stream_depth: NotNegativeInt = 0
     """Admit prompts of this many iterations ahead whenever the engine has empty places, so that it
     stays full while the last responses of this one run. Tokens are then up to this many weight
     versions old, and two runs with one seed need not be equal."""
-    epochs: PositiveInt = 1
+    epochs: Count = 1
     """Passes over an iteration's nodes."""
     restart: bool = False
     """Train every iteration from the start policy anew, while its rollouts come from the policy
     that the last iteration made (RestEM)."""
-    minibatches: PositiveInt = 4
+    minibatches: Count = 4
     """Optimiser steps per epoch; prompts are dealt out among them."""
     tokens_per_batch: PositiveInt = 8192
     """Most packed tokens of one forward."""
@@ -71,3 +72,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.restart and self.parallel == "fsdp":
             raise ValueError("train.restart works with train.parallel=ddp, not with fsdp")
+        if self.replay_samples is not None and not self.replay_nodes:
+            raise ValueError(
+                "train.replay_samples needs train.replay_nodes, which is 0: nothing is kept"
+            )

@@ -14,11 +14,14 @@ ZERO_CREDIT = 1e-6  # a token trains only above this
 
 def check_credit(forest: Forest, credit: Credit) -> None:
     """Raise ValueError unless there is one finite number for each token."""
+    if not isinstance(credit, Credit):
+        raise ValueError(f"credit: expected a spo.Credit, found {type(credit).__name__}")
     expected, tokens = forest.token_ids.numel(), credit.tokens
-    if tokens.shape != (expected,):
+    found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+    if found != (expected,):
         raise ValueError(
-            f"credit: expected one number for each of the forest's {expected} tokens, found shape "
-            f"{tuple(tokens.shape)}; `of_tokens` makes them of (S,) numbers of nodes"
+            f"credit: expected one number for each of the forest's {expected} tokens, found "
+            f"{found}; `of_tokens` makes them of (S,) numbers of nodes"
         )
     if not tokens.isfinite().all():
         token = int((~tokens.isfinite()).nonzero()[0])

@@ -43,7 +43,7 @@ class Values(Rule):
             if getattr(self, key) == value and not shape.siblings:
                 raise ValueError(
                     f"credit.{key}={value} needs siblings of one kind: it works for trees and "
-                    "stars, not for shape.kind=chain"
+                    "stars, not for chains"
                 )
 
     def assign(self, forest: Forest, models: Models | None = None) -> Credit:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from spo.config.ranges import PositiveInt, Probability
+from spo.config.ranges import Count, PositiveInt, Probability
 from spo.config.shape import Cost, Growing, ShapeConfig
 from spo.grow.shapes import Growth, Node, Shape, Tree, sampled
 from spo.grow.steps import line_ends, sentence_ends
@@ -169,9 +169,9 @@ class ChainConfig(ShapeConfig):
 
     siblings: ClassVar[bool] = False  # probes are counted, trajectories are trained
 
-    group_size: PositiveInt = 8
+    group_size: Count = 8
     """Responses per prompt."""
-    num_probes: PositiveInt = 9
+    num_probes: Count = 9
     """Completions that estimate the value of a boundary."""
     probe_prompt: bool = False
     """Estimate the prompt's value by probes, too; else `credit.root_value` says what it is."""

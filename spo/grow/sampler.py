@@ -93,9 +93,12 @@ class Sampler:
         )
 
     def test_prompts(self) -> list[Prompt]:
-        """The first `eval.problems` of the test split."""
+        """The first `eval.problems` of the test split. Raises ValueError if there is none."""
         prompts = prompts_of(self.recipe, "test", self.tokenizer)
-        return list(islice(prompts, self.recipe.eval.problems))
+        first = list(islice(prompts, self.recipe.eval.problems))
+        if not first:
+            raise ValueError(f"task {self.recipe.task} has no test problems")
+        return first
 
     def train_prompts(self, cursor: int = 0) -> Iterator[Prompt]:
         """The training split from its `cursor`-th prompt on."""

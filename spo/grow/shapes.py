@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from spo.config.ranges import PositiveInt
+from spo.config.ranges import Count, PositiveInt
 from spo.config.shape import Cost, Growing, ShapeConfig
 from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Completion, Prompt
 
@@ -195,7 +195,7 @@ class StarConfig(ShapeConfig):
 
     whole_responses: ClassVar[bool] = True
 
-    group_size: PositiveInt = 8
+    group_size: Count = 8
     """Responses per prompt."""
 
     def make(self, growing: Growing) -> Shape:
@@ -209,7 +209,7 @@ class StarConfig(ShapeConfig):
 class TreeConfig(ShapeConfig):
     """Branches at fixed lengths: SPO-tree."""
 
-    widths: tuple[PositiveInt, ...] = (6, 6, 6)
+    widths: tuple[Count, ...] = (6, 6, 6)
     """Children per node, level by level."""
     segment_tokens: tuple[PositiveInt, ...] = (30, 30)
     """Length of the segments of every level but the last."""

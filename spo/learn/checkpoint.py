@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +24,6 @@ from spo.records import Forest, Replay
 
 FIXED = (  # what a run keeps from its first iteration to its last
     "task",
-    "policy.path",
     "policy.dtype",
     "sampling.temperature",
     "shape_kind",
@@ -143,11 +143,19 @@ def load_state(path: Path) -> State:
         raise ValueError(f"checkpoint {path}: state.json is damaged ({error})") from error
 
 
+def load_saved(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a checkpoint. Raises ValueError that names it if it cannot be read any more."""
+    try:
+        return load_recipe(path / "recipe.yaml", overrides)
+    except ValueError as error:
+        raise ValueError(f"the recipe that checkpoint {path} was saved with: {error}") from error
+
+
 def check_resumed(path: Path, recipe: Recipe) -> None:
     """Raise ValueError where `recipe` is of another run than the checkpoint: its next checkpoint
     would replace this one. How long the run is, how it steps and how it is evaluated may change.
     """
-    saved = load_recipe(path / "recipe.yaml")
+    saved = load_saved(path)
     for name in FIXED:
         before, now = map(operator.attrgetter(name), (saved, recipe))
         if before != now:

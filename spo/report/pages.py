@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from spo.config.recipe import Recipe, load_recipe
-from spo.credit.nodes import of_nodes
+from spo.credit.nodes import check_credit, of_nodes
 from spo.credit.values import Values
 from spo.grow.tokenizer import load_tokenizer
-from spo.learn.checkpoint import latest_checkpoint
+from spo.learn.checkpoint import latest_checkpoint, load_saved
 from spo.metrics import read_metrics
 from spo.records import Forest
 from spo.report.html import RunCurve, TreeView, write_report
@@ -39,7 +39,7 @@ def write_forest_page(
 ) -> Path:
     """The page of one forest file; by default with the recipe of the run around it."""
     run = latest_checkpoint(path.parent)
-    chosen = load_recipe(recipe or (run and run / "recipe.yaml"), overrides)
+    chosen = load_recipe(recipe, overrides) if recipe or not run else load_saved(run, overrides)
     view = tree_view(path.stem, path, chosen, load_tokenizer(chosen.policy))
     output = output or path.with_suffix(".html")
     write_report(output, [], [view], title=path.name)
@@ -60,7 +60,7 @@ def run_views(run: Path, name: str) -> list[TreeView]:
     newest = latest_checkpoint(run)
     if newest is None:
         return []
-    recipe = load_recipe(newest / "recipe.yaml")
+    recipe = load_saved(newest)
     tokenizer = load_tokenizer(recipe.policy)
     views = []
     for when in ("first", "last"):
@@ -70,11 +70,13 @@ def run_views(run: Path, name: str) -> list[TreeView]:
     return views
 
 
-class _NoModels:
+class _NoModel(Exception):
     """A page is made without the run's models."""
 
+
+class _NoModels:
     def score(self, names: Sequence[str], *_: Any, **__: Any) -> list[Tensor]:
-        raise LookupError(names)
+        raise _NoModel(names)
 
 
 def tree_view(title: str, path: str | os.PathLike, recipe: Recipe, tokenizer) -> TreeView:
@@ -87,8 +89,9 @@ def tree_view(title: str, path: str | os.PathLike, recipe: Recipe, tokenizer) ->
     values = rule.values(forest)
     try:
         credit = recipe.credit.assign(forest, _NoModels())
-    except LookupError:
+    except _NoModel:
         credit = rule.assign(forest)
+    check_credit(forest, credit)
     kept = None
     if recipe.loss.prob_threshold is not None:
         kept = forest.rollout_logprobs < math.log(recipe.loss.prob_threshold)

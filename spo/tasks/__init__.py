@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from spo import named
@@ -61,13 +63,27 @@ def prompts_of(
     the data cannot be read.
     """
     data, task = recipe.data, task_of(recipe)
-    if data.template.count(PLACE) != 1:
-        raise ValueError(f"data.template: expected {PLACE} once, found {data.template!r}")
     limit = data.max_prompt_tokens if split == "train" else None
     source = source_of(recipe, task, split)
     options: dict[str, Any] = {} if source is None else {"source": source}
-    problems = task.problems(split, seed, **options)
+    problems = _problems(recipe.task, partial(task.problems, split, seed, **options))
     return _prompts(recipe.task, problems, tokenizer, data.template, limit)
+
+
+def _problems(task: str, draw: Callable[[], Iterable[Problem]]) -> Iterator[Problem]:
+    """The problems; whatever a task from outside raises becomes one sentence that names it."""
+    try:
+        for problem in draw():
+            if not isinstance(problem, Problem):
+                raise ValueError(f"problems must yield spo.tasks.Problem, found {problem!r:.60}")
+            json.dumps(problem.answer)
+            yield problem
+    except ValueError as error:
+        named_already = task in str(error) or task in named.OWN["task"]
+        raise error if named_already else ValueError(f"task {task}: {error}") from error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"task {task}: problems failed ({reason})") from error
 
 
 def prompts(
@@ -91,10 +107,6 @@ def _prompts(
 
     too_long = 0
     for problem in problems:
-        if not isinstance(problem, Problem):
-            raise ValueError(
-                f"task {task}: problems must yield spo.tasks.Problem, found {problem!r:.60}"
-            )
         text = template.replace(PLACE, problem.text)
         # A template spells out its special tokens, so the tokenizer adds none.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -21,7 +21,7 @@ ORDER = [  # a room may import from rooms before it, and from its own
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SIDE = {  # what they may import
-    "__init__": {"api", "config", "records"},
+    "__init__": {"api", "config", "extras", "records"},
 }
 
 
