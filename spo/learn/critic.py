@@ -1,4 +1,4 @@
-"""PPO's critic: the policy's architecture with a scalar head, on the same packs as the policy."""
+"""A critic: the policy's architecture with a scalar head, on the same packs as the policy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def value_loss(
     returns: Tensor,  # (N,) fp32
     value_clip: float,
 ) -> LossOutput:
-    """PPO's clipped value loss, a summand of its optimiser step's loss.
+    """The clipped value loss of PPO, a summand of its optimiser step's loss.
 
     1/2 mean of max((v - R)^2, (clip(v, v_old - value_clip, v_old + value_clip) - R)^2): a value
     that has left the clip towards its target gets no gradient.
