@@ -152,10 +152,11 @@ def settings_of(instance: Any, where: str) -> dict[str, Any]:
     from pydantic_core import PydanticSerializationError
 
     try:
-        return TypeAdapter(type(instance)).dump_python(instance, mode="json")
+        settings = TypeAdapter(type(instance)).dump_python(instance, mode="json")
     except (PydanticSerializationError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{where}: its settings cannot be saved as YAML ({reason})") from error
+        raise ValueError(f"{where}: its settings cannot be saved ({reason})") from error
+    return {f.name: settings[f.name] for f in dataclasses.fields(instance) if f.init}
 
 
 def _hints(kind: type) -> dict[str, Any]:

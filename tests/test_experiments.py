@@ -2,12 +2,15 @@
 
 import importlib
 import json
+import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from spo.config.policy import EMBEDDED
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,21 +69,28 @@ ARGUMENTS = {
 }
 
 
-def test_a_run_is_known_by_what_its_recipe_changes(runs):
+def test_a_run_is_known_by_what_its_recipe_changes(runs, tmp_path):
+    for folder in ("a", "b", "other"):
+        shutil.copytree(EMBEDDED, tmp_path / folder)
+    with (tmp_path / "other" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")  # another weight
+
     def name(recipe="grpo.yaml", *overrides, seed=0, **more):
         arguments = Namespace(**ARGUMENTS | more)
         return runs.digest(runs.config_of(runs.Arm("a", recipe, overrides), seed, arguments))
 
     plain = name()
     assert plain == name("grpo.yaml", "out=elsewhere") == name("grpo.yaml", "loss.clip_eps_low=0.2")
-    assert name("grpo.yaml", "policy.path=/a/small") == name("grpo.yaml", "policy.path=b/small")
+    of_folder = [name("grpo.yaml", f"policy.path={tmp_path / f}") for f in ("a", "b", "other")]
+    assert plain == of_folder[0] == of_folder[1]
     others = [
         name("grpo.yaml", "loss.prob_threshold=0.8"),
         name(seed=1),
         name("rloo.yaml"),
         name(budget=4000),
         name(task="long-arithmetic"),
-        name("grpo.yaml", "policy.path=b/small"),
+        of_folder[2],
     ]
     assert len({plain, *others}) == 7
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "policy"
 CHUNK, STRIDE = 1 << 20, 1 << 26  # bytes that are hashed of every so many
@@ -24,7 +22,7 @@ class PolicyConfig:
     """Type of the trained weights and of the optimiser's state."""
     autocast: bool = False
     """Run the forward in bfloat16 over float32 weights."""
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda)(:\d+)?$")] = "cpu"
+    device: str = "cpu"
     """Where the trainer and the engine run: cpu or cuda."""
     packing: Literal["tree", "rows"] = "tree"
     """tree: every unique token once. rows: one row per node with its whole prefix, for models
@@ -33,6 +31,10 @@ class PolicyConfig:
     """Attention over a pack. auto: grouped on the CPU, flex on CUDA. varlen needs flash-attn."""
     trust_remote_code: bool = False
     """Run code that comes with the model folder. Leave it off for models you did not write."""
+
+    def __post_init__(self) -> None:
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"policy.device: expected cpu or cuda, found {self.device}")
 
     @property
     def source(self) -> str:

@@ -20,7 +20,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -218,15 +218,8 @@ class Grader:
 
 def _spec(task: Task) -> tuple[str, dict[str, Any]]:
     """What a task is called and its settings as JSON, from which the worker makes it anew."""
-    from pydantic import TypeAdapter  # here only: the worker can do without
-
-    kind = type(task)
-    name = named.name_of("task", kind)
-    try:
-        settings = TypeAdapter(kind).dump_python(task, mode="json")
-    except ValueError as error:
-        raise ValueError(f"task {name}: its settings are no JSON ({error})") from error
-    return name, {f.name: settings[f.name] for f in fields(kind) if f.init}
+    name = named.name_of("task", type(task))
+    return name, named.settings_of(task, f"task {name}")
 
 
 def _made(name: str, settings: dict[str, Any]) -> Task:

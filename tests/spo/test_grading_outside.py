@@ -105,7 +105,10 @@ def test_a_task_that_the_worker_cannot_make_is_one_sentence(tmp_path):
     (tmp_path / "outside.py").write_text("1 / 0")
     with pytest.raises(RuntimeError, match="did not start.*outside.py cannot .*ZeroDivisionError"):
         Grader({"late": late})
-    (tmp_path / "outside.py").write_text("raise SystemExit")
+    (tmp_path / "outside.py").write_text("raise SystemExit(0)")
+    with pytest.raises(RuntimeError, match="outside.py cannot be imported .*SystemExit"):
+        Grader({"late": late})
+    (tmp_path / "outside.py").write_text("import os; os._exit(0)")
     with pytest.raises(RuntimeError, match="did not start; it said: nothing"):
         Grader({"late": late})
 
