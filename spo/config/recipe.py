@@ -160,8 +160,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
         if not isinstance(tree, dict):
             raise ValueError(f"override {text!r}: {group} is a value, not a group of settings")
     try:
-        tree[key] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        tree[key] = yaml.load(value, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"override {text!r}: the value is not valid YAML") from error
 
 

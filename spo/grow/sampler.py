@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -132,7 +131,7 @@ class Sampler:
             self.engine,
             self.grader,
             self.decode,
-            dataclasses.replace(self.options(EVALUATION, temperature), seed=self.recipe.train.seed),
+            self.options(EVALUATION, temperature),
             limits or (self.recipe.sampling.max_new_tokens,),
             samples,
         )

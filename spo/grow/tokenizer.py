@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from spo.config.policy import PolicyConfig
@@ -16,17 +17,22 @@ def load_tokenizer(config: PolicyConfig) -> Any:
     in its place for some model types (transformers 5.19: qwen2).
     """
     try:
-        tokenizer = _load(PreTrainedTokenizerFast, config)
+        tokenizer = load_pretrained(PreTrainedTokenizerFast, config)
     except ValueError:
-        tokenizer = _load(AutoTokenizer, config)  # no tokenizer.json
+        tokenizer = load_pretrained(AutoTokenizer, config)  # no tokenizer.json
     if len(tokenizer) <= len(tokenizer.all_special_ids) or tokenizer.eos_token_id is None:
         raise ValueError(f"policy.path: {config.path} holds no tokenizer with an end token")
     return tokenizer
 
 
-def _load(auto: Any, config: PolicyConfig) -> Any:
+def load_pretrained(auto: Any, config: PolicyConfig, path: str | None = None, **options) -> Any:
+    """What `auto`, a class of transformers, loads from `path`, by default the policy's source.
+
+    Raises ValueError with one sentence if it cannot be loaded.
+    """
+    name = path or config.source
     try:
-        return auto.from_pretrained(config.source, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
+        return auto.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"policy.path: {config.source} cannot be loaded ({reason})") from error
+        raise ValueError(f"policy.path: {name} cannot be loaded ({reason})") from error

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spo.config.policy import PolicyConfig
+from spo.grow.tokenizer import load_pretrained
 from spo.learn.attention import PREFIX, make_layout, tree_spans
 from spo.records import Batch
 from spo_kernels import linear_token_logprobs
@@ -35,7 +35,7 @@ def load_model(auto, config: PolicyConfig, path: str | None = None, **options) -
     options |= {"dtype": getattr(torch, config.dtype), "use_safetensors": True}
     if config.packing == "tree":
         options["attn_implementation"] = PREFIX + attention_backend(config)
-    model = _load(auto, config, path, **options).to(config.device).train()
+    model = load_pretrained(auto, config, path, **options).to(config.device).train()
     if config.packing == "tree":
         check_packing(model, config.path)
     elif getattr(model.config, "attn_logit_softcapping", None):
@@ -92,15 +92,6 @@ def check_packing(model: PreTrainedModel, name: str) -> None:
             f"policy.path: {name} mixes tokens outside the attention interface and cannot be "
             f"packed; {advice}"
         )
-
-
-def _load(auto, config: PolicyConfig, path: str | None = None, **options):
-    name = path or config.source
-    try:
-        return auto.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"policy.path: {name} cannot be loaded ({reason})") from error
 
 
 def _implementation(model: PreTrainedModel) -> str:
