@@ -1,7 +1,7 @@
-"""Autograd of ops that form their gradient in the forward and return it as an output.
+"""Autograd of ops that compute their gradient in the forward and return it as an output.
 
-The loss is a scalar, so the backward is one multiplication by `grad_output`. It hands
-the gradient over without a copy: nothing else holds it any more, so a leaf takes it as its `.grad`.
+The loss is a scalar, so the backward only multiplies the gradient by `grad_output`. It passes the
+gradient on without a copy: nothing else refers to it, so a leaf tensor takes it as its `.grad`.
 """
 
 from __future__ import annotations
@@ -29,30 +29,32 @@ def _(grad: Tensor, factor: Tensor) -> None:
     return None
 
 
-def keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...], places: dict[int, int]) -> None:
-    """`setup_context`: output 0 is the loss, `places` maps inputs to outputs with their gradient.
+def keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...], grads: dict[int, int]) -> None:
+    """`setup_context`: output 0 is the loss, `grads` maps each input to the output of its gradient.
 
-    The gradients are kept as an attribute, not by `save_for_backward`, so that they can be let go.
+    Gradients are attributes, not `save_for_backward`, so that the backward can release them.
     """
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else autograd fills zeros as large as the gradients
     ctx.num_inputs = len(inputs)
     ctx.formed = {
         i: output[o].detach()
-        for i, o in places.items()
+        for i, o in grads.items()
         if inputs[i] is not None and inputs[i].shape == output[o].shape  # else it was not wanted
     }
-    ctx.holders = [weakref.ref(output[o]) for o in places.values()]
+    ctx.holders = [weakref.ref(output[o]) for o in grads.values()]
 
 
 def refuse_second_order(grad: Tensor) -> None:
-    """RuntimeError in a backward with create_graph=True: what it returns carries no graph, so a
-    second derivative would count as zero. `grad` is one of its gradients; tracers may go on.
+    """Raise RuntimeError in a backward with create_graph=True.
+
+    The gradients carry no graph, so a second derivative would silently be zero. `grad` is one of
+    the backward's gradients; torch.compile and other tracers may go on.
     """
     traced = torch.compiler.is_compiling() or type(grad) is not Tensor
     if torch.is_grad_enabled() and not traced:
         raise RuntimeError(
-            "create_graph=True asks for second derivatives, which the ops of spo_kernels do not "
+            "create_graph=True needs second derivatives, which the kernels of spo_kernels do not "
             "have; use backend='reference'"
         )
 
@@ -62,12 +64,12 @@ def hand_out(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, 
     refuse_second_order(grad_output)
     if ctx.formed is None:
         raise RuntimeError(
-            "the gradients of this loss were handed out by an earlier backward; "
+            "the gradients of this loss were released by an earlier backward; "
             "pass retain_graph=True to every backward but the last"
         )
     formed = ctx.formed
     traced = any(type(grad) is not Tensor for grad in formed.values())
-    held = any(holder() is not None for holder in ctx.holders)  # by who called the op directly
+    held = any(holder() is not None for holder in ctx.holders)  # by a direct caller of the op
     if traced or held or _autograd._get_current_graph_task_keep_graph():
         formed = {i: grad * grad_output for i, grad in formed.items()}
     else:

@@ -1,7 +1,7 @@
 """Registration of the ops with PyTorch: schema, kernel, fake and autograd under `spo_kernels::`.
 
-`torch.library.custom_op` would do, but wraps every kernel so that the first call imports the
-compiler stack: seconds for who only runs eagerly, and some tens of microseconds at every call.
+`torch.library.custom_op` would do the same, but it wraps every kernel: the first call imports the
+compiler stack, which takes seconds, and every call takes some tens of microseconds more.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Large CPU buffers on huge pages, reused from call to call.
 
-PyTorch maps a large CPU tensor afresh in 4 KiB pages, and touching those pages for the first time
-costs several times what the kernels of this package cost. numpy asks for huge pages, and its zeros
-are pages that the operating system clears when they are touched, if ever. Even so, a fresh buffer
-costs as much as the kernel that fills it, so buffers whose tensors are gone are used again, as
-PyTorch does with GPU memory.
+PyTorch maps every large CPU tensor anew in 4 KiB pages. The first write to those pages takes
+several times as long as a kernel of this package. numpy asks for huge pages, and its zeros are
+pages that the operating system clears at the first write. Even so, a new buffer costs as much as
+the kernel that fills it. So buffers whose tensors are gone are reused, as PyTorch does on a GPU.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ ALIGNMENT = 64  # bytes: a cache line and the widest vector
 SMALLEST = 1 << 20  # bytes; smaller buffers come from the heap, which reuses them itself
 
 _lock = threading.Lock()
-_buffers: list[np.ndarray] = []  # in use, or free to be used again
+_buffers: list[np.ndarray] = []  # in use, or free to be reused
 _probe = [np.empty(0)]
-_FREE = sys.getrefcount(_probe[0])  # what it is for a buffer that only a list refers to
+_FREE = sys.getrefcount(_probe[0])  # the count of a buffer that only a list refers to
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.zeros`; on the CPU, what is never written costs nothing."""
+    """`torch.zeros`; on the CPU, pages that are never written cost nothing."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return _tensor(np.zeros(_bytes(shape, dtype) + ALIGNMENT, np.uint8), shape, dtype)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty`; on the CPU, in memory that was used before where there is some."""
+    """`torch.empty`; on the CPU, a free buffer is reused if there is one."""
     size = _bytes(shape, dtype) + ALIGNMENT
     if device.type != "cpu" or size < SMALLEST:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -50,7 +49,7 @@ def empty_cache() -> None:
 
 
 def _take(size: int) -> np.ndarray:
-    """The smallest free buffer that is large enough and not half idle, else a new one."""
+    """The smallest free buffer of `size` to 2 * `size` bytes, else a new one."""
     best = None
     for i in range(len(_buffers)):
         if sys.getrefcount(_buffers[i]) == _FREE and size <= _buffers[i].size <= 2 * size:
@@ -58,7 +57,7 @@ def _take(size: int) -> np.ndarray:
                 best = i
     if best is None:
         _drop_free()  # none fits, so the sizes have changed
-        # An eighth of a power of two more: the next call may need a little more than this one.
+        # Rounded up by up to an eighth: the next call may need a little more.
         step = 1 << max(size.bit_length() - 3, 0)
         _buffers.append(np.empty(-(-size // step) * step, np.uint8))
         best = -1

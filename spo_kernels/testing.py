@@ -8,40 +8,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The backend that the kernel tests set against the reference, and where it wants its tensors.
+# The backend that the kernel tests compare with the reference, and the device of its tensors.
 FAST = os.environ.get("SPO_TEST_BACKEND", "cpu")
 _ON_CPU = FAST == "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if _ON_CPU else "cuda")
 
-# Part of the oracle's largest magnitude that an error may reach whatever PyTorch's own error is.
+# An error up to this share of the oracle's largest magnitude is always allowed.
 SLACK = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 1e-12}
 
 
 def assert_as_good_as_torch(
     name: str,
-    got: Tensor,  # from a kernel
+    found: Tensor,  # from a kernel
     torch_result: Tensor,  # the same from PyTorch on the same inputs
     oracle: Tensor,  # the same from the reference on fp64 copies of the inputs
     scale: float = 0.0,  # magnitude of what was summed, where the sum itself may cancel
 ) -> None:
-    """max error(got) <= 2 max error(torch_result) + a small bound, and NaN at the same places."""
-    assert got.shape == oracle.shape, f"{name}: shape {got.shape}, expected {oracle.shape}"
-    if got.numel() == 0:
+    """max error(found) <= 2 max error(torch_result) + a small bound; NaN at the same indices."""
+    assert found.shape == oracle.shape, f"{name}: expected {oracle.shape}, found {found.shape}"
+    if found.numel() == 0:
         return
-    error = (got.double() - oracle).abs()
+    error = (found.double() - oracle).abs()
     nan = oracle.isnan()
-    assert torch.equal(got.isnan(), nan), f"{name}: NaN at other places than the oracle"
-    error = error.masked_fill(nan, 0).masked_fill(got == oracle, 0)  # equal infinities
+    assert torch.equal(found.isnan(), nan), f"{name}: NaN at other indices than in the oracle"
+    error = error.masked_fill(nan, 0).masked_fill(found == oracle, 0)  # equal infinities
     own = (torch_result.double() - oracle).abs()
     own = own.masked_fill(nan, 0).masked_fill(torch_result == oracle, 0).max().item()
     finite = oracle[oracle.isfinite()].abs()
     scale = max(scale, finite.max().item()) if finite.numel() else scale
-    bound = 2 * own + SLACK[got.dtype] * scale
+    bound = 2 * own + SLACK[found.dtype] * scale
     worst = int(error.argmax())
     assert error.max().item() <= bound, (
         f"{name}: error {error.max().item():.3g} > {bound:.3g} (2 x PyTorch's {own:.3g} + "
-        f"{bound - 2 * own:.3g}); worst element {worst}: got {got.reshape(-1)[worst].item():.9g}, "
-        f"oracle {oracle.reshape(-1)[worst].item():.9g}"
+        f"{bound - 2 * own:.3g}); worst element {worst}: found "
+        f"{found.reshape(-1)[worst].item():.9g}, oracle {oracle.reshape(-1)[worst].item():.9g}"
     )
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-MAX_BLOCK_V = 8192  # 1024 threads: one program fills an SM, so few rows are between their sweeps
+MAX_BLOCK_V = 8192  # 1024 threads: one program fills an SM, so few rows are in flight
 ELEMENTS_PER_THREAD = 8  # a load of 16 bytes of bf16; twice as many accumulators spill
 
 
 def row_sweep(vocab: int, warp_size: int | None = None) -> dict[str, int | bool]:
     """Constants of a kernel that runs one program per row of `vocab` logits.
 
-    A row is read twice, and the second read should hit the L2 cache. That holds all rows in flight
-    only if each SM works on one: 132 rows of 151936 bf16 logits are 40 of an H100's 50 MB.
+    A row is read twice, and the second read should hit the L2 cache. The cache holds all rows in
+    flight only if each SM works on one: 132 rows of 151936 bf16 logits are 40 of an H100's 50 MB.
     """
     if warp_size is None:
         warp_size = 64 if torch.version.hip else 32

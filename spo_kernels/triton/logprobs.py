@@ -40,7 +40,7 @@ def logprobs_kernel(
         x = row_start(logits, row, block_rows, block_stride, row_stride)
         inv_temperature = tl.div_rn(1.0, tl.load(temperature + row * temperature_stride))
         id = tl.load(token_ids + row)
-        known = (id >= 0) & (id < vocab)  # else NaN, where Python could not look first
+        known = (id >= 0) & (id < vocab)  # else NaN: in a CUDA graph Python cannot check ids
         chosen = tl.load(x + id, mask=known, other=float("nan")).to(tl.float32)
         row_max, row_sum, weighted = row_sums(
             x, vocab, LOG2E * inv_temperature, entropies is not None, BLOCK_V
@@ -78,7 +78,7 @@ def logprobs_backward_kernel(
     grad_entropy,  # None: zero
     BLOCK_V: tl.constexpr,
 ):
-    """dlogits_j = g (1[j = token] - p_j) - h p_j (log p_j + H), g and h over the temperature."""
+    """dlogits_j = g (1[j = token] - p_j) - h p_j (log p_j + H), g and h divided by temperature."""
     row = tl.program_id(0).to(tl.int64)
     out = row_start(dlogits, row, dlogits_block_rows, dlogits_block_stride, dlogits_row_stride)
     kept = row >= 0

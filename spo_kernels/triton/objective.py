@@ -11,11 +11,11 @@ import triton.language as tl
 from spo_kernels.objective import TYPES
 from spo_kernels.triton.softmax import expm1
 
-TokenArgs = namedtuple("TokenArgs", tuple(TYPES))  # what a kernel is told of the tokens
+TokenArgs = namedtuple("TokenArgs", tuple(TYPES))  # a kernel's per-token inputs and scalars
 
 
 def token_args(**fields: Any) -> TokenArgs:
-    """The fields of `Tokens` for a kernel, compiled anew for every value of an int or a bool."""
+    """The fields of `Tokens` for a kernel, which is compiled for each value of an int or a bool."""
     constants = {k: tl.constexpr(x) for k, x in fields.items() if isinstance(x, int)}
     return TokenArgs(**fields | constants)
 

@@ -44,7 +44,7 @@ def policy_loss_kernel(
     # A zero advantage makes the policy term and its gradient 0: such a row needs no logprob.
     in_policy = (tl.load(tokens.policy_mask + row) != 0) & (advantage != 0)
     used = in_policy
-    in_kl = row < 0  # no row
+    in_kl = row < 0  # False
     if tokens.kl_mask is not None:
         in_kl = tl.load(tokens.kl_mask + row) != 0
         used = in_policy | in_kl
@@ -62,7 +62,7 @@ def policy_loss_kernel(
     if used:
         inv_temperature = tl.div_rn(1.0, tl.load(tokens.temperature + row * temperature_stride))
         id = tl.load(tokens.token_ids + row)
-        known = (id >= 0) & (id < vocab)  # else NaN, where Python could not look first
+        known = (id >= 0) & (id < vocab)  # else NaN: in a CUDA graph Python cannot check ids
         token = tl.where(known, id, -1).to(tl.int32)
         # Before the sweeps: dlogits may be the logits.
         chosen = tl.load(x + id, mask=known, other=float("nan")).to(tl.float32)
@@ -89,7 +89,7 @@ def policy_loss_kernel(
         out = row_start(dlogits, row, dlogits_block_rows, dlogits_block_stride, dlogits_row_stride)
         if slope != 0:
             g = slope * inv_temperature
-            # 1 - p of the token itself, without the cancellation of 1 - exp(logprob).
+            # 1 - p of the token itself; 1 - exp(logprob) would cancel.
             own = -g * expm1(logprob)
             scale = LOG2E * inv_temperature
             write_row(x, out, vocab, row_max, scale, -g / row_sum, 0.0, token, own, False, BLOCK_V)

@@ -13,7 +13,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # not -inf: a row may start with -inf
 FLOOR = tl.constexpr(-160.0)  # 2 to it is 0, so that 0 * -inf never happens
-IMPOSSIBLE = tl.constexpr(float("-inf"))  # what the end of the last block is filled with
+IMPOSSIBLE = tl.constexpr(float("-inf"))  # pads the last block
 
 
 @triton.jit
@@ -26,9 +26,9 @@ def row_start(base, row, block_rows, block_stride, row_stride):
 def row_sums(x, vocab, scale, WEIGHTED: tl.constexpr, BLOCK_V: tl.constexpr):
     """(max x, sum 2^d, sum 2^d d); the last is 0 unless WEIGHTED.
 
-    Every lane keeps its own maximum and sums; they meet once, after the loop. One exponential per
-    element: whichever of the element and the lane's maximum is smaller is scaled to the larger.
-    The maximum does not see NaN; the sums do.
+    Every lane keeps its own maximum and sums, which are merged once, after the loop. There is one
+    exponential per element: the smaller of the element and the lane's maximum is scaled to the
+    larger. The maximum ignores NaN; the sums do not.
     """
     lanes = tl.arange(0, BLOCK_V)
     top = tl.full((BLOCK_V,), LOWEST, tl.float32)
@@ -63,7 +63,7 @@ def write_row(
     factor,
     slope,
     token,  # column of the chosen token, -1 for none
-    own,  # what is written there
+    own,  # the value written at that column
     SLOPED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
