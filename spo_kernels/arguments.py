@@ -1,4 +1,4 @@
-"""Checks of tensor arguments, each answering bad input with one sentence."""
+"""Checks of tensor arguments: each raises one sentence for bad input."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ def check_vector(
     tensor: Tensor,
     dtypes: tuple[torch.dtype, ...],
     *,
-    like: Tensor | None = None,  # must be on its device
+    like: Tensor | None = None,  # `tensor` must be on its device
     size: int | None = None,
     at_least: int = 0,
 ) -> None:
     """TypeError or ValueError unless `tensor` is 1-D, of one of `dtypes` and of the given size."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
+        raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         found = str(tensor.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must be {names}, found {found}")
+        raise TypeError(f"{name}: expected {names}, found {found}")
     if tensor.dim() != 1:
-        raise ValueError(f"{name} must be 1-D, found shape {tuple(tensor.shape)}")
+        raise ValueError(f"{name}: expected a 1-D tensor, found shape {tuple(tensor.shape)}")
     if size is not None and tensor.numel() != size:
-        raise ValueError(f"{name} must have {size} entries, found {tensor.numel()}")
+        raise ValueError(f"{name}: expected {size} entries, found {tensor.numel()}")
     if tensor.numel() < at_least:
-        raise ValueError(f"{name} must have at least {at_least} entry, found none")
+        raise ValueError(f"{name}: expected at least {at_least} entry, found none")
     if like is not None and tensor.device != like.device:
-        raise ValueError(f"{name} must be on {like.device}, found {tensor.device}")
+        raise ValueError(f"{name}: expected a tensor on {like.device}, found {tensor.device}")
 
 
 def check_offsets(
@@ -43,9 +43,9 @@ def check_offsets(
     """ValueError unless `offsets` starts at 0, never decreases and ends at `total`."""
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0 or last != total:
-        raise ValueError(f"{name} must run from 0 to {total}, found {first} to {last}")
+        raise ValueError(f"{name}: expected offsets from 0 to {total}, found {first} to {last}")
     falls = (offsets.diff() < 0).nonzero()
     if falls.numel():
         i = int(falls[0])
         pair = f"{int(offsets[i])} then {int(offsets[i + 1])}"
-        raise ValueError(f"{name} must not decrease, found {pair} at {i}")
+        raise ValueError(f"{name}: expected no decrease, found {pair} at {i}")

@@ -20,20 +20,20 @@ try:
     _C = importlib.import_module("spo_kernels._C")
 except ImportError as error:  # installed with SPO_BUILD_NATIVE=0, or built for another Python
     _C = None
-    _NO_NATIVE = f"the native extension spo_kernels._C is not there ({error})"
+    _NO_NATIVE = f"the native extension spo_kernels._C was not found ({error})"
 
 OPS = ("policy_loss", "logprobs", "segments", "tree", "gae")
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in the order `choose` tries them
 
 
 def native() -> ModuleType:
-    """The native extension; RuntimeError if it was not built."""
+    """The native extension. Raises RuntimeError if it was not built."""
     if _C is None:
         raise RuntimeError(_NO_NATIVE)
     return _C
 
 
-_reasons: dict[tuple[str, str], str] = {}  # a dict, since torch.compile cannot see into a cache
+_reasons: dict[tuple[str, str], str] = {}  # torch.compile cannot trace functools.cache
 
 
 def unavailable(op: str, backend: str) -> str:
@@ -63,7 +63,7 @@ def _find_reason(op: str, backend: str) -> str:
 
 
 def _interpreted(backend: str) -> bool:
-    """Triton's interpreter runs kernels on CPU tensors, slowly: for tests, and chosen by name."""
+    """Whether Triton interprets kernels on CPU tensors: slow, for tests, only if asked by name."""
     return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -73,15 +73,15 @@ def backends() -> dict[str, dict[str, str]]:
 
 
 def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
-    """The backend that runs `op` on tensors like `tensor`: the one asked for, else the first able.
+    """The backend that runs `op` on tensors like `tensor`: `backend`, else the first that can.
 
-    Raises ValueError with the reason if `backend` is unknown or cannot run; it never falls back.
+    Raises ValueError with the reason if `backend` is unknown or cannot run. It never falls back.
     """
     if backend is None:
         able = (b for b in BACKENDS if not _interpreted(b) and not _refusal(op, b, tensor))
         return next(able)
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, found {backend!r}")
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     if reason := _refusal(op, backend, tensor):
         raise ValueError(f"backend={backend!r} cannot run {op}: {reason}")
     return backend
@@ -94,7 +94,7 @@ def _refusal(op: str, backend: str, tensor: Tensor) -> str:
         return ""
     device = "cpu" if backend == "cpu" or _interpreted(backend) else "cuda"
     if tensor.device.type != device:
-        return f"the tensors are on {tensor.device.type}, it needs {device}"
+        return f"expected tensors on {device}, found {tensor.device.type}"
     if tensor.dtype == torch.float64:
         return "float64 runs on the reference only"
     return ""

@@ -23,7 +23,7 @@ def gae_ref(
     lam: float = 1.0,
     bootstrap_values: Tensor | None = None,  # (B,) dtype of rewards
 ) -> tuple[Tensor, Tensor]:  # advantages (T,), returns (T,)
-    """`gae` in PyTorch, in fp64: last tokens first, all sequences that are long enough at once."""
+    """`gae` in PyTorch, in fp64: from the last token back, all sequences at once."""
     check_offsets("cu_seqlens", cu_seqlens, rewards.numel())
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
     next_value = torch.zeros(lengths.shape, dtype=torch.float64, device=rewards.device)
@@ -78,7 +78,7 @@ def _gae(
         advantages=advantages,
         returns=returns,
     )
-    if not ok:  # malformed: the reference says where
+    if not ok:  # malformed: the reference raises the error
         return gae_ref(rewards, values, cu_seqlens, **options)
     return advantages, returns
 
@@ -95,7 +95,7 @@ def gae(
     *,
     gamma: float = 1.0,
     lam: float = 1.0,
-    bootstrap_values: Tensor | None = None,  # (B,) dtype of rewards, of the states after the last
+    bootstrap_values: Tensor | None = None,  # (B,) dtype of rewards, V after the last token
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # advantages (T,), returns (T,), dtype of rewards
     """Generalised advantage estimates (arXiv 1506.02438) and the critic's targets.
@@ -106,8 +106,10 @@ def gae(
         advantages[t] = delta[t] + gamma * lam * advantages[t+1]
         returns[t] = advantages[t] + V[t]
 
-    Recursions run in fp64 and are rounded once. The entry of an empty sequence is ignored. Raises
-    ValueError if `cu_seqlens` does not run from 0 to T, or if gamma or lam is not in [0, 1].
+    Recursions run in fp64 and are rounded once. An empty sequence ignores its bootstrap value.
+
+    Raises TypeError for wrong dtypes; ValueError if sizes do not agree, if `cu_seqlens` decreases
+    or does not run from 0 to T, or if gamma or lam is not in [0, 1].
     """
     check_vector("rewards", rewards, FLOATS)
     check_vector("values", values, (rewards.dtype,), like=rewards, size=rewards.numel())
@@ -119,7 +121,7 @@ def gae(
         bootstrap_values = bootstrap_values.detach()
     for name, factor in (("gamma", gamma), ("lam", lam)):
         if not 0 <= factor <= 1:
-            raise ValueError(f"{name} must be in [0, 1], found {factor}")
+            raise ValueError(f"{name}: expected a number in [0, 1], found {factor}")
     backend = choose("gae", rewards, backend)
     rewards, values, cu_seqlens = rewards.detach(), values.detach(), cu_seqlens.long()
     return torch.ops.spo_kernels.gae(

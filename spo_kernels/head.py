@@ -1,11 +1,11 @@
 """The vocabulary projection of selected rows, in chunks: logits forward, the two products backward.
 
-The logits that reach a row kernel are fp32 unless a lower `logits_dtype` is asked for: rounding
-them to bf16 costs up to 4e-3 in a logprob. Their gradient, of which only sums are used, is bf16 for
-bf16 operands wherever the device is fast at that.
+The logits are fp32 unless the caller asks for a lower `logits_dtype`: rounding them to bf16 costs
+up to 4e-3 in a logprob. Only sums of their gradient are used, so it is bf16 for bf16 operands
+wherever the device multiplies bf16 fast.
 
-A CPU without bf16 matmul instructions multiplies bf16 several times slower than fp32, so there bf16
-operands are widened, the weight block by block, as fp16 ones are everywhere.
+A CPU without bf16 matmul instructions multiplies bf16 several times slower than fp32. There bf16
+operands are widened to fp32, the weight block by block, as fp16 operands are everywhere.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ BLOCK_ELEMENTS = 1 << 22  # of the weight widened at a time: 16 MiB of fp32, to 
 def check_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_index: Tensor | None
 ) -> tuple[int, ...]:
-    """The shape that the per-token arguments must have."""
+    """Check the head's tensors; the shape that the per-token arguments must have."""
     rows.check_tensors(hidden=hidden, weight=weight)
     rows.check_optional_tensors(bias=bias, hidden_index=hidden_index)
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name} must hold floating-point numbers, found {tensor.dtype}")
+            raise TypeError(f"{name}: expected floating-point numbers, found {tensor.dtype}")
     if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            "hidden (..., D) and weight (V, D) must agree in D, "
+            "hidden and weight: expected shapes (..., D) and (V, D) with the same D, "
             f"found {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), found {tuple(bias.shape)}")
+        raise ValueError(f"bias: expected shape ({weight.shape[0]},), found {tuple(bias.shape)}")
     if hidden_index is None:
         return tuple(hidden.shape[:-1])
     if hidden.ndim != 2:
-        raise ValueError(f"with hidden_index, hidden must be (H, D), found {tuple(hidden.shape)}")
+        raise ValueError(f"hidden: expected (H, D) with hidden_index, found {tuple(hidden.shape)}")
     if hidden_index.dtype != torch.int64 or hidden_index.ndim != 1:
         raise TypeError(
-            "hidden_index must be a one-dimensional int64 tensor, "
+            "hidden_index: expected a 1-D int64 tensor, "
             f"found {hidden_index.dtype} of shape {tuple(hidden_index.shape)}"
         )
     return tuple(hidden_index.shape)
@@ -59,11 +59,11 @@ def check_options(
     hidden_index: Tensor | None,
     logits_dtype: torch.dtype,
 ) -> None:
-    """ValueError for tensors on different devices or a `logits_dtype` that is not offered."""
+    """Raise ValueError for tensors on different devices or an unknown `logits_dtype`."""
     rows.check_devices(hidden, weight=weight, bias=bias, hidden_index=hidden_index)
     if logits_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
-            f"logits_dtype must be torch.float32 or torch.bfloat16, found {logits_dtype}"
+            f"logits_dtype: expected torch.float32 or torch.bfloat16, found {logits_dtype}"
         )
 
 
@@ -74,9 +74,11 @@ def needs_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool
 
 
 def refuse_low_precision(logits_dtype: torch.dtype) -> None:
-    """The reference knows fp32 (and fp64) logits only; ValueError for others."""
+    """Raise ValueError for logits that the reference cannot make: it has fp32 and fp64 only."""
     if logits_dtype != torch.float32:
-        raise ValueError(f"the reference backend cannot use logits_dtype={logits_dtype}")
+        raise ValueError(
+            f"logits_dtype: expected torch.float32 on the reference backend, found {logits_dtype}"
+        )
 
 
 def empty_gradients(
@@ -95,16 +97,23 @@ def select_states(hidden: Tensor, hidden_index: Tensor | None, index: Tensor) ->
     if hidden_index is None:
         return index
     states = hidden_index[index]
-    if states.numel() and not 0 <= int(states.min()) <= int(states.max()) < hidden.shape[0]:
-        raise ValueError(f"hidden_index must be in [0, {hidden.shape[0]}) where a token is kept")
+    first, last = (int(states.min()), int(states.max())) if states.numel() else (0, -1)
+    if first < 0 or last >= hidden.shape[0]:
+        raise ValueError(
+            f"hidden_index: expected indices in [0, {hidden.shape[0]}) where a token is kept, "
+            f"found {first} to {last}"
+        )
     return states
 
 
 def select_states_fixed(
     flat: Tensor, hidden_index: Tensor | None, index: Tensor
 ) -> tuple[Tensor, Tensor]:  # (n,), (n,) bool
-    """`select_states` without a look at the data: `index` may hold N, which gives state H, as does
-    an entry of `hidden_index` out of range; the second result is False for the latter."""
+    """`select_states` without reading the data, for CUDA graphs.
+
+    An entry N of `index`, or an entry of `hidden_index` out of range, gives state H. The second
+    result is False for entries out of range.
+    """
     last = flat.shape[0]
     if hidden_index is None:
         return index, torch.ones_like(index, dtype=torch.bool)
@@ -114,7 +123,7 @@ def select_states_fixed(
 
 
 def chunks(count: int, vocab: int, dtype: torch.dtype, memory_budget: int) -> Iterator[slice]:
-    """Cut the rows into equal chunks, as few as keep a chunk's logits within the budget (bytes)."""
+    """Cut the rows into the fewest equal chunks whose logits fit the budget (bytes)."""
     if count == 0:
         return
     pieces = math.ceil(count * vocab * dtype.itemsize / max(memory_budget, 1))
@@ -124,7 +133,7 @@ def chunks(count: int, vocab: int, dtype: torch.dtype, memory_budget: int) -> It
 
 
 def _is_fast_bf16(x: Tensor, weight: Tensor) -> bool:
-    """Whether products of these two are products of bf16 matrices that the device is fast at."""
+    """Whether both are bf16 and the device multiplies bf16 matrices fast."""
     if not x.dtype == weight.dtype == torch.bfloat16:
         return False
     capabilities = getattr(torch.cpu, "get_capabilities", dict)  # PyTorch 2.10
@@ -133,16 +142,16 @@ def _is_fast_bf16(x: Tensor, weight: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _bf16_tiles() -> Iterator[None]:
-    """Inside, products of fp32 matrices on the CPU round their operands to bf16 and sum in fp32,
-    which loses nothing for operands that were widened from bf16. PyTorch has no other way to an
-    fp32 product of bf16 matrices on the CPU.
+    """Inside, fp32 matrix products on the CPU round their operands to bf16 and sum in fp32.
 
-    The switch is global: with other threads about, which might be multiplying, it is left alone.
+    This loses nothing for operands that were widened from bf16. PyTorch has no other fp32 product
+    of bf16 matrices on the CPU. The switch is global, so it is not used while other Python threads
+    run: they might multiply too.
     """
     if threading.active_count() > 1:
         yield
         return
-    mkldnn: Any = torch.backends.mkldnn  # `matmul` is not among its declared attributes
+    mkldnn: Any = torch.backends.mkldnn  # its stubs lack `matmul`
     setting = mkldnn.matmul
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
@@ -181,7 +190,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 
 
 def gradient_buffer(logits: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Where the gradient of `project(x, weight, ...)` goes: over the logits unless it is bf16."""
+    """Where the gradient of the logits goes: over the logits themselves, unless it is bf16."""
     if logits.dtype == torch.float32 and _is_fast_bf16(x, weight):
         return memory.empty(logits.shape, torch.bfloat16, logits.device)
     return logits
@@ -196,8 +205,11 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class HeadGradients:
-    """Gradients of a head, chunk by chunk: dweight and dbias summed over chunks in fp32, dhidden
-    gathered per row and summed at the end over the rows that share a hidden state."""
+    """Gradients of a head, chunk by chunk.
+
+    dweight and dbias are summed over chunks in fp32. dhidden is collected per row, and summed at
+    the end over the rows that share a hidden state.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, needs: list[bool]):
         """`needs`: which of hidden, weight and bias want a gradient."""
@@ -208,8 +220,10 @@ class HeadGradients:
         self.dbias: Tensor | None = None  # (V,) fp32
 
     def add(self, dlogits: Tensor, x: Tensor, only: bool) -> None:
-        """Take in a chunk: dlogits (c, V), x (c, D). `only`: no other chunk comes before or after,
-        so that dweight can be written in its own dtype at once."""
+        """Add a chunk: dlogits (c, V), x (c, D).
+
+        `only`: there is no other chunk, so dweight is written in its own dtype at once.
+        """
         if self.needs_hidden:
             blocks = _blocks(self.weight, dlogits.dtype)
             block, w = next(blocks)
@@ -249,9 +263,9 @@ class HeadGradients:
             piece.copy_(part) if first else piece.add_(part)
 
     def finish(self, hidden: Tensor, states: Tensor, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """dhidden, dweight, dbias like hidden, weight, bias; one that is not needed is empty.
+        """dhidden, dweight, dbias, shaped as hidden, weight, bias; empty where not needed.
 
-        `states` (n,) names the hidden state of each row taken in; `shared`: with repetitions.
+        `states` (n,) is the hidden state of each added row; `shared`: states may repeat.
         """
         dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
         if self.needs_hidden:
@@ -275,15 +289,15 @@ class HeadGradients:
 
 
 def _sum_shared(states: Tensor, dx: Tensor, unused: int) -> tuple[Tensor, Tensor]:
-    """Sum the rows of dx (n, D) that have the same state, in the order they came.
+    """Sum the rows of dx (n, D) that have the same state, in their order.
 
-    Returns n states and sums, of which those left over have the state `unused`: no shape depends on
-    the data, and nothing is added atomically.
+    Returns n states and n sums; the entries that are left over have the state `unused`. So no shape
+    depends on the data, and no sum is atomic.
     """
     states, order = torch.sort(states, stable=True)
     first = torch.ones_like(states, dtype=torch.bool)
     first[1:] = states[1:] != states[:-1]
-    place = first.cumsum(0) - 1
-    lengths = torch.zeros_like(states).scatter_add_(0, place, torch.ones_like(states))
+    group = first.cumsum(0) - 1
+    lengths = torch.zeros_like(states).scatter_add_(0, group, torch.ones_like(states))
     sums = torch.segment_reduce(dx[order], "sum", lengths=lengths, axis=0, unsafe=True, initial=0)
-    return torch.full_like(states, unused).scatter_(0, place, states), sums
+    return torch.full_like(states, unused).scatter_(0, group, states), sums

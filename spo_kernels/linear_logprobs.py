@@ -1,4 +1,4 @@
-"""Logprob of chosen tokens and entropy from hidden states: the head runs chunk by chunk.
+"""Logprobs of given tokens, and entropies, from hidden states: the head runs chunk by chunk.
 
 Reference, op schemas with their fake and autograd, public function, in that order.
 """
@@ -86,7 +86,7 @@ def _(hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budge
 def _linear_logprobs_backward(
     hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budget, *tokens_and_saved
 ):
-    """Makes the logits a second time: the forward of a long batch cannot keep them."""
+    """Computes the logits again: the forward of a long batch cannot keep them."""
     ids, mask, temperature, _, backend, *saved, grad_logprobs, grad_entropy = tokens_and_saved
     wanted = mask & (grad_logprobs != 0)
     if grad_entropy is not None:
@@ -186,8 +186,9 @@ def linear_token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:  # (...) fp32 (fp64 from fp64), or that and the entropy (...)
     """`token_logprobs(hidden @ weight.T + bias, ...)` with at most `memory_budget` bytes of logits.
 
-    Masked tokens never reach the projection. Products are fp32, or `logits_dtype` if that is
-    torch.bfloat16; hidden and weight may differ in dtype. The backward makes the logits again.
+    Masked tokens never reach the projection. Logits are fp32, or bf16 with
+    `logits_dtype=torch.bfloat16`; hidden and weight may differ in dtype. The backward computes the
+    logits again. `token_logprobs` describes the other arguments and errors.
     """
     shape = head.check_head(hidden, weight, bias, hidden_index)
     head.check_options(hidden, weight, bias, hidden_index, logits_dtype)

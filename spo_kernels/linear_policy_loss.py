@@ -1,4 +1,4 @@
-"""Probability-masked PPO loss from hidden states: the head runs on the rows that train alone.
+"""Probability-masked PPO loss from hidden states: the head runs only on the rows that train.
 
 Reference, op schema with its fake and autograd, public function, in that order.
 """
@@ -40,20 +40,22 @@ def _active(tokens: Tokens, max_active: int | None) -> Tensor:
     """Indices of the rows to project."""
     index = tokens.used().nonzero().squeeze(1)
     if max_active is not None and index.numel() > max_active:
-        raise ValueError(f"max_active={max_active}, but {index.numel()} rows are active")
+        raise ValueError(
+            f"max_active: expected at most {max_active} rows to project, found {index.numel()}"
+        )
     return index
 
 
 def _active_fixed(tokens: Tokens, max_active: int) -> tuple[Tensor, Tensor]:
-    """The first `max_active` rows to project, filled up with N, and whether there are more.
+    """The first `max_active` rows to project, padded with N, and whether there are more.
 
-    Shapes and launches do not depend on the data, so a CUDA graph can hold them.
+    Shapes and launches do not depend on the data, so a CUDA graph can capture them.
     """
     used = tokens.used()
     n = used.numel()
-    place = torch.where(used, used.cumsum(0) - 1, max_active).clamp(max=max_active)
+    slot = torch.where(used, used.cumsum(0) - 1, max_active).clamp(max=max_active)
     index = torch.full((max_active + 1,), n, device=used.device)
-    index.scatter_(0, place, torch.arange(n, device=used.device))
+    index.scatter_(0, slot, torch.arange(n, device=used.device))
     return index[:max_active], used.sum() > max_active
 
 
@@ -82,9 +84,9 @@ def _linear_policy_loss(
     backend,
     *arguments,
 ):
-    """Gradients are formed here, chunk by chunk, while the logits of the chunk are at hand.
+    """Computes the gradients too, chunk by chunk, while the chunk's logits are in memory.
 
-    `fixed`: nothing depends on what the data are, neither shapes nor whether this raises.
+    `fixed`: neither shapes nor errors depend on the data.
     """
     tokens, vocab = Tokens(*arguments), weight.shape[0]
     flat, n = hidden.reshape(-1, hidden.shape[-1]), tokens.token_ids.numel()
@@ -103,9 +105,7 @@ def _linear_policy_loss(
     with torch.autocast(hidden.device.type, enabled=False):
         for part in parts:
             chunk = tokens.take(index[part])
-            if (
-                known is not None
-            ):  # a row without a hidden state gets an id that kernels answer with NaN
+            if known is not None:  # no hidden state: kernels return NaN for the id -1
                 chunk = dataclasses.replace(
                     chunk, token_ids=torch.where(known[part], chunk.token_ids, -1)
                 )
@@ -136,7 +136,7 @@ _linear_policy_loss.register_autograd(gradients.hand_out, setup_context=_setup_l
 
 def linear_masked_ppo_loss(
     hidden: Tensor,  # (..., D), or (H, D) with hidden_index; fp32, bf16, fp16 or fp64
-    weight: Tensor,  # (V, D) of the vocabulary projection
+    weight: Tensor,  # (V, D), the vocabulary projection
     token_ids: Tensor,  # (...), or (N,) with hidden_index, as are the other per-token arguments
     old_logprobs: Tensor,  # (...)
     advantages: Tensor,  # broadcasts against (...)
@@ -161,21 +161,22 @@ def linear_masked_ppo_loss(
     memory_budget: int = MEMORY_BUDGET,
     backend: str | None = None,
 ) -> PolicyLoss:
-    """`masked_ppo_loss(hidden @ weight.T + bias, ...)` without the logits of idle tokens.
+    """`masked_ppo_loss(hidden @ weight.T + bias, ...)` without the logits of unused tokens.
 
-    Tokens that are dropped, or whose advantage is 0 while no KL term needs them, are removed before
-    the projection: three matrix products over what is left, and the same loss. Several tokens may
-    share a hidden state through `hidden_index`; their gradients are summed in fp32, in order.
+    Unused tokens are removed before the projection: those that the masks drop, and those with
+    advantage 0 that no KL term needs. The loss is the same; the three matrix products run over the
+    other tokens only. Several tokens may share a hidden state through `hidden_index`; their
+    gradients are summed in fp32, in order.
 
-    hidden and weight may differ in dtype, as under autocast: products are fp32, or `logits_dtype`
-    if that is torch.bfloat16 (faster where the CPU has bf16 instructions; costs up to 4e-3 in a
-    logprob). At most `memory_budget` bytes of logits exist at a time. Other arguments and errors:
-    see `masked_ppo_loss`.
+    hidden and weight may differ in dtype, as under autocast. Logits are fp32, or bf16 with
+    `logits_dtype=torch.bfloat16` (faster where the CPU has bf16 instructions; costs up to 4e-3 in a
+    logprob). At most `memory_budget` bytes of logits exist at a time. `masked_ppo_loss` describes
+    the other arguments and errors.
 
-    More than `max_active` rows to project is a ValueError. While a CUDA graph is captured, and
-    under torch.compile, `max_active` rows are projected whatever the data hold, without a host
-    sync: if there are more, the rest is left out and `overflow` is set in the record; a token id or
-    `hidden_index` out of range makes the loss NaN.
+    Raises ValueError if there are more than `max_active` rows to project. While a CUDA graph is
+    captured, and under torch.compile, always `max_active` rows are projected, without a host sync.
+    If there are more, the rest is left out and `overflow` is True; a token id or `hidden_index` out
+    of range makes the loss NaN.
     """
     shape = head.check_head(hidden, weight, bias, hidden_index)
     head.check_options(hidden, weight, bias, hidden_index, logits_dtype)

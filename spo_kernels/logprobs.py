@@ -1,4 +1,4 @@
-"""Logprob of chosen tokens and entropy from logits, and what those from hidden states share.
+"""Logprobs of given tokens, and entropies, from logits; also what the op from hidden states uses.
 
 Reference, op schemas with their fake and autograd, public function, in that order.
 """
@@ -49,7 +49,7 @@ GRADS = "Tensor grad_logprobs, Tensor? grad_entropy"
 
 
 def run_rows(kernel: str, backend: str, logits: Tensor, ids: Tensor, **fields: Any) -> None:
-    """Run the forward or backward row kernel over logits (..., V) on buffers in `fields`."""
+    """Run the forward or backward kernel over logits (..., V); `fields` holds the other buffers."""
     if ids.numel() == 0:
         return
     vocab = logits.shape[-1]
@@ -144,7 +144,7 @@ def restore(ctx) -> tuple[list[Any], tuple[Tensor, ...]]:
 def row_grads(
     logprobs: Tensor, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the two results as the kernels take them; None stands for zero."""
+    """Gradients of the two results as the kernels take them; None is zero."""
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(logprobs)
     return grad_logprobs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()
@@ -196,11 +196,13 @@ def token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:  # (...) fp32 (fp64 from fp64), or that and the entropy (...)
     """log_softmax(logits / temperature) at token_ids; with `entropy=True` also the entropy.
 
-    Both are differentiable. Masked tokens give 0; their logits are not read and get zero gradients.
+    Both are differentiable. Masked tokens have logprob 0; their logits are not read, and the
+    gradient of these logits is 0.
 
     Raises TypeError for wrong types; ValueError for wrong shapes, for an id outside [0, V) or a
     temperature that is not positive and finite where the mask is set, and for a `backend` that
-    cannot run. A backward with create_graph=True is a RuntimeError: there is no second derivative.
+    cannot run. A backward with create_graph=True raises RuntimeError: the kernels have no second
+    derivative.
     """
     _rows.check_floating("logits", logits)
     shape = logits.shape[:-1]

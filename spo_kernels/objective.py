@@ -23,30 +23,30 @@ KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}  # values of `KlEstimator` in csrc/o
 class PolicyLoss:
     """What the policy losses return; everything but `loss` is detached.
 
-    A token is kept if the loss mask and the probability mask both keep it. A kept token whose
-    advantage is 0 counts in `num_kept` and in Z; it carries no gradient and so, unless a KL term
-    needs it, no logprob is computed for it.
+    A token is kept if the loss mask and the probability mask both keep it. A kept token with
+    advantage 0 counts in `num_kept` and in Z, but has no gradient. So its logprob is computed only
+    if a KL term needs it.
     """
 
-    loss: Tensor  # () differentiable, policy_loss + kl
-    policy_loss: Tensor  # () the clipped objective over its norm
-    kl: Tensor  # () kl_coef times the KL estimate over its norm
+    loss: Tensor  # (), differentiable: policy_loss + kl
+    policy_loss: Tensor  # (), the clipped objective / its norm
+    kl: Tensor  # (), kl_coef * KL estimate / its norm
     logprobs: Tensor  # (...) of token_ids at the temperature; 0 where none was computed
-    entropy: Tensor | None  # (...) of the policy, 0 as above; None unless asked for
-    clipfrac: Tensor  # () share of the tokens with a policy gradient term that were clipped
-    ratio_mean: Tensor  # () mean importance ratio of the same tokens
-    num_kept: Tensor  # () int64, number of kept tokens
-    overflow: Tensor | None  # () bool, tokens are missing beyond `max_active`; None from logits
+    entropy: Tensor | None  # (...) of the policy, 0 where none was computed; None unless asked for
+    clipfrac: Tensor  # (), share of clipped tokens among those with a policy gradient term
+    ratio_mean: Tensor  # (), mean importance ratio of the tokens with a policy gradient term
+    num_kept: Tensor  # (), int64, number of kept tokens
+    overflow: Tensor | None  # (), bool: rows beyond `max_active` were left out; None from logits
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the objective asks of every token, and its scalars: the one list in Python.
+    """The objective's inputs per token, and its scalars: the only list of them in Python.
 
-    The schemas of the ops, the arguments of the kernels, `take` and `padded` follow from it, and
-    SPO_TOKEN_FIELDS in csrc/ops.h has the same names. A tensor may say in its metadata that what a
-    user gives may "broadcast", what is the "padding" of a row that no mask keeps (else 0), and that
-    it is one "whole" and has no rows.
+    It generates the schemas of the ops, the arguments of the kernels, `take` and `padded`.
+    SPO_TOKEN_FIELDS in csrc/ops.h has the same names. A tensor's metadata may hold "broadcast" (the
+    user's tensor may broadcast), "padding" (the value of a row that no mask keeps, else 0) and
+    "whole" (the tensor has no rows).
     """
 
     token_ids: Tensor  # (N,) int64
@@ -72,20 +72,20 @@ class Tokens:
         return used if self.kl_mask is None else used | self.kl_mask
 
     def check(self, vocab: int) -> None:
-        """ValueError if a kept row holds what no row may, see `rows.check_rows`."""
+        """Raise ValueError if a kept row holds a bad value, see `rows.check_rows`."""
         kept = self.policy_mask if self.kl_mask is None else self.policy_mask | self.kl_mask
         rows.check_rows(self.token_ids, self.temperature, kept, vocab, self.old_logprobs)
 
     def check_scalars(self) -> None:
-        """ValueError for a scalar out of its range."""
+        """Raise ValueError for a scalar out of its range."""
         if not (self.clip_eps_low >= 0 and self.clip_eps_high >= 0 and self.log_ratio_clamp > 0):
             raise ValueError(
-                "need clip_eps_low >= 0, clip_eps_high >= 0 and log_ratio_clamp > 0, "
+                "expected clip_eps_low >= 0, clip_eps_high >= 0 and log_ratio_clamp > 0, "
                 f"found {self.clip_eps_low}, {self.clip_eps_high} and {self.log_ratio_clamp}"
             )
 
     def take(self, index: Tensor) -> Tokens:
-        """The rows (n,) named by `index` only."""
+        """Only the rows `index` (n,)."""
         return self._map_rows(lambda x, _: x[index])
 
     def padded(self) -> Tokens:
@@ -119,15 +119,15 @@ def policy_mask(
 ) -> Tensor:  # (...) bool
     """The tokens that train: M = loss_mask and old probability < prob_threshold (strictly).
 
-    A NaN, which is no probability, counts as unsure, so that a loss over it is not right by chance.
-    Raises TypeError for what is no tensor, ValueError for a threshold outside of (0, 1].
+    An old logprob of NaN keeps its token, so that the loss shows the error instead of hiding it.
+    Raises TypeError if an argument is not a tensor, ValueError for a threshold outside (0, 1].
     """
     rows.check_tensors(old_logprobs=old_logprobs, loss_mask=loss_mask)
     trained = loss_mask != 0
     if prob_threshold is None:
         return trained
     if not 0 < prob_threshold <= 1:
-        raise ValueError(f"prob_threshold must be in (0, 1] or None, found {prob_threshold}")
+        raise ValueError(f"prob_threshold: expected (0, 1] or None, found {prob_threshold}")
     return trained & ~(old_logprobs.float() >= math.log(prob_threshold))
 
 
@@ -147,10 +147,10 @@ def prepare(
     kl_norm: float | Tensor | None,
     **others: Any,
 ) -> Tokens:
-    """Check the arguments that both public functions share and flatten them.
+    """Check and flatten the arguments that both public functions share.
 
-    `others` become the fields of `Tokens` of their names: scalars as they are; floats per token,
-    which must have the shape of the tokens, or broadcast where the field's metadata say so.
+    `others` become the fields of `Tokens` with their names. Scalars are taken as they are; floats
+    per token must have the shape of the tokens, or broadcast if the field's metadata allow it.
     """
     rows.check_devices(
         like,
@@ -199,20 +199,20 @@ def prepare(
 
 def _check_kl(coef: float, estimator: str, scope: str, ref_logprobs: Tensor | None) -> None:
     if estimator not in KL_ESTIMATORS:
-        raise ValueError(f"kl_estimator must be k1, k2 or k3, found {estimator!r}")
+        raise ValueError(f"kl_estimator: expected k1, k2 or k3, found {estimator!r}")
     if scope not in ("masked", "all"):
-        raise ValueError(f"kl_scope must be 'masked' or 'all', found {scope!r}")
+        raise ValueError(f"kl_scope: expected 'masked' or 'all', found {scope!r}")
     if not 0 <= coef < math.inf:
-        raise ValueError(f"kl_coef must be >= 0 and finite, found {coef}")
+        raise ValueError(f"kl_coef: expected a finite number >= 0, found {coef}")
     if coef > 0 and ref_logprobs is None:
-        raise ValueError(f"kl_coef={coef} needs ref_logprobs")
+        raise ValueError(f"ref_logprobs: expected a tensor with kl_coef={coef}, found None")
 
 
 def _scale(
     name: str,
     coef: float,
     norm: float | Tensor | None,
-    count: Tensor,  # () what a norm of None stands for
+    count: Tensor,  # (), the norm if `norm` is None
     dtype: torch.dtype,
 ) -> Tensor:
     """coef / norm as a () tensor, 0 where the norm is 0."""
@@ -220,14 +220,14 @@ def _scale(
         norm = count.to(dtype)
     elif not isinstance(norm, Tensor):
         if not 0 <= norm < math.inf:
-            raise ValueError(f"{name} must be a finite count >= 0, found {norm}")
+            raise ValueError(f"{name}: expected a finite count >= 0, found {norm}")
         return torch.full((), coef / norm if norm else 0.0, dtype=dtype, device=count.device)
     else:
         if norm.numel() != 1:
-            raise ValueError(f"{name} must be one number, found shape {tuple(norm.shape)}")
+            raise ValueError(f"{name}: expected one number, found shape {tuple(norm.shape)}")
         norm = norm.detach().reshape(()).to(dtype)
         if not rows.is_captured(norm) and norm.device.type == "cpu" and not 0 <= norm < math.inf:
-            raise ValueError(f"{name} must be a finite count >= 0, found {float(norm)}")
+            raise ValueError(f"{name}: expected a finite count >= 0, found {float(norm)}")
     return torch.where(norm == 0, 0.0, coef / norm)
 
 
@@ -235,10 +235,10 @@ def token_objective(
     logprobs: Tensor,  # (N,) differentiable
     tokens: Tokens,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (N,) each
-    """Policy term, KL term (both scaled), clipped (0 or 1) and ratio of every row; 0 where unused.
+    """Policy term and KL term (scaled), clipped (0 or 1) and ratio of every row; 0 where unused.
 
     The PyTorch counterpart of csrc/objective.h. An unused argument may be NaN, so it is replaced
-    before it enters the arithmetic: masking the result alone would leak NaN into the gradient.
+    before the arithmetic: masking only the result would leak NaN into the gradient.
     """
     has = tokens.has_policy()
     old = tokens.old_logprobs.masked_fill(~has, 0)

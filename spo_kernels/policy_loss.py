@@ -1,4 +1,4 @@
-"""Probability-masked PPO loss from logits, and what it shares with the one from hidden states.
+"""Probability-masked PPO loss from logits; also what the loss from hidden states uses.
 
 Reference, op schemas with their fake and autograd, public functions, in that order.
 """
@@ -54,7 +54,7 @@ def run_rows(
     entropy: bool,
     zeroed: bool = False,  # dlogits is zero already
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The row kernel: (totals (4,), logprobs (N,), entropy (N,) or (0,)), and dlogits filled."""
+    """Run the row kernel, which fills dlogits: totals (4,), logprobs (N,), entropy (N,) or (0,)."""
     n, vocab = tokens.token_ids.numel(), logits.shape[-1]
     stats, logprobs = logits.new_empty((n, 4), dtype=torch.float32), tokens.scales.new_empty(n)
     row_entropy = tokens.scales.new_empty(n if entropy else 0)
@@ -92,7 +92,7 @@ def _policy_loss(logits, needs_grad, entropy, backend, *arguments):
     tokens = Tokens(*arguments)
     tokens.check(logits.shape[-1])
     shape = logits.shape if needs_grad else (0,)
-    # Pages of zeros that nothing writes are free; a buffer to be filled had better be a used one.
+    # Pages of zeros are free where nothing writes. A buffer that is written is best a reused one.
     zeroed = needs_grad and logits.device.type == "cpu"
     zeroed = zeroed and 2 * int(tokens.used().sum()) < tokens.token_ids.numel()
     allocate = memory.zeros if zeroed else memory.empty
@@ -127,7 +127,7 @@ _policy_loss.register_autograd(gradients.hand_out, setup_context=_setup_policy_l
     " -> (Tensor totals, Tensor logprobs, Tensor entropy)",
 )
 def _policy_loss_inplace(logits, entropy, backend, *arguments):
-    # What saved the logits before will raise in its backward instead of reading the gradient.
+    # An op that saved the logits now raises in its backward, instead of reading the gradient.
     torch.autograd.graph.increment_version(logits)
     tokens = Tokens(*arguments)
     tokens.check(logits.shape[-1])
@@ -192,19 +192,19 @@ def masked_ppo_loss(
         loss = policy_loss + kl
 
     K is M for `kl_scope="masked"`, the loss mask for "all". With p and q the two logprobs, k1 is
-    p - q, k2 is (p - q)^2 / 2, k3 is exp(d) - d - 1 with d = clamp(q - p, -10, 10), each
-    differentiated as it stands. The norms are counts, numbers or tensors: give the global counts
-    of the optimiser step; `kl_norm=None` is the policy's norm. A norm of 0 gives loss 0 and zero
+    p - q, k2 is (p - q)^2 / 2, k3 is exp(d) - d - 1 with d = clamp(q - p, -10, 10); the gradient is
+    that of the formula. A norm is a count, a number or a tensor: give the global count of the
+    optimiser step. `kl_norm=None` takes the policy's norm. A norm of 0 gives loss 0 and zero
     gradients. `prob_threshold=None` trains the whole loss mask.
 
-    One read of the logits and one write of their gradient; logits of dropped tokens are not read
-    (they may be NaN) and get zeros. `entropy=True` adds the entropy as a metric.
-    `inplace_grad=True` writes the gradient over the logits: use them for nothing else.
+    The logits are read once and their gradient is written once. Logits of dropped tokens are not
+    read (they may be NaN); their gradient is 0. `entropy=True` adds the entropy as a metric.
+    `inplace_grad=True` writes the gradient over the logits: do not use them afterwards.
 
-    Raises TypeError for wrong types; ValueError for wrong shapes or options, for an id outside
-    [0, V), a temperature that is not positive and finite or an old logprob that is NaN on a kept
-    token (what dropped tokens hold does not matter), and for a `backend` that cannot run this. A
-    backward with create_graph=True is a RuntimeError: there is no second derivative.
+    Raises TypeError for wrong types; ValueError for wrong shapes or options, for a kept token with
+    an id outside [0, V), a temperature that is not positive and finite or an old logprob that is
+    NaN (dropped tokens may hold anything), and for a `backend` that cannot run. A backward with
+    create_graph=True raises RuntimeError: the kernels have no second derivative.
     """
     _rows.check_floating("logits", logits)
     tokens = objective.prepare(
@@ -236,14 +236,14 @@ def _loss(
 
 def _check_inplace(logits: Tensor, chosen: str) -> None:
     if chosen == "reference":
-        raise ValueError("inplace_grad=True needs a native or Triton backend, found the reference")
+        raise ValueError("inplace_grad=True: expected a native or Triton backend, found reference")
     if not (torch.is_grad_enabled() and logits.requires_grad):
-        raise ValueError("inplace_grad=True needs logits that require a gradient")
+        raise ValueError("inplace_grad=True: expected logits that require a gradient")
     same = _rows.strided_rows(logits)[0].data_ptr() == logits.data_ptr()
     if not same or any(
         s == 0 and n > 1 for s, n in zip(logits.stride(), logits.shape, strict=True)
     ):
         raise ValueError(
-            "inplace_grad=True needs logits with a contiguous last dimension and no repeated rows, "
-            f"found strides {logits.stride()}"
+            "inplace_grad=True: expected logits with a contiguous last dimension and no repeated "
+            f"rows, found strides {logits.stride()}"
         )

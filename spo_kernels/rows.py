@@ -1,6 +1,6 @@
-"""Per-token arguments of the loss and logprob ops: checked, flattened, brought to one dtype.
+"""Per-token arguments of the loss and logprob ops: checks, flattening, conversion to one dtype.
 
-The public functions take any leading shape (...); the kernels see N contiguous rows.
+The public functions take any leading shape (...); the kernels take N contiguous rows.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # position = value of `
 
 
 def math_dtype(tensor: Tensor) -> torch.dtype:
-    """What a reference computes in: fp64 for fp64 tensors, fp32 for all others."""
+    """The dtype that a reference computes in: fp64 for fp64 tensors, else fp32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def check_tensors(**tensors: object) -> None:
-    """TypeError for what is no tensor."""
+    """Raise TypeError for a value that is not a tensor."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
+            raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
 
 
 def check_optional_tensors(**tensors: object) -> None:
-    """TypeError for what is neither a tensor nor None."""
+    """Raise TypeError for a value that is neither a tensor nor None."""
     check_tensors(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """TypeError unless the tensor holds floats that the ops know."""
+    """Raise TypeError unless the tensor has a floating-point dtype that the ops support."""
     check_tensors(**{name: tensor})
     if tensor.dtype not in (*DTYPES, torch.float64):
         raise TypeError(
-            f"{name} must be float32, bfloat16, float16 or float64, found {tensor.dtype}"
+            f"{name}: expected float32, bfloat16, float16 or float64, found {tensor.dtype}"
         )
 
 
 def flat_ids(name: str, ids: Tensor, shape: Sequence[int]) -> Tensor:
     """Token ids or indices as (N,) int64."""
     if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, found {ids.dtype}")
+        raise TypeError(f"{name}: expected int32 or int64, found {ids.dtype}")
     _check_shape(name, ids, shape)
     return ids.reshape(-1).to(torch.int64).contiguous()
 
 
 def flat_floats(name: str, values: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Per-token numbers of exactly the tokens' shape as (N,), without their graph."""
+    """Per-token numbers of exactly the tokens' shape, detached, as (N,)."""
     check_tensors(**{name: values})
     _check_shape(name, values, shape)
     return values.detach().reshape(-1).to(dtype).contiguous()
@@ -62,16 +62,16 @@ def broadcast_floats(name: str, values: Tensor, shape: Sequence[int], dtype: tor
     if values.ndim == 1 and len(shape) > 1:
         if values.shape[0] != shape[0]:
             raise ValueError(
-                f"{name} of shape {tuple(values.shape)} must hold one value for each of the "
-                f"{shape[0]} sequences of token_ids {tuple(shape)}"
+                f"{name}: expected one value for each of the {shape[0]} sequences of token_ids "
+                f"{tuple(shape)}, found shape {tuple(values.shape)}"
             )
         values = values.reshape(-1, *[1] * (len(shape) - 1))
     if values.ndim > len(shape) or any(
         size not in (1, want) for size, want in zip(values.shape[::-1], shape[::-1], strict=False)
     ):
         raise ValueError(
-            f"{name} of shape {tuple(values.shape)} does not broadcast against token_ids "
-            f"of shape {tuple(shape)}"
+            f"{name}: expected a shape that broadcasts to that of token_ids {tuple(shape)}, "
+            f"found {tuple(values.shape)}"
         )
     return values.expand(shape).reshape(-1).to(dtype).contiguous()
 
@@ -93,7 +93,7 @@ def flat_temperature(
     if isinstance(temperature, Tensor):
         return temperature.detach().reshape(1).to(dtype)
     if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, found {temperature}")
+        raise ValueError(f"temperature: expected a positive finite number, found {temperature}")
     return torch.full((1,), temperature, dtype=dtype, device=like.device)
 
 
@@ -104,10 +104,10 @@ def check_rows(
     vocab: int,
     old_logprobs: Tensor | None = None,
 ) -> None:
-    """ValueError if a kept row has an id outside the vocabulary, a temperature that is not positive
-    and finite, or an old logprob that is NaN.
+    """Raise ValueError for a kept row with an id outside the vocabulary, a temperature that is not
+    positive and finite, or an old logprob that is NaN.
 
-    Not while a CUDA graph is captured, which cannot look at data: kernels answer with NaN then.
+    While a CUDA graph is captured the data cannot be read: kernels then return NaN instead.
     """
     if ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return
@@ -119,35 +119,35 @@ def check_rows(
     if unknown.any():
         row = int(unknown.nonzero()[0, 0])
         raise ValueError(
-            f"old_logprobs must not be NaN where a token is kept, found it at row {row}"
+            f"old_logprobs: expected no NaN where a token is kept, found NaN at row {row}"
         )
     if bad.any():
         row = int(bad.nonzero()[0, 0])
         raise ValueError(
-            f"token_ids must be in [0, {vocab}) where a token is kept, "
+            f"token_ids: expected ids in [0, {vocab}) where a token is kept, "
             f"found {int(ids[row])} at row {row}"
         )
     row = int(cold.nonzero()[0, 0])
     found = float(temperature.expand(kept.shape)[row])
-    raise ValueError(f"temperature must be positive and finite, found {found} at row {row}")
+    raise ValueError(f"temperature: expected a positive finite number, found {found} at row {row}")
 
 
 def is_captured(tensor: Tensor) -> bool:
-    """Whether the work is recorded to be replayed on other data: torch.compile or a CUDA graph."""
+    """Whether torch.compile or a CUDA graph records the work, to replay it on other data."""
     if torch.compiler.is_compiling():
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check_devices(like: Tensor, **tensors: Tensor | float | None) -> None:
-    """ValueError if a tensor is not where `like` is."""
+    """Raise ValueError if a tensor is on another device than `like`."""
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.device != like.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
+            raise ValueError(f"{name}: expected a tensor on {like.device}, found {tensor.device}")
 
 
 def strided_rows(logits: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Logits (..., V) with the `RowLayout` that walks them; copied only where no layout fits."""
+    """Logits (..., V) and the `RowLayout` of their rows; copied only if no layout fits them."""
     if logits.ndim > 3:
         logits = logits.reshape(-1, *logits.shape[-2:])
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
@@ -179,5 +179,5 @@ def logprobs_of(
 def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
     if tensor.shape != torch.Size(shape):
         raise ValueError(
-            f"{name} must have shape {tuple(shape)} like the tokens, found {tuple(tensor.shape)}"
+            f"{name}: expected the tokens' shape {tuple(shape)}, found {tuple(tensor.shape)}"
         )

@@ -28,7 +28,7 @@ def cutpoint_segments_ref(
     """`cutpoint_segments` in PyTorch: cumulative counts over the packed tokens."""
     check_offsets("cu_seqlens", cu_seqlens, logprobs.numel())
     if unknown := logprobs.isnan().nonzero().flatten().tolist():
-        raise ValueError(f"logprobs must not be NaN, found NaN at {unknown[0]}")
+        raise ValueError(f"logprobs: expected no NaN, found NaN at {unknown[0]}")
     cutpoints = logprobs < math.log(prob_threshold)
     lengths, starts = cu_seqlens.diff(), cu_seqlens[:-1]
     passed = F.pad(cutpoints.cumsum(0), (1, 0))  # (T+1,) cutpoints before every token
@@ -67,7 +67,7 @@ def _cutpoint_segments(
         return cutpoint_segments_ref(logprobs, cu_seqlens, prob_threshold, interval)
     logprobs, cu_seqlens = logprobs.contiguous(), cu_seqlens.contiguous()
     num_tokens = logprobs.numel()
-    # Room for a boundary before every token; what is not written costs no memory.
+    # Large enough for a boundary before every token; pages that are not written cost no memory.
     cu_segments = cu_seqlens.new_empty(num_tokens + 1)
     cu_seq_segments = torch.empty_like(cu_seqlens)
     num_segments = launch(
@@ -83,7 +83,7 @@ def _cutpoint_segments(
         cu_segments=cu_segments,
         cu_seq_segments=cu_seq_segments,
     )
-    if num_segments < 0:  # malformed: the reference says where
+    if num_segments < 0:  # malformed: the reference raises the error
         return cutpoint_segments_ref(logprobs, cu_seqlens, prob_threshold, interval)
     return cu_segments[: num_segments + 1].clone(), cu_seq_segments
 
@@ -104,7 +104,7 @@ def _segment_advantages(
     # Here and not in the public function: under torch.compile M is known when the op runs.
     boundaries = cu_segments.numel() + cu_seq_segments.numel() - 2
     if values.numel() != boundaries:
-        raise ValueError(f"values must have M + B = {boundaries} entries, found {values.numel()}")
+        raise ValueError(f"values: expected M + B = {boundaries} entries, found {values.numel()}")
     if backend == "reference":
         return segment_advantages_ref(values, cu_segments, cu_seq_segments, num_tokens)
     values = values.contiguous()
@@ -122,7 +122,7 @@ def _segment_advantages(
         cu_seq_segments=cu_seq_segments,
         advantages=advantages,
     )
-    if not ok:  # malformed: the reference says where
+    if not ok:  # malformed: the reference raises the error
         return segment_advantages_ref(values, cu_segments, cu_seq_segments, num_tokens)
     return advantages
 
@@ -151,15 +151,15 @@ def cutpoint_segments(
     Segment m holds the tokens cu_segments[m]:cu_segments[m+1], counted over the whole pack, and
     sequence b the segments cu_seq_segments[b]:cu_seq_segments[b+1].
 
-    Raises ValueError if a logprob is NaN (it would count as sure), if `cu_seqlens` does not run
-    from 0 to T, or if prob_threshold is not in (0, 1] or interval not positive.
+    Raises TypeError for wrong dtypes; ValueError if a logprob is NaN, if `cu_seqlens` decreases or
+    does not run from 0 to T, if prob_threshold is not in (0, 1], or if interval is not positive.
     """
     check_vector("logprobs", logprobs, FLOATS)
     check_vector("cu_seqlens", cu_seqlens, INTEGERS, like=logprobs, at_least=1)
     if not 0 < prob_threshold <= 1:
-        raise ValueError(f"prob_threshold must be in (0, 1], found {prob_threshold}")
+        raise ValueError(f"prob_threshold: expected (0, 1], found {prob_threshold}")
     if interval < 1:
-        raise ValueError(f"interval must be a positive number of cutpoints, found {interval}")
+        raise ValueError(f"interval: expected a positive number of cutpoints, found {interval}")
     backend = choose("segments", logprobs, backend)
     logprobs, cu_seqlens = logprobs.detach(), cu_seqlens.long()
     return torch.ops.spo_kernels.cutpoint_segments(
@@ -168,7 +168,7 @@ def cutpoint_segments(
 
 
 def segment_advantages(
-    values: Tensor,  # (M+B,) fp32 | fp64, one per boundary: segment starts and the sequence's end
+    values: Tensor,  # (M+B,) fp32 | fp64, of every segment start and every end of a sequence
     cu_segments: Tensor,  # (M+1,) int32 | int64, token offsets of the segments
     cu_seq_segments: Tensor,  # (B+1,) int32 | int64, segment offsets of the sequences
     num_tokens: int | None = None,
@@ -177,9 +177,10 @@ def segment_advantages(
 ) -> Tensor:  # (T,) dtype of values
     """Advantage of every token: V(end) - V(start) of its segment.
 
-    A sequence of m segments owns m + 1 consecutive entries of `values`, an empty one owns 1.
-    `num_tokens` is T; without it T is read from `cu_segments`, which waits for the device and
-    cannot be captured by torch.compile. Raises ValueError if the sizes or offsets do not fit.
+    A sequence of m segments has m + 1 consecutive entries of `values`; an empty sequence has 1.
+    `num_tokens` is T. Without it T is read from `cu_segments`, which waits for the device and
+    cannot be captured by torch.compile. Raises TypeError for wrong dtypes, ValueError if sizes or
+    offsets do not agree.
     """
     check_vector("values", values, FLOATS)
     check_vector("cu_segments", cu_segments, INTEGERS, like=values, at_least=1)
@@ -188,7 +189,7 @@ def segment_advantages(
     if num_tokens is None:
         num_tokens = int(cu_segments[-1])
     if num_tokens < 0:
-        raise ValueError(f"num_tokens must not be negative, found {num_tokens}")
+        raise ValueError(f"num_tokens: expected 0 or more, found {num_tokens}")
     return torch.ops.spo_kernels.segment_advantages(
         values.detach(), cu_segments.long(), cu_seq_segments.long(), num_tokens, backend
     )

@@ -1,10 +1,9 @@
 """Forests of token segments: Monte-Carlo values from the leaves up, and advantages from them.
 
-A forest is a parent index per node: parents come before children, -1 marks a root. Values, sibling
-statistics and sibling-relative advantages serve SPO-tree, SPO-chain, VinePPO, GRPO and RLOO alike,
-which differ in the shape of the forest only (arXiv 2505.23564). Sums and divisions are in fp64 and
-rounded once. Nothing here is differentiable: results never carry a gradient, whatever the inputs
-carry.
+A forest is a parent index per node: parents come before children, -1 marks a root. The same
+functions serve SPO-tree, SPO-chain, VinePPO, GRPO and RLOO, which differ only in the shape of the
+forest (arXiv 2505.23564). Sums and divisions run in fp64 and are rounded once. Nothing here is
+differentiable: results never carry a gradient.
 """
 
 from __future__ import annotations
@@ -111,7 +110,7 @@ def _check_parent(parent: Tensor) -> None:
     if wrong:
         node, found = wrong[0], int(parent[wrong[0]])
         raise ValueError(
-            f"parent[{node}] must be -1 or the index of an earlier node, found {found}"
+            f"parent[{node}]: expected -1 or the index of an earlier node, found {found}"
         )
 
 
@@ -120,7 +119,7 @@ def _check_rewards(rewards: Tensor, inner: Tensor) -> None:
     if wrong:
         node, found = wrong[0], float(rewards[wrong[0]])
         raise ValueError(
-            f"rewards[{node}] must be NaN, as node {node} has counted children, found {found}"
+            f"rewards[{node}]: expected NaN, as node {node} has counted children, found {found}"
         )
 
 
@@ -128,7 +127,7 @@ def _check_counted(parent: Tensor, in_value: Tensor) -> None:
     wrong = (~in_value & (parent >= 0)).nonzero().flatten().tolist()
     if wrong:
         raise ValueError(
-            f"in_value[{wrong[0]}] must be True, as baseline='loo' compares a node with its "
+            f"in_value[{wrong[0]}]: expected True, as baseline='loo' compares a node with its "
             "counted siblings, found False"
         )
 
@@ -149,7 +148,7 @@ def _tree_values(parent: Tensor, rewards: Tensor, in_value: Tensor, backend: str
         in_value=in_value,
         values=values,
     )
-    if not ok:  # malformed: the reference says where
+    if not ok:  # malformed: the reference raises the error
         return tree_values_ref(parent, rewards, in_value)
     return values
 
@@ -181,7 +180,7 @@ def _tree_stats(
         counts=counts,
         variances=variances,
     )
-    if not ok:  # malformed: the reference says where
+    if not ok:  # malformed: the reference raises the error
         return tree_stats_ref(parent, values, in_value)
     return counts, variances
 
@@ -223,7 +222,7 @@ def _tree_advantages(
         eps=eps,
         advantages=advantages,
     )
-    if not ok:  # malformed: the reference says where
+    if not ok:  # malformed: the reference raises the error
         return tree_advantages_ref(
             parent, values, in_value, baseline=baseline, scale=scale, eps=eps
         )
@@ -244,12 +243,13 @@ def tree_values(
 ) -> Tensor:  # (S,) dtype of rewards
     """Monte-Carlo value of every node: a leaf's reward, else the mean of its counted children.
 
-    Equivalent to: V[n] = mean(V[c] for c in children(n) if in_value[c]), V[n] = rewards[n] where
-    nothing is counted. The mean is plain: an early leaf weighs as much as a whole subtree.
+    Equivalent to: V[n] = mean(V[c] for c in children(n) if in_value[c]), or V[n] = rewards[n] if
+    no child is counted. The mean is plain: an early leaf has the same weight as a whole subtree.
 
-    A node with neither a reward nor a counted child is NaN. A counted child without a value makes
-    its parent NaN, and so on upwards: it is never skipped. Raises ValueError if a parent does not
-    come before its child, or if a node has both a reward and counted children.
+    A node with neither a reward nor a counted child is NaN. A counted child that is NaN is never
+    skipped: it makes its parent NaN, and so on upwards. Raises TypeError for wrong dtypes;
+    ValueError if a parent does not come before its child, or if a node has both a reward and
+    counted children.
     """
     check_vector("rewards", rewards, FLOATS)
     _check_nodes(parent, in_value, rewards)
@@ -264,10 +264,10 @@ def tree_stats(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # counts (S,) int32, variances (S,) dtype of values
-    """How many counted children every node has, and the population variance of their values.
+    """Number of counted children of every node, and the population variance of their values.
 
-    Where the count is 0 the variance is NaN; sqrt(variance / count) is the standard error of V[n]
-    (biased low for few children). Raises ValueError if a parent does not come before its child.
+    The variance is NaN where the count is 0. sqrt(variance / count) is the standard error of V[n],
+    too low for few children. Raises ValueError if a parent does not come before its child.
     """
     check_vector("values", values, FLOATS)
     _check_nodes(parent, in_value, values)
@@ -287,24 +287,24 @@ def tree_advantages(
 ) -> Tensor:  # (S,) dtype of values
     """Advantage of every node over its parent or its siblings; 0 on roots.
 
-    baseline="parent": A[n] = values[n] - values[parent[n]], the paper's; the parent's value is
-    taken as given, so a root may carry one from elsewhere. baseline="loo": values[n] minus the mean
-    of the other counted children of parent[n], 0 for an only child. scale="std" divides by the
-    population standard deviation of the counted children of parent[n] plus `eps`. On a star, parent
-    with std is GRPO and loo is RLOO.
+    baseline="parent": A[n] = values[n] - values[parent[n]], as in the paper. The parent's value is
+    read from `values`, so the caller may set that of a root. baseline="loo": values[n] minus the
+    mean of the other counted children of parent[n]; 0 for an only child. scale="std" divides by
+    `eps` plus the population standard deviation of the counted children of parent[n]. On a star,
+    "parent" with "std" is GRPO, and "loo" is RLOO.
 
-    NaN values give NaN on the nodes they concern, and so does "std" where no sibling is counted;
-    the caller refuses them. Raises ValueError if a parent does not come before its child, or if
-    "loo" meets a node below the roots that is not counted itself.
+    A NaN value makes the advantages that read it NaN, and "std" gives NaN if no sibling is counted;
+    the caller must refuse them. Raises ValueError if a parent does not come before its child, or
+    if "loo" finds a node below a root that is not counted itself.
     """
     check_vector("values", values, FLOATS)
     _check_nodes(parent, in_value, values)
     if baseline not in ("parent", "loo"):
-        raise ValueError(f"baseline must be 'parent' or 'loo', found {baseline!r}")
+        raise ValueError(f"baseline: expected 'parent' or 'loo', found {baseline!r}")
     if scale not in ("none", "std"):
-        raise ValueError(f"scale must be 'none' or 'std', found {scale!r}")
+        raise ValueError(f"scale: expected 'none' or 'std', found {scale!r}")
     if not eps >= 0:
-        raise ValueError(f"eps must not be negative, found {eps}")
+        raise ValueError(f"eps: expected 0 or more, found {eps}")
     backend = choose("tree", values, backend)
     return torch.ops.spo_kernels.tree_advantages(
         parent, values.detach(), in_value, baseline, scale, eps, backend

@@ -35,7 +35,7 @@ def test_order_and_precision():
 def test_explicit_backend_never_falls_back():
     with pytest.raises(ValueError, match="float64 runs on the reference only"):
         dispatch.choose("logprobs", torch.zeros(1, dtype=torch.float64), "cpu")
-    with pytest.raises(ValueError, match="the tensors are on meta, it needs cpu"):
+    with pytest.raises(ValueError, match="expected tensors on cpu, found meta"):
         dispatch.choose("logprobs", torch.zeros(1, device="meta"), "cpu")
 
 

@@ -153,21 +153,21 @@ def test_long_sequences_agree_with_the_reference_in_fp64():
 
 def test_bad_arguments(backend):
     rewards, values, cu_seqlens = worked()
-    with pytest.raises(ValueError, match="cu_seqlens must run from 0 to 3, found 0 to 2"):
+    with pytest.raises(ValueError, match="cu_seqlens: expected offsets from 0 to 3, found 0 to 2"):
         gae(rewards, values, cu_seqlens[:-1], backend=backend)
-    with pytest.raises(ValueError, match="cu_seqlens must not decrease, found 9 then 2 at 1"):
+    with pytest.raises(ValueError, match="cu_seqlens: expected no decrease, found 9 then 2 at 1"):
         gae(rewards, values, torch.tensor([0, 9, 2, 3]), backend=backend)
-    with pytest.raises(ValueError, match="cu_seqlens must have at least 1 entry, found none"):
+    with pytest.raises(ValueError, match="cu_seqlens: expected at least 1 entry, found none"):
         gae(rewards, values, cu_seqlens[:0], backend=backend)
-    with pytest.raises(ValueError, match="values must have 3 entries, found 2"):
+    with pytest.raises(ValueError, match="values: expected 3 entries, found 2"):
         gae(rewards, values[1:], cu_seqlens, backend=backend)
-    with pytest.raises(TypeError, match="values must be float32, found float64"):
+    with pytest.raises(TypeError, match="values: expected float32, found float64"):
         gae(rewards, values.double(), cu_seqlens, backend=backend)
-    with pytest.raises(ValueError, match="bootstrap_values must have 3 entries, found 2"):
+    with pytest.raises(ValueError, match="bootstrap_values: expected 3 entries, found 2"):
         gae(rewards, values, cu_seqlens, bootstrap_values=values[1:], backend=backend)
-    with pytest.raises(ValueError, match=r"gamma must be in \[0, 1\], found 1.01"):
+    with pytest.raises(ValueError, match=r"gamma: expected a number in \[0, 1\], found 1.01"):
         gae(rewards, values, cu_seqlens, gamma=1.01, backend=backend)
-    with pytest.raises(ValueError, match=r"lam must be in \[0, 1\], found nan"):
+    with pytest.raises(ValueError, match=r"lam: expected a number in \[0, 1\], found nan"):
         gae(rewards, values, cu_seqlens, lam=math.nan, backend=backend)
 
 

@@ -196,11 +196,11 @@ def test_fp64_runs_on_the_reference_and_keeps_its_input():
 @pytest.mark.parametrize(
     "parent, sentence",
     [
-        ([-1, 1], r"parent\[1\] must be -1 or the index of an earlier node, found 1"),
-        ([1, -1], r"parent\[0\] must be -1 or the index of an earlier node, found 1"),
-        ([-1, 7], r"parent\[1\] must be -1 or the index of an earlier node, found 7"),
-        ([-1, -2], r"parent\[1\] must be -1 or the index of an earlier node, found -2"),
-        ([1, 0], r"parent\[0\] must be -1 or the index of an earlier node, found 1"),
+        ([-1, 1], r"parent\[1\]: expected -1 or the index of an earlier node, found 1"),
+        ([1, -1], r"parent\[0\]: expected -1 or the index of an earlier node, found 1"),
+        ([-1, 7], r"parent\[1\]: expected -1 or the index of an earlier node, found 7"),
+        ([-1, -2], r"parent\[1\]: expected -1 or the index of an earlier node, found -2"),
+        ([1, 0], r"parent\[0\]: expected -1 or the index of an earlier node, found 1"),
     ],
 )
 def test_malformed_parents(backend, parent, sentence):
@@ -216,7 +216,7 @@ def test_malformed_parents(backend, parent, sentence):
 
 def test_a_reward_above_counted_children_is_refused(backend):
     nodes = forest([-1, 0, 1], [NAN, 0.5, 1], [0, 1, 1])
-    with pytest.raises(ValueError, match=r"rewards\[1\] must be NaN, .* found 0.5"):
+    with pytest.raises(ValueError, match=r"rewards\[1\]: expected NaN, .* found 0.5"):
         tree_values(*nodes, backend=backend)
     uncounted = forest([-1, 0, 1], [NAN, 0.5, 1], [0, 1, 0])
     expect(tree_values(*uncounted, backend=backend), [0.5, 0.5, 1])
@@ -224,29 +224,29 @@ def test_a_reward_above_counted_children_is_refused(backend):
 
 def test_loo_refuses_nodes_that_are_not_counted(backend):
     parent, values, in_value = forest([-1, 0, 0], [0.5, 1, 0], [0, 1, 0])
-    with pytest.raises(ValueError, match=r"in_value\[2\] must be True, .* found False"):
+    with pytest.raises(ValueError, match=r"in_value\[2\]: expected True, .* found False"):
         tree_advantages(parent, values, in_value, baseline="loo", backend=backend)
 
 
 def test_bad_arguments():
     parent, rewards, in_value = forest(*TREE)
-    with pytest.raises(TypeError, match="parent must be int32, found int64"):
+    with pytest.raises(TypeError, match="parent: expected int32, found int64"):
         tree_values(parent.long(), rewards, in_value)
-    with pytest.raises(TypeError, match="rewards must be float32 or float64, found bfloat16"):
+    with pytest.raises(TypeError, match="rewards: expected float32 or float64, found bfloat16"):
         tree_values(parent, rewards.bfloat16(), in_value)
-    with pytest.raises(TypeError, match="in_value must be bool, found int32"):
+    with pytest.raises(TypeError, match="in_value: expected bool, found int32"):
         tree_stats(parent, rewards, in_value.int())
-    with pytest.raises(ValueError, match="in_value must have 5 entries, found 4"):
+    with pytest.raises(ValueError, match="in_value: expected 5 entries, found 4"):
         tree_values(parent, rewards, in_value[:4])
-    with pytest.raises(ValueError, match=r"rewards must be 1-D, found shape \(1, 5\)"):
+    with pytest.raises(ValueError, match=r"rewards: expected a 1-D tensor, found shape \(1, 5\)"):
         tree_values(parent, rewards[None], in_value)
-    with pytest.raises(TypeError, match="rewards must be a tensor, found list"):
+    with pytest.raises(TypeError, match="rewards: expected a tensor, found list"):
         tree_values(parent, rewards.tolist(), in_value)
-    with pytest.raises(ValueError, match="baseline must be 'parent' or 'loo', found 'mean'"):
+    with pytest.raises(ValueError, match="baseline: expected 'parent' or 'loo', found 'mean'"):
         tree_advantages(parent, rewards, in_value, baseline="mean")
-    with pytest.raises(ValueError, match="scale must be 'none' or 'std', found None"):
+    with pytest.raises(ValueError, match="scale: expected 'none' or 'std', found None"):
         tree_advantages(parent, rewards, in_value, scale=None)
-    with pytest.raises(ValueError, match="eps must not be negative, found -1"):
+    with pytest.raises(ValueError, match="eps: expected 0 or more, found -1"):
         tree_advantages(parent, rewards, in_value, eps=-1.0)
 
 
