@@ -1,6 +1,6 @@
 #pragma once
-// The objective of one token and its derivative by the token's logprob: the one copy that the CPU
-// and CUDA kernels share. PyTorch's counterpart is token_objective in spo_kernels/objective.py.
+// The objective of one token and its derivative by the token's logprob, shared by the CPU and CUDA
+// kernels. PyTorch's counterpart is token_objective in spo_kernels/objective.py.
 #include <cmath>
 #include <cstdint>
 
@@ -12,7 +12,7 @@ namespace spo {
 #define SPO_VALUE(name, absent) float name;
 #define SPO_READ(name, absent) token.name = a.name ? a.name[row] : absent;
 
-// The values of one token. Kernels that have to wait for its logprob read them ahead.
+// The values of one token. Kernels read them while they wait for its logprob.
 struct Token {
   SPO_TOKEN_FIELDS(SPO_IGNORE, SPO_VALUE)
   float policy_scale;  // 1 / Z

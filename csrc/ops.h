@@ -1,6 +1,6 @@
 #pragma once
-// What the native kernels are told: one plain struct per op, shared by the CPU and CUDA launchers.
-// Pointers are to contiguous arrays unless a stride says otherwise; sizes and strides count
+// Arguments of the native kernels: one plain struct per op, shared by the CPU and CUDA launchers.
+// Pointers point to contiguous arrays unless a stride says otherwise; sizes and strides count
 // elements. The Python side owns every buffer and has checked shapes and dtypes.
 #include <cstdint>
 
@@ -30,14 +30,14 @@ SPO_HOST_DEVICE int64_t row_offset(const RowLayout& layout, int64_t row) {
          row % layout.block_rows * layout.row_stride;
 }
 
-// The fields of a struct are listed once, as FIELD(type, name, initial value): the struct and its
-// Python class (csrc/bindings.cpp) are made of the list.
+// The fields of a struct are listed once, as FIELD(type, name, initial value). The list generates
+// the struct and its Python class (csrc/bindings.cpp).
 #define SPO_MEMBER(type, name, initial) type name = initial;
 #define SPO_ARRAY(name, absent) const float* name = nullptr;
 
-// What the objective asks of every token, and its scalars: the fields of `Tokens` in
-// spo_kernels/objective.py. PER_TOKEN(name, absent) is an array of N floats, of which the objective
-// gets the row's value (`Token` in csrc/objective.h), or `absent` if the array is null.
+// The objective's inputs per token, and its scalars: the fields of `Tokens` in
+// spo_kernels/objective.py. PER_TOKEN(name, absent) is an array of N floats. The objective receives
+// the row's value (`Token` in csrc/objective.h), or `absent` if the array is null.
 #define SPO_TOKEN_FIELDS(FIELD, PER_TOKEN)                                                        \
   FIELD(const int64_t*, token_ids, nullptr)   /* (N,), read where a mask is set */                \
   PER_TOKEN(old_logprobs, 0)                  /* (N,) */                                          \
@@ -191,8 +191,9 @@ void policy_loss_cpu(const PolicyLossArgs& args);
 void logprobs_cpu(const LogprobsArgs& args);
 void logprobs_backward_cpu(const LogprobsArgs& args);
 
-// These check offsets and parents before they follow them. False (or -1): the input is malformed
-// and the outputs mean nothing; the reference then names the entry. segments_cpu returns M.
+// These check offsets and parents before they use them. They return false (or -1) if the input is
+// malformed; the outputs are then undefined, and the reference names the bad entry. segments_cpu
+// returns M.
 int64_t segments_cpu(const SegmentsArgs& args);
 bool segment_advantages_cpu(const SegmentAdvantagesArgs& args);
 bool tree_cpu(const TreeArgs& args);
@@ -206,7 +207,7 @@ void policy_loss_cuda(const PolicyLossArgs& args);
 void logprobs_cuda(const LogprobsArgs& args);
 void logprobs_backward_cuda(const LogprobsArgs& args);
 
-// These answer as their CPU counterparts do, so they wait for the stream.
+// These return what their CPU counterparts return, so they wait for the stream.
 int64_t segments_cuda(const SegmentsArgs& args);
 bool segment_advantages_cuda(const SegmentAdvantagesArgs& args);
 bool tree_cuda(const TreeArgs& args);

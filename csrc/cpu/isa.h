@@ -6,7 +6,7 @@ namespace spo {
 
 enum class Isa { kPortable, kAvx2, kAvx512 };
 
-// The best one this processor has, or what the environment variable SPO_CPU_ISA names
+// The best one that this processor has, or the one in the environment variable SPO_CPU_ISA
 // (portable, avx2, avx512), read at each call. Throws std::runtime_error if that is unknown or
 // cannot run here.
 Isa chosen_isa();

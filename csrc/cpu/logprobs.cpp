@@ -24,7 +24,7 @@ static void logprobs_row(const LogprobsArgs& a, int64_t row) {
 }
 
 // dlogits_j = g (1[j = token] - p_j) - h p_j (log p_j + H), g and h the gradients of logprob and
-// entropy over the temperature; log p_j = ln 2 d_j - logsum.
+// entropy divided by the temperature; log p_j = ln 2 d_j - logsum.
 // T: type of the logits, U: of dlogits.
 template <class T, class U>
 static void logprobs_backward_row(const LogprobsArgs& a, int64_t row) {

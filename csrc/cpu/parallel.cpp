@@ -46,7 +46,7 @@ class Pool {
  private:
   void serve(int32_t id) {
     std::unique_lock<std::mutex> lock(mutex_);
-    // A helper is started inside the run() it first serves, so it owes that generation its work.
+    // A helper starts inside the run() that it first serves, so it must work on that generation.
     for (uint64_t seen = generation_ - 1;;) {
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
@@ -67,7 +67,7 @@ class Pool {
 };
 
 // The helpers are detached and the pool is never destroyed: joining threads while the process
-// exits can deadlock. A forked child inherits no threads, so it gets a pool of its own.
+// exits can deadlock. A forked child inherits no threads, so it makes its own pool.
 Pool& pool() {
   static std::mutex guard;
   static Pool* current = nullptr;

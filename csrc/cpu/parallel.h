@@ -11,8 +11,9 @@ namespace spo {
 inline int64_t rows_per_piece(int64_t vocab) { return vocab < 65536 ? 65536 / (vocab + 1) + 1 : 1; }
 
 // Calls body(begin, end) on disjoint pieces of [0, size) of at most `grain` items, on up to
-// `num_threads` threads. Pieces are handed out as threads come free, so `body` must not let its
-// result depend on who runs it. A call made while another one runs is done by its caller alone.
+// `num_threads` threads. A thread takes the next piece when it has finished one, so the result of
+// `body` must not depend on the thread. A call made while another one runs uses its own thread
+// only.
 void parallel_for(int64_t size, int64_t grain, int32_t num_threads,
                   const std::function<void(int64_t begin, int64_t end)>& body);
 

@@ -30,7 +30,7 @@ static void policy_loss_row(const PolicyLossArgs& a, int64_t row) {
     const float temperature = a.temperature[row * a.temperature_stride];
     const float exp_scale = exponent_scale(temperature);
     const RowSums sums = reduce_row(x, a.vocab, exp_scale, a.entropy != nullptr);
-    const bool known = id >= 0 && id < a.vocab;  // else NaN, where Python could not look first
+    const bool known = id >= 0 && id < a.vocab;  // else NaN, if Python could not check
     logprob = known ? static_cast<float>(row_logprob(sums, to_float(x[id]), exp_scale)) : NAN;
     if (a.entropy) entropy = static_cast<float>(row_entropy(sums));
     loss = token_loss(a, read_token(a, row), in_policy, in_kl, logprob);
@@ -40,7 +40,7 @@ static void policy_loss_row(const PolicyLossArgs& a, int64_t row) {
       U* out = row_of<U>(a.dlogits, a.dlogits_layout, row);
       const float g = loss.dlogprob / temperature;
       const float factor = static_cast<float>(-g / sums.sum);
-      // 1 - p of the token itself, without the cancellation of 1 - exp(logprob).
+      // 1 - p of the token itself; 1 - exp(logprob) would cancel.
       const float own = -g * expm1f(logprob);
       write_row<false>(x, a.vocab, sums.max, exp_scale, factor, 0, out);
       if (known) from_float(own, out + id);

@@ -3,7 +3,7 @@
 // pieces that fit the L1 cache; a row of 151936 logits still fits the L2 or L3 cache, so the second
 // sweep does not go to memory. Sums are fp32 within a piece and fp64 across pieces.
 //
-// Exponents are to base 2: 2^d with d = (x - max) * scale, scale = log2(e) over the temperature.
+// Exponentials are to base 2: 2^d with d = (x - max) * scale, scale = log2(e) / temperature.
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -69,8 +69,8 @@ static void add_piece(const T* x, int64_t size, float scale, RowSums* row) {
   piece_sums<kWeighted>(x, size, scale, row);
 }
 
-// First sweep: running max and sums. The lowest float, not -inf, is the empty maximum: a row may
-// start with -inf. NaN is not seen by the maximum and reaches the sums.
+// First sweep: running max and sums. The maximum starts at the lowest float, not at -inf, because a
+// row may start with -inf. The maximum ignores NaN; the sums do not.
 template <bool kWeighted, class T>
 static RowSums reduce_row(const T* x, int64_t size, float scale) {
   RowSums row = {-FLT_MAX, 0, 0};

@@ -1,7 +1,7 @@
 // Values, sibling statistics and advantages over a forest. Parents come before children, so one
 // sweep from the last node to the first meets every child before its parent. Sums are fp64 and in
-// a fixed order; the result is rounded once. One thread: at one million nodes the sweeps run at
-// about the cost of touching their buffers.
+// a fixed order; the result is rounded once. One thread: at one million nodes the sweeps take
+// about as long as reading their buffers.
 #include <cmath>
 #include <vector>
 
@@ -10,7 +10,7 @@
 namespace spo {
 namespace {
 
-// Per node: how many of its children count, and a sum over them.
+// Per node: its number of counted children, and a sum over them.
 struct ChildSums {
   std::vector<int32_t> counts;
   std::vector<double> sums;
@@ -35,8 +35,8 @@ bool sum_children(const Args& args, ChildSums& children) {
   return true;
 }
 
-// Population variance of every node's counted children, NaN where there are none. A second sweep
-// over the deviations, so that equal values give exactly zero.
+// Population variance of every node's counted children, NaN if there are none. It takes a second
+// sweep over the deviations, so that equal values give exactly zero.
 template <typename Args>
 std::vector<double> child_variances(const Args& args, const ChildSums& children) {
   std::vector<double> variances(args.nodes);

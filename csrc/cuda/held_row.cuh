@@ -1,16 +1,17 @@
 #pragma once
-// A logits row held in the shared memory of a thread-block cluster, so that it is read from memory
-// once however often it is swept.
+// A logits row held in the shared memory of a thread-block cluster: it is read from memory once,
+// however many sweeps there are.
 //
 // Every block of the cluster holds an equal share of the row's granules. One thread hands the share
-// to the copy engine in pieces, and the first sweep starts on a piece as soon as it has landed. The
-// loose elements at the row's ends stay in registers of rank 0.
+// to the copy engine in pieces, and the first sweep starts on a piece as soon as it has arrived.
+// The loose elements at the row's ends stay in registers of rank 0.
 //
-// Bandwidth is kept up by blocks that share a multiprocessor without waiting for each other: while
-// one waits for its row to land, another computes or stores. plan_held_row takes the smallest
-// cluster of which three blocks fit a multiprocessor: 3 x 76 KB on sm_90 and sm_100, which is a row
-// of 151936 bf16 logits over 4 blocks, or of 151936 fp32 logits over 8. The copy engine then has a
-// third of that, 76 KB, in flight at any time, where latency times bandwidth asks for about 30 KB.
+// Blocks that share a multiprocessor do not wait for each other, which keeps the bandwidth up:
+// while one waits for its row to arrive, another computes or stores. plan_held_row takes the
+// smallest cluster of which three blocks fit a multiprocessor: 3 x 76 KB on sm_90 and sm_100, which
+// is a row of 151936 bf16 logits over 4 blocks, or of 151936 fp32 logits over 8. The copy engine
+// then has a third of that, 76 KB, in flight at any time, where latency times bandwidth asks for
+// about 30 KB.
 #include "csrc/cuda/row.cuh"
 #include "csrc/objective.h"
 
@@ -22,14 +23,14 @@ constexpr int kHeldBlocks = 3;     // on one multiprocessor; bounds the register
 constexpr int kPieceGranules = 2;  // of every thread
 constexpr int kMaxPieces = 16;     // at most 228 KB / (512 x 2 x 16 bytes) = 14.25 are needed
 
-// What the row asks of the objective. One thread fetches it while the logits are under way: loads
-// after the sums would be one more trip to memory per row.
+// The objective's inputs of the row. One thread reads them while the logits are in flight: reading
+// them after the sums would cost one more memory latency per row.
 struct RowInputs {
   float logit;
   Token token;
 };
 
-// What the block keeps in shared memory ahead of its granules.
+// What the block keeps in shared memory before its granules.
 struct alignas(16) HeldRowMemory {
   Partial warps[kMaxWarps];
   Granule ranks[kMaxCluster];  // a Partial each, and padding
@@ -120,7 +121,7 @@ __device__ __forceinline__ void init_memory(HeldRowMemory& memory) {
 
 // Sums over the cluster, from the sums of this block in its thread 0; the result is for thread 0 of
 // every block, and the same in all. Every block sends its sums to all and waits for those sent to
-// it, so that nothing is under way to a block that has ended.
+// it, so that nothing is in flight to a block that has ended.
 __device__ __forceinline__ Partial reduce_cluster(Partial block, float scale,
                                                   HeldRowMemory& memory) {
   const int rank = cluster_rank(), ranks = cluster_size(), thread = threadIdx.x;

@@ -117,9 +117,9 @@ __device__ __forceinline__ int64_t thread_item() {
   return blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
 }
 
-// The kernels of one op over offsets or parents, which may be malformed. Every kernel gets one more
-// argument, the last: a flag that is 0 until a kernel finds something wrong. Those behind the check
-// do nothing then, since a bad offset would lead them outside of the buffers.
+// The kernels of one op over offsets or parents, which may be malformed. Every kernel has one more
+// argument, the last: a flag that is 0 until a kernel finds an error. The kernels after the check
+// then do nothing, since a bad offset points outside the buffers.
 class CheckedLaunch {
  public:
   explicit CheckedLaunch(void* stream) : stream_(stream), malformed_(1, stream) {

@@ -1,5 +1,5 @@
 // token_logprobs on CUDA: one block per row, one sweep forward, one sweep backward. The forward
-// writes nothing per logit and the backward knows its sums, so no sweep needs the row twice.
+// writes nothing per logit, and the backward reads the saved sums, so no kernel reads a row twice.
 #include "csrc/cuda/row.cuh"
 
 namespace spo {
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // dlogits_j = g (1[j = token] - p_j) - h p_j (log p_j + H), g and h the gradients of logprob and
-// entropy over the temperature; log p_j = ln(2) d_j - logsum with d_j as in Partial.
+// entropy divided by the temperature; log p_j = ln(2) d_j - logsum with d_j as in Partial.
 // T: type of the logits, U: of dlogits.
 template <class T, class U>
 __global__ void __launch_bounds__(kThreads, 2)

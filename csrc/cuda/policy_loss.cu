@@ -5,7 +5,7 @@
 namespace spo {
 namespace {
 
-// What one row asks for, before its logits are looked at.
+// The inputs of one row, read before its logits.
 struct Terms {
   bool policy, kl;
   float inv_temperature, scale;
@@ -14,7 +14,7 @@ struct Terms {
 };
 
 __device__ __forceinline__ Terms row_terms(const PolicyLossArgs& a, int64_t row) {
-  // Without && between them: the loads are to be under way together.
+  // No && between them, so that the loads run in parallel.
   const uint8_t in_policy = a.policy_mask[row], in_kl = a.kl_mask ? a.kl_mask[row] : 0;
   const float advantage = a.advantages[row];
   const float inv_temperature = 1 / a.temperature[row * a.temperature_stride];
@@ -56,11 +56,11 @@ __device__ __forceinline__ Gradient finish_row(const PolicyLossArgs& a, int64_t 
   }
   *has_gradient = loss.dlogprob != 0;
   const float g = loss.dlogprob * terms.inv_temperature;
-  // 1 - p of the token itself, without the cancellation of 1 - exp(logprob).
+  // 1 - p of the token itself; 1 - exp(logprob) would cancel.
   return {sums.max, terms.scale, -g / sums.sum, 0, -g * expm1f(logprob)};
 }
 
-// A row without a loss; one of `parts` blocks.
+// A row without a loss, for one of `parts` blocks.
 template <class U>
 __device__ __forceinline__ void drop_row(const PolicyLossArgs& a, int64_t row, int part,
                                          int parts) {
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(kHeldThreads, kHeldBlocks)
   }
 }
 
-// One block per row, in two passes: where there are no clusters, where a row exceeds what a cluster
-// holds, and where no gradient is wanted and so one pass is enough.
+// One block per row, in two passes: used if there are no clusters, if a row is larger than a
+// cluster can hold, or if no gradient is wanted, so that one pass is enough.
 template <class T, class U>
 __global__ void __launch_bounds__(1024)
     policy_loss_streamed(const __grid_constant__ PolicyLossArgs a) {
@@ -139,8 +139,8 @@ void launch_rows(const PolicyLossArgs& args) {
   if (args.dlogits && has_clusters(policy_loss_held<T, U>))
     shape = plan_held_row(args.rows, args.vocab * sizeof(T));
   if (shape.threads) return launch(policy_loss_held<T, U>, shape, args.stream, args);
-  // With a second pass to come, one block of 1024 threads per multiprocessor: the fewer rows are
-  // under way, the more of each is still in the L2 cache.
+  // With a second pass, one block of 1024 threads per multiprocessor: the fewer rows are in flight,
+  // the more of each row is still in the L2 cache.
   shape.blocks = args.rows;
   shape.threads = row_threads(args.vocab / kPerGranule<T>, kInFlight, args.dlogits ? 1024 : 512);
   shape.shared_bytes = sizeof(HeldRowMemory);

@@ -5,7 +5,7 @@
 
 namespace spo {
 
-// What one load or store moves at best.
+// The largest unit of one load or store.
 struct alignas(16) Granule {
   uint32_t words[4];
 };
@@ -100,8 +100,8 @@ __device__ __forceinline__ int cluster_size() {
   return size;
 }
 
-// Barrier of all threads of the cluster, in two halves. It orders no memory accesses: all that it
-// tells is that every block runs and has initialised its landings.
+// Barrier of all threads of the cluster, in two halves. It orders no memory accesses: it only says
+// that every block runs and has initialised its landings.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
@@ -109,14 +109,14 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait;" ::: "memory");
 }
 
-// A barrier in shared memory that opens once, when the bytes announced to it have landed.
+// A barrier in shared memory that opens once, when the bytes announced to it have arrived.
 using Landing = uint64_t;
 
 __device__ __forceinline__ void init_landings(Landing* landings, int count) {
   for (int i = 0; i < count; ++i)
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(landings + i))
                  : "memory");
-  // To be seen by the copy engine and, behind cluster_arrive, by other blocks.
+  // Makes it visible to the copy engine and, after cluster_arrive, to other blocks.
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
@@ -138,7 +138,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, uint32_t 
       : "memory");
 }
 
-// Stores to the same place in the shared memory of another block of the cluster, where it lands
+// Stores to the same address in the shared memory of another block of the cluster, where it arrives
 // like a copy. The other block must not end before it has waited for it.
 __device__ __forceinline__ void send_to_rank(Granule* to, int rank, const Granule& value,
                                              Landing* landing) {
@@ -155,7 +155,7 @@ __device__ __forceinline__ void send_to_rank(Granule* to, int rank, const Granul
       : "memory");
 }
 
-// kSent: what lands was sent by other blocks. For copies that order would only cost time.
+// kSent: the bytes were sent by other blocks. Copies do not need that memory order.
 template <bool kSent = false>
 __device__ __forceinline__ void wait_landing(Landing* landing) {
   uint32_t landed = 0;

@@ -21,7 +21,7 @@ constexpr float kWeightFloor = -200;  // 2^kWeightFloor is 0, so that 0 * -inf n
 
 __device__ __forceinline__ Partial empty_partial() { return {-FLT_MAX, 0, 0}; }
 
-// Moves the sums to a larger maximum. NaN is not seen by the maximum and stays in the sum.
+// Moves the sums to a larger maximum. The maximum ignores NaN; the sum keeps it.
 __device__ __forceinline__ void raise_max(Partial* p, float max, float scale) {
   const float delta = (p->max - max) * scale;
   const float factor = exp2_approx(delta);

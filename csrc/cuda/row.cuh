@@ -1,7 +1,7 @@
 #pragma once
 // The two sweeps over a logits row that the policy-loss and logprob kernels share. A row of any
-// length at any address is a few loose elements at its two ends, one thread each, around granules:
-// aligned pieces of 16 bytes, which every load and store handles whole.
+// length at any address consists of granules, aligned pieces of 16 bytes that every load and store
+// handles whole, and of a few loose elements at its two ends, one thread each.
 #include <algorithm>
 #include <type_traits>
 
@@ -90,7 +90,7 @@ __device__ __forceinline__ uint32_t max_word(uint32_t a, uint32_t b) {
   }
 }
 
-// What a granule of T becomes when its elements are U: as wide, or half as wide.
+// The type of a granule of T after conversion to U: as wide, or half as wide.
 template <class T, class U>
 struct alignas(kPerGranule<T> * sizeof(U)) Packed {
   uint32_t words[kPerGranule<T> / kPerWord<U>];
@@ -127,7 +127,7 @@ struct Split {
   int64_t granules;
 
   __device__ int loose() const { return head + tail; }
-  // The place in the row of loose element i.
+  // The position in the row of loose element i.
   __device__ int64_t element(int i, int64_t size) const {
     return i < head ? i : size - loose() + i;
   }
@@ -313,9 +313,9 @@ __device__ __forceinline__ void zero_row(T* out, int64_t size, int part, int par
 }
 
 // Enough threads for `per_thread` granules each, in whole warps; at least one per loose element.
-inline int row_threads(int64_t granules, int per_thread, int most) {
+inline int row_threads(int64_t granules, int per_thread, int max_threads) {
   const int64_t threads = ceil_div(ceil_div(granules, per_thread), kWarp) * kWarp;
-  return static_cast<int>(std::clamp<int64_t>(threads, kWarp, most));
+  return static_cast<int>(std::clamp<int64_t>(threads, kWarp, max_threads));
 }
 
 }  // namespace spo

@@ -10,8 +10,8 @@ constexpr int kSegmentThreads = 512;
 constexpr int64_t kSegmentMemory = kMaxWarps * sizeof(int64_t);
 
 // Boundaries of a sequence: its start, and cutpoints number 0, interval, 2 interval, ... The first
-// cutpoint counts once if it is the start. One block per sequence. A flag of its own for NaN: the
-// threads of a block must agree on whether to go on.
+// cutpoint counts once if it is the start. One block per sequence. NaN has its own flag, because
+// the threads of a block must agree on whether to go on.
 __global__ void count_segments(const __grid_constant__ SegmentsArgs a, int32_t* has_nan,
                                const int32_t* malformed) {
   if (*malformed) return;
@@ -29,8 +29,8 @@ __global__ void count_segments(const __grid_constant__ SegmentsArgs a, int32_t* 
   }
 }
 
-// Counts to offsets, in place, by one block; `segments` becomes their number, or -1 if the input
-// is malformed.
+// Turns counts into offsets, in place, by one block; `segments` becomes their number, or -1 if the
+// input is malformed.
 __global__ void offset_segments(const __grid_constant__ SegmentsArgs a, const int32_t* has_nan,
                                 int64_t* segments, const int32_t* malformed) {
   if (*malformed || *has_nan) {
@@ -57,7 +57,7 @@ __global__ void write_segments(const __grid_constant__ SegmentsArgs a, const int
   if (*segments < 0) return;
   const int64_t seq = blockIdx.x, begin = a.cu_seqlens[seq], end = a.cu_seqlens[seq + 1];
   const bool starts = begin < end && a.logprobs[begin] < a.log_threshold;
-  // Where cutpoint number 0 goes: behind the boundary at the start, or it is that boundary.
+  // Index of cutpoint number 0: after the boundary at the start, unless it is that boundary.
   int64_t* boundaries = a.cu_segments + a.cu_seq_segments[seq] + !starts;
   if (threadIdx.x == 0 && begin < end && !starts) boundaries[-1] = begin;
   int64_t passed = 0;  // cutpoints before the chunk
@@ -87,7 +87,7 @@ __device__ __forceinline__ int64_t count_up_to(const int64_t* offsets, int64_t c
   return low;
 }
 
-// One thread per token: two searches of a few cached steps each, whatever the segments' lengths.
+// One thread per token does two short binary searches, whatever the lengths of the segments.
 __global__ void advance_tokens(const __grid_constant__ SegmentAdvantagesArgs a,
                                const int32_t* malformed) {
   const int64_t t = thread_item();

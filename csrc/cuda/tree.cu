@@ -1,9 +1,9 @@
 // Values, sibling statistics and advantages over a forest, on CUDA. A stable sort by parent makes
 // child lists; every node's children are then summed by one thread in the order of the CPU kernel,
 // in fp64. Values climb: a thread starts at every node without counted children and goes on to the
-// parent if it is the last of the counted siblings to arrive. Which thread that is varies, the sums
-// do not. A star of many children or a long path is work for one thread; the trees of rollouts are
-// neither.
+// parent if it is the last of the counted siblings to arrive. Which thread that is varies, but the
+// sums do not. One thread does all work for a star of many children or for a long path; the trees
+// of rollouts are neither.
 #include <cmath>
 #include <cub/device/device_radix_sort.cuh>
 
@@ -80,9 +80,9 @@ class ChildLists {
   int64_t nodes_;
 };
 
-// `arrived` counts the counted children that every node has heard of; the last of them computes
-// the node. `values` are what they bring, in fp64. Clearing the way early is harmless, as no thread
-// waits for another: when `malformed` turns out to be set, all results are void.
+// `arrived` is, for every node, the number of counted children whose value is ready; the last of
+// them computes the node. `values` are their values, in fp64. Returning early is safe, as no thread
+// waits for another: once `malformed` is set, all results are ignored.
 __global__ void climb(const __grid_constant__ TreeArgs a, Children children, int32_t* arrived,
                       double* values, int32_t* malformed) {
   int64_t node = thread_item();
@@ -93,7 +93,7 @@ __global__ void climb(const __grid_constant__ TreeArgs a, Children children, int
     const int64_t up = a.parent[node];
     if (up < 0 || !a.in_value[node]) return;
     values[node] = value;
-    __threadfence();  // the value before the news of it
+    __threadfence();  // the value must be visible before the count
     const int32_t count = children.count(up);
     if (atomicAdd(&arrived[up], 1) + 1 < count) return;
     __threadfence();

@@ -13,12 +13,12 @@ inline bool that(bool ok, const char* what, const char* file, int line) {
   return ok;
 }
 
-inline void near(double got, double want, double bound, const char* what, const char* file,
+inline void near(double found, double want, double bound, const char* what, const char* file,
                  int line) {
-  if (std::abs(got - want) <= bound || (std::isnan(got) && std::isnan(want))) return;
+  if (std::abs(found - want) <= bound || (std::isnan(found) && std::isnan(want))) return;
   if (++failures <= 20)
-    std::fprintf(stderr, "%s:%d: %s: got %.9g, want %.9g within %.3g\n", file, line, what, got,
-                 want, bound);
+    std::fprintf(stderr, "%s:%d: %s: expected %.9g within %.3g, found %.9g\n", file, line, what,
+                 want, bound, found);
 }
 
 inline int finish(const char* name) {
@@ -29,5 +29,5 @@ inline int finish(const char* name) {
 }  // namespace spo::check
 
 #define CHECK(condition) spo::check::that(condition, #condition, __FILE__, __LINE__)
-#define CHECK_NEAR(got, want, bound, what) \
-  spo::check::near(got, want, bound, what, __FILE__, __LINE__)
+#define CHECK_NEAR(found, want, bound, what) \
+  spo::check::near(found, want, bound, what, __FILE__, __LINE__)

@@ -43,10 +43,10 @@ void test_segments(int64_t seqs, int64_t interval, std::mt19937* random) {
     a.cu_segments = cu_segments->data(), a.cu_seq_segments = cu_seq_segments->data();
     return kernel(a);
   };
-  Offsets got, got_seq, want, want_seq;
+  Offsets found, found_seq, want, want_seq;
   const int64_t segments = run(spo::segments_cpu, &want, &want_seq);
-  CHECK(run(spo::segments_cuda, &got, &got_seq) == segments);
-  CHECK(got == want && got_seq == want_seq);
+  CHECK(run(spo::segments_cuda, &found, &found_seq) == segments);
+  CHECK(found == want && found_seq == want_seq);
 
   const auto values = random_floats(segments + seqs, random);
   spo::SegmentAdvantagesArgs b;
@@ -61,7 +61,7 @@ void test_segments(int64_t seqs, int64_t interval, std::mt19937* random) {
 
   if (tokens == 0) return;
   logprobs[tokens / 2] = kNan;
-  CHECK(run(spo::segments_cuda, &got, &got_seq) == -1);
+  CHECK(run(spo::segments_cuda, &found, &found_seq) == -1);
 }
 
 void test_malformed() {

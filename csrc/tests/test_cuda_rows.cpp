@@ -24,7 +24,7 @@ struct Mode {
   int cluster;
   bool backwards;
 
-  // Leaves just the room that makes plan_held_row choose the cluster.
+  // Leaves just enough shared memory for plan_held_row to choose the cluster.
   void set(int64_t row_bytes) const {
     machine.clusters = cluster > 0;
     machine.backwards = backwards;
@@ -50,17 +50,17 @@ void fill(Buffer* x, const Layout& layout, bool half, std::mt19937* random) {
       x->set(layout.offset(i) + j, static_cast<float>(dense.get(i * layout.vocab + j)));
 }
 
-void near_rows(const std::vector<float>& got, const std::vector<float>& want, double bound,
+void near_rows(const std::vector<float>& found, const std::vector<float>& want, double bound,
                const char* what) {
   for (size_t i = 0; i < want.size(); ++i)
-    CHECK_NEAR(got[i], want[i], bound + 1e-5 * std::abs(want[i]), what);
+    CHECK_NEAR(found[i], want[i], bound + 1e-5 * std::abs(want[i]), what);
 }
 
 // Everywhere, so that a write between two rows is seen too. Both results were rounded.
-void near_grads(const Buffer& got, const Buffer& want, int64_t size) {
+void near_grads(const Buffer& found, const Buffer& want, int64_t size) {
   for (int64_t i = 0; i < size; ++i) {
     const double x = want.get(i);
-    CHECK_NEAR(got.get(i), x, 2e-6 + 1e-5 * std::abs(x) + 2.02 * want.rounding(x), "dlogits");
+    CHECK_NEAR(found.get(i), x, 2e-6 + 1e-5 * std::abs(x) + 2.02 * want.rounding(x), "dlogits");
   }
 }
 
@@ -104,7 +104,7 @@ void test_policy_loss(Dtype dtype, Dtype grads_dtype, int64_t vocab, Mode mode, 
   a.policy_mask = policy_mask.data(), a.kl_mask = kl_mask.data(), a.scales = scales;
   a.clip_eps_low = 0.2f, a.clip_eps_high = 0.3f, a.log_ratio_clamp = 10;
   a.kl_estimator = spo::kK3;
-  Outputs got, want;
+  Outputs found, want;
   const auto run = [&](void (*kernel)(const spo::PolicyLossArgs&), Outputs* out, Buffer* x,
                        Buffer* dx) {
     a.logits = x->data();
@@ -115,13 +115,13 @@ void test_policy_loss(Dtype dtype, Dtype grads_dtype, int64_t vocab, Mode mode, 
   };
   run(spo::policy_loss_cpu, &want, &copy, &want_grads);
   mode.set(vocab * logits.width());
-  run(spo::policy_loss_cuda, &got, &logits, &grads);
+  run(spo::policy_loss_cuda, &found, &logits, &grads);
   const int64_t granules = vocab * logits.width() / 16;
   if (where != Out::kNone && mode.cluster > 0 && granules >= mode.cluster * mode.cluster)
     CHECK(machine.last_cluster == mode.cluster);
-  near_rows(got.logprobs, want.logprobs, 4e-6, "logprob");
-  near_rows(got.entropy, want.entropy, 8e-6, "entropy");
-  near_rows(got.stats, want.stats, 2e-6, "stats");
+  near_rows(found.logprobs, want.logprobs, 4e-6, "logprob");
+  near_rows(found.entropy, want.entropy, 8e-6, "entropy");
+  near_rows(found.stats, want.stats, 2e-6, "stats");
   const Buffer& out = where == Out::kInplace ? logits : grads;
   near_grads(out, where == Out::kInplace ? copy : want_grads, layout.size());
   CHECK(logits.guard_untouched() && grads.guard_untouched());
@@ -149,7 +149,7 @@ void test_logprobs(Dtype dtype, Dtype grads_dtype, int64_t vocab, bool backwards
   a.rows = kRows, a.vocab = vocab, a.dtype = dtype, a.logits = logits.data();
   a.logits_layout = a.dlogits_layout = layout.rows(), a.dlogits_dtype = grads_dtype;
   a.token_ids = ids.data(), a.mask = mask.data(), a.temperature = &temperature;
-  Outputs got, want;
+  Outputs found, want;
   const auto run = [&](void (*forward)(const spo::LogprobsArgs&),
                        void (*backward)(const spo::LogprobsArgs&), Outputs* out, Buffer* dx) {
     a.logprobs = out->logprobs.data(), a.row_max = out->stats.data();
@@ -162,10 +162,10 @@ void test_logprobs(Dtype dtype, Dtype grads_dtype, int64_t vocab, bool backwards
   };
   run(spo::logprobs_cpu, spo::logprobs_backward_cpu, &want, &want_grads);
   machine.backwards = backwards;
-  run(spo::logprobs_cuda, spo::logprobs_backward_cuda, &got, &grads);
-  near_rows(got.logprobs, want.logprobs, 4e-6, "logprob");
-  near_rows(got.entropy, want.entropy, 8e-6, "entropy");
-  near_rows(got.stats, want.stats, 4e-6, "maximum and log of the sum");
+  run(spo::logprobs_cuda, spo::logprobs_backward_cuda, &found, &grads);
+  near_rows(found.logprobs, want.logprobs, 4e-6, "logprob");
+  near_rows(found.entropy, want.entropy, 8e-6, "entropy");
+  near_rows(found.stats, want.stats, 4e-6, "maximum and log of the sum");
   near_grads(grads, want_grads, layout.size());
 }
 

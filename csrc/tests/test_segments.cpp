@@ -36,12 +36,12 @@ void test_cutpoints() {
   // Empty; no cutpoint; first token a cutpoint and a short last segment; late first cutpoint.
   const std::vector<float> logprobs{kSure,   kSure, kUnsure, kSure,   kUnsure,
                                     kUnsure, kSure, kSure,   kUnsure, kUnsure};
-  const Segments got(logprobs, {0, 0, 2, 7, 10, 10}, 2);
-  CHECK(got.count == 5);
-  CHECK(got.cu_segments == Offsets({0, 2, 5, 7, 8, 10}));
-  CHECK(got.cu_seq_segments == Offsets({0, 0, 1, 3, 5, 5}));
+  const Segments found(logprobs, {0, 0, 2, 7, 10, 10}, 2);
+  CHECK(found.count == 5);
+  CHECK(found.cu_segments == Offsets({0, 2, 5, 7, 8, 10}));
+  CHECK(found.cu_seq_segments == Offsets({0, 0, 1, 3, 5, 5}));
 
-  const Segments single({kUnsure}, {0, 1}, 1);  // one token, and room for just one segment
+  const Segments single({kUnsure}, {0, 1}, 1);  // one token, and a buffer for just one segment
   CHECK(single.cu_segments == Offsets({0, 1}));
   const Segments every({kUnsure, kUnsure, kUnsure}, {0, 3}, 1);
   CHECK(every.cu_segments == Offsets({0, 1, 2, 3}));

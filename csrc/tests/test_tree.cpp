@@ -44,9 +44,9 @@ bool advantages_of(const Forest& forest, const std::vector<float>& values, bool 
   return spo::tree_advantages_cpu(args);
 }
 
-void expect(const std::vector<float>& got, const std::vector<float>& want, const char* what) {
-  if (!CHECK(got.size() == want.size())) return;
-  for (size_t i = 0; i < got.size(); ++i) CHECK_NEAR(got[i], want[i], 1e-6, what);
+void expect(const std::vector<float>& found, const std::vector<float>& want, const char* what) {
+  if (!CHECK(found.size() == want.size())) return;
+  for (size_t i = 0; i < found.size(); ++i) CHECK_NEAR(found[i], want[i], 1e-6, what);
 }
 
 // Root 0 has children 1 and 2; 1 has leaves 3 and 4; 2 ended early with a reward of 1.
