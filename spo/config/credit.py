@@ -1,4 +1,6 @@
-"""`credit`: what each token is worth. A rule is a dataclass in spo/credit/, or from outside."""
+"""`credit`: what each token is worth. A rule is a dataclass in spo/credit/, or from outside the
+package.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,18 @@ if TYPE_CHECKING:
 
 
 class Models(Protocol):
-    """The models of a run, as a rule may ask them."""
+    """The models of a run, as a credit rule may use them."""
 
     def score(
         self,
-        names: Sequence[str],  # of policy, reference (logprobs) and critic (values)
+        names: Sequence[str],  # among policy, reference (logprobs) and critic (values)
         forest: Forest,
-        tokens: Tensor,  # (T,) fp32, non-zero where a figure is wanted
+        tokens: Tensor,  # (T,) fp32, non-zero where a score is wanted
         trees: Sequence[int] | None = None,  # all by default
     ) -> list[Tensor]:  # (T,) fp32 for each name, 0 elsewhere
-        """Each model's figures as it is now: logprobs of tokens, values of the states before them.
+        """Each model's present scores: logprobs of tokens, or values of the states before them.
 
-        Under torchrun every rank calls this, and gets the figures of all.
+        Under torchrun every rank calls this, and receives the scores of all ranks.
         """
         ...
 
@@ -38,25 +40,26 @@ class Rule:
     """
 
     loss: ClassVar[str] = "policy"
-    """What reads the credit: policy (masked PPO), or likelihood (-credit * logprob)."""
+    """The loss that reads the credit: policy (masked PPO), or likelihood (-credit * logprob)."""
     critic: CriticConfig | None = None
-    """Settings of the critic that the rule asks and trains, if any: a field of such rules."""
+    """Settings of the critic that the rule uses and trains; a field of rules that have one."""
     reference: ClassVar[bool] = False
-    """Whether the rule asks the start policy."""
+    """Whether the rule uses the start policy."""
     replayable: ClassVar[bool] = False
     """Whether a node's credit stays true in later iterations."""
 
     def check(self, shape: ShapeConfig) -> None:
-        """Raise ValueError where the rule cannot credit what the shape grows."""
+        """Raise ValueError if the rule cannot credit what the shape grows."""
 
     def assign(self, forest: Forest, models: Models) -> Credit:
-        """What every token of a rollout is worth."""
+        """Credit of every token of a rollout."""
         raise NotImplementedError
 
     def before_step(
         self, forest: Forest, credit: Credit, trees: Sequence[int], models: Models
     ) -> Credit:
-        """Called before each optimiser step on `trees`: the credit to train them with. Its figures
-        are reported with the step.
+        """The credit to train `trees` with; called before each optimiser step on them.
+
+        Its figures are reported with the step.
         """
         return credit

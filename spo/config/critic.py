@@ -14,4 +14,4 @@ class CriticConfig:
     learning_rate: Positive = 1e-5
     """Peak learning rate of its AdamW; it rises and decays with the policy's."""
     value_clip: Positive = 0.2
-    """A value is trained no further than this from where it was at the rollout."""
+    """Maximum distance that training moves a value from its value at the rollout."""

@@ -10,7 +10,7 @@ from spo.config.ranges import PositiveInt
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where a task's problems come from and how they are put to the policy."""
+    """Where a task's problems come from, and how they become prompts."""
 
     train: str | None = None
     """File, folder or hub data set (owner/name, owner/name@revision, owner/name/folder) of the
@@ -18,8 +18,8 @@ class DataConfig:
     test: str | None = None
     """The same for the test problems."""
     template: str = "{problem}"
-    """The prompt: `{problem}` stands for the problem; special tokens and the turns of a chat are
-    written out, other braces are kept."""
+    """The prompt, with `{problem}` for the problem. Write out special tokens and the turns of a
+    chat; other braces are kept."""
     max_prompt_tokens: PositiveInt | None = None
     """Training problems with longer prompts are left out."""
     options: dict[str, Any] = field(default_factory=dict)

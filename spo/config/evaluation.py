@@ -12,8 +12,8 @@ class EvalConfig:
     """Pass@1 on the task's test split."""
 
     every: NotNegativeInt = 10
-    """Iterations between evaluations; 0 evaluates at the start and the end only."""
+    """Iterations between evaluations; 0 evaluates only at the start and at the end."""
     problems: Count = 200
-    """Test problems."""
+    """Number of test problems."""
     sampled: bool = True
     """Also draw one sample per problem at the training temperature."""

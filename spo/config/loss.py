@@ -1,4 +1,4 @@
-"""`loss`: the settings of the loss that the credit rule is read by."""
+"""`loss`: the settings of the loss; the credit rule chooses which one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from spo.config.ranges import NotNegative, Positive, Probability
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
-    """Masked PPO: the clipped ratio of trained tokens, weighed by their credit."""
+    """Masked PPO: the clipped ratio of trained tokens, weighted by their credit."""
 
     prob_threshold: Probability | None = 0.9
-    """Train only tokens whose sampling probability is below this; null switches the mask off."""
+    """Train only tokens whose sampling probability is below this; null trains all tokens."""
     clip_eps_low: NotNegative = 0.2
     """The ratio is clipped at 1 - this."""
     clip_eps_high: NotNegative = 0.2
@@ -21,9 +21,9 @@ class PolicyLossConfig:
     log_ratio_clamp: Positive = 10.0
     """Bound on the log ratio before it is exponentiated."""
     policy_norm: Literal["tokens", "constant"] = "tokens"
-    """What the sum over tokens is divided by. tokens: the number of those that train in the step.
-    constant: prompts of the step * sampling.max_new_tokens, so that what a response counts for
-    depends on no length, and the step can be a multiple of the policy gradient."""
+    """Divisor of the sum over tokens. tokens: the number of tokens that train in the step.
+    constant: prompts of the step * sampling.max_new_tokens, so that the weight of a response does
+    not depend on any length, and the step can be a multiple of the policy gradient."""
     kl_coef: NotNegative = 0.0
     """Weight of the KL term towards the start policy; 0 loads no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"

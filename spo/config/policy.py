@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "policy"
-CHUNK, STRIDE = 1 << 20, 1 << 26  # bytes that are hashed of every so many
+CHUNK, STRIDE = 1 << 20, 1 << 26  # CHUNK bytes of every STRIDE are hashed
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class PolicyConfig:
     autocast: bool = False
     """Run the forward in bfloat16 over float32 weights."""
     device: str = "cpu"
-    """Where the trainer and the engine run: cpu or cuda."""
+    """Device of the trainer and the engine: cpu or cuda."""
     packing: Literal["tree", "rows"] = "tree"
     """tree: every unique token once. rows: one row per node with its whole prefix, for models
     whose layers cannot be packed."""
@@ -42,9 +42,9 @@ class PolicyConfig:
         return str(EMBEDDED) if self.path == "embedded" else self.path
 
     def content(self) -> str:
-        """What a folder holds, as a digest of its model and tokenizer files, wherever it lies; of a
-        hub id the id. Of large files a megabyte of every 64 is read: weights that were trained
-        differ in all of them.
+        """A digest of the folder's model and tokenizer files, wherever it is; a hub id as it is.
+
+        Of large files one megabyte in every 64 is read: after training all of them differ.
         """
         folder = Path(self.source)
         if not folder.is_dir():

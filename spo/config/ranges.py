@@ -1,4 +1,4 @@
-"""Ranges of settings, written beside the field that they bound."""
+"""Types of settings with their ranges."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0, lt=1 << 62)]
 NotNegativeInt = Annotated[int, Field(ge=0, lt=1 << 62)]
-Count = Annotated[int, Field(gt=0, le=1_000_000)]  # of what is made at once
+Count = Annotated[int, Field(gt=0, le=1_000_000)]  # of things that are in memory at the same time
 Seed = Annotated[int, Field(ge=0, lt=1 << 31)]

@@ -1,5 +1,6 @@
-"""The recipe of a run: one file a group. YAML in, dotted overrides on top; an unknown key, a wrong
-type or a number out of range is one sentence that names it.
+"""The recipe of a run: YAML, then dotted overrides; one file of this package per group of settings.
+
+An unknown key, a wrong type or a number out of range raises one sentence that names the setting.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from spo.config.shape import Cost, ShapeConfig
 from spo.config.train import TrainConfig
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
-UNIONS = {"shape": "kind", "credit": "type"}  # group -> the key that chooses what the others are
+UNIONS = {"shape": "kind", "credit": "type"}  # group -> the key that chooses its class
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Recipe:
     name: str = "run"
     """Shown in reports and used as the default output folder, runs/<name>."""
     task: str = "arithmetic"
-    """What is trained on: arithmetic, countdown, knights_knaves, point24, gsm8k, math, aime24, or a
-    task of your own, `module:Name` or `./file.py:Name`. `data.options` are its settings."""
+    """The task: arithmetic, countdown, knights_knaves, point24, gsm8k, math, aime24, or a task of
+    your own, `module:Name` or `./file.py:Name`. `data.options` holds its settings."""
     out: str | None = None
     """Folder for checkpoints, metrics and the report."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -44,11 +45,11 @@ class Recipe:
     engine: EngineConfig = field(default_factory=EngineConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     shape: ShapeConfig = field(default_factory=lambda: named.find("shape.kind", "tree")())
-    """What grows under each prompt: `kind` star, tree, chain, `module:Name` or `./file.py:Name`;
-    the other keys are that kind's."""
+    """What grows under each prompt: `kind` star, tree, chain, `module:Name` or `./file.py:Name`.
+    The other keys are the settings of that kind."""
     credit: Rule = field(default_factory=lambda: named.find("credit.type", "values")())
     """What each token is worth: `type` values, gae, correct, pairs, `module:Name` or
-    `./file.py:Name`; the other keys are that rule's, and it fixes which loss reads the credit."""
+    `./file.py:Name`. The other keys are the settings of that rule, which also chooses the loss."""
     loss: LossConfig = field(default_factory=PolicyLossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -72,8 +73,8 @@ def load_recipe(recipe: str | os.PathLike | None = None, overrides: Sequence[str
     """Read a recipe and apply overrides such as `train.learning_rate=1e-5`.
 
     Args:
-        recipe: a YAML file, or the name of one that ships with the package (`spo-tree`); None: the
-            defaults.
+        recipe: a YAML file, or the name of one that ships with the package (`spo-tree`). None
+            takes the defaults.
 
     Raises ValueError with one sentence for a missing file, bad YAML, an unknown key, a wrong type,
     a number out of range, or settings that contradict each other.
@@ -85,9 +86,9 @@ def load_recipe(recipe: str | os.PathLike | None = None, overrides: Sequence[str
 
 
 def as_tree(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as YAML has it: plain lists, dicts, numbers and strings.
+    """The resolved recipe as plain lists, dicts, numbers and strings, ready for YAML.
 
-    Raises ValueError where a setting of a class from outside cannot be written so.
+    Raises ValueError if a setting of a class from outside the package cannot be written so.
     """
     tree: dict[str, Any] = {}
     for f in dataclasses.fields(recipe):
@@ -111,14 +112,13 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Path]:
-    """A recipe's settings, and the folder that its relative files are looked for in."""
+    """A recipe's settings, and the folder in which its relative files are searched."""
     if not os.path.isfile(path):
         shipped = SHIPPED / f"{path}.yaml"
         by_name = shipped_recipes().get(str(path)) or (shipped if shipped.is_file() else None)
         if by_name is None and not path.suffix:
             raise ValueError(
-                f"recipe {path}: there is no such file, and the package ships "
-                f"{', '.join(shipped_recipes())}"
+                f"recipe {path}: no such file; the package ships {', '.join(shipped_recipes())}"
             )
         path = by_name or path
     try:
@@ -131,19 +131,21 @@ def _read(path: Path) -> tuple[dict[str, Any], Path]:
         where = " ".join(str(error).split())
         raise ValueError(f"recipe {path}: not valid YAML ({where})") from error
     if loaded is not None and not isinstance(loaded, dict):
-        raise ValueError(f"recipe {path}: expected a mapping of settings")
+        raise ValueError(
+            f"recipe {path}: expected a mapping of settings, found {type(loaded).__name__}"
+        )
     return loaded or {}, path.parent
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, where YAML's own takes the last."""
+    """Refuses a key that occurs twice; YAML's own loader takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", node.start_mark
+                    None, None, f"the key {key!r} occurs twice", node.start_mark
                 )
         return super().construct_mapping(node, deep)
 
@@ -158,7 +160,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
             tree[group] = {}
         tree = tree[group]
         if not isinstance(tree, dict):
-            raise ValueError(f"override {text!r}: {group} is a value, not a group of settings")
+            raise ValueError(f"override {text!r}: expected {group} to be a group, found a value")
     try:
         tree[key] = yaml.load(value, _Loader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -181,9 +183,9 @@ def _resolve(tree: Mapping[str, Any], folder: Path | None) -> Recipe:
         if key not in known:
             raise ValueError(f"recipe: unknown key {key}; known here: {', '.join(known)}")
         if key in plain and not isinstance(value, str) and not (key == "out" and value is None):
-            raise ValueError(f"recipe: {key}: expected a text, found {value!r}")
+            raise ValueError(f"recipe: {key}: expected a string, found {value!r}")
     if "/" in tree.get("name", "run") or not tree.get("name", "run").strip("\0. "):
-        raise ValueError(f"name: expected the name of a folder, found {tree['name']!r}")
+        raise ValueError(f"name: expected a folder name, found {tree['name']!r}")
     fields: dict[str, Any] = {key: tree.get(key, default) for key, default in plain.items()}
     for key, kind in groups.items():
         fields[key] = named.build(kind, _group(tree, key), key)
@@ -208,7 +210,7 @@ def _resolve(tree: Mapping[str, Any], folder: Path | None) -> Recipe:
 
 
 def _group(tree: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The settings of a group; one that stands there with nothing in it is empty."""
+    """The settings of a group; {} if it is absent or has no value."""
     value = tree.get(key)
     if value is not None and not isinstance(value, Mapping):
         name = f", such as {key}.{UNIONS[key]}={value}" if key in UNIONS else ""
@@ -217,22 +219,22 @@ def _group(tree: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _loss(rule: Rule, settings: Mapping[str, Any]) -> LossConfig:
-    """The settings of the loss that the credit rule fixes."""
+    """The settings of the loss that the credit rule chooses."""
     if not isinstance(rule.loss, str) or rule.loss not in LOSSES:
-        raise ValueError(f"credit: loss must be one of {', '.join(LOSSES)}, found {rule.loss!r}")
+        raise ValueError(f"credit.loss: expected {' or '.join(LOSSES)}, found {rule.loss!r}")
     kind = LOSSES[rule.loss]
     if settings and not dataclasses.fields(kind):
         name = named.name_of("credit.type", type(rule))
         raise ValueError(
-            f"loss.{next(iter(settings))}: credit.type={name} trains the likelihood of every token "
-            "it credits, a loss without settings"
+            f"loss.{next(iter(settings))}: expected no settings, as credit.type={name} trains the "
+            "likelihood of the tokens, a loss without settings"
         )
     return named.build(kind, settings, "loss")
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise ValueError where settings are out of range or groups contradict each other."""
-    for key, settings in as_tree(recipe).items():  # those of a recipe that was made in Python too
+    """Raise ValueError if settings are out of range or groups contradict each other."""
+    for key, settings in as_tree(recipe).items():  # recipes made in Python are checked too
         group = getattr(recipe, key)
         if dataclasses.is_dataclass(group):
             settings.pop(UNIONS.get(key), None)
@@ -241,18 +243,18 @@ def check_recipe(recipe: Recipe) -> None:
     _asked(f"credit.type={recipe.credit_type}", recipe.credit.check, recipe.shape)
     if train.replay_nodes and not recipe.credit.replayable:
         raise ValueError(
-            f"train.replay_nodes must be 0 for credit.type={recipe.credit_type}, whose credit does "
-            f"not outlive its iteration, found {train.replay_nodes}"
+            f"train.replay_nodes: expected 0 with credit.type={recipe.credit_type}, whose credit "
+            f"is true in its own iteration only, found {train.replay_nodes}"
         )
     if engine.max_model_len is not None and engine.max_model_len <= sampling.max_new_tokens:
         raise ValueError(
-            f"engine.max_model_len: expected room for a prompt and sampling.max_new_tokens="
-            f"{sampling.max_new_tokens}, found {engine.max_model_len}"
+            f"engine.max_model_len: expected more than sampling.max_new_tokens="
+            f"{sampling.max_new_tokens}, to hold the prompt too, found {engine.max_model_len}"
         )
     who = f"shape.kind={recipe.shape_kind}"
     cost = _asked(who, recipe.shape.cost, sampling.max_new_tokens)
     if not isinstance(cost, Cost):
-        raise ValueError(f"{who}: cost must return a spo.config.shape.Cost, found {cost!r}")
+        raise ValueError(f"{who}: expected cost to return spo.config.shape.Cost, found {cost!r}")
     for _, limit in sampling.stages:
         try:
             _asked(who, recipe.shape.cost, limit)
@@ -261,7 +263,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _asked(who: str, function: Callable[[Any], Any], argument: Any) -> Any:
-    """What a class, perhaps from outside, answers; whatever it raises becomes one sentence."""
+    """`function(argument)` of a class, perhaps from outside; an exception becomes one sentence."""
     try:
         return function(argument)
     except ValueError:

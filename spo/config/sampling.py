@@ -15,24 +15,24 @@ class SamplingConfig:
     temperature: Positive = 1.0
     """Temperature of sampling and of every logprob in the loss."""
     top_p: float = 1.0
-    """Must stay 1: a truncated distribution biases the ratio by the mass it drops."""
+    """Only 1 is allowed: a truncated distribution biases the ratio by the mass it drops."""
     top_k: int = 0
-    """Must stay 0 (off), for the same reason."""
+    """Only 0 (off) is allowed, for the same reason."""
     max_new_tokens: PositiveInt = 64
-    """Longest response, in tokens."""
+    """Maximum length of a response, in tokens."""
     stages: tuple[tuple[Share, PositiveInt], ...] = ()
-    """Shorter limits at first, for a context that grows: (share of the run, tokens) pairs; until
-    that share of `train.iterations` or `train.max_generated_tokens` is done, responses end there.
-    """
+    """Shorter limits at first, for a context that grows: (share of the run, tokens) pairs. Until
+    that share of `train.iterations` or `train.max_generated_tokens` is done, responses have at most
+    that many tokens."""
     truncated: Literal["zero", "drop", "penalty"] = "zero"
-    """What a response cut by the limit earns: 0, nothing (left out; of a chain the segment that was
-    cut, as probes value the others), or -1."""
+    """What a response cut by the limit earns. zero: 0. penalty: -1. drop: it is left out (of a
+    chain only the segment that was cut, because probes value the others)."""
 
     def __post_init__(self) -> None:
         if self.top_p != 1 or self.top_k != 0:
             raise ValueError(
-                "sampling.top_p must be 1 and sampling.top_k 0 for training, found "
-                f"{self.top_p:g} and {self.top_k}: a truncated distribution biases the ratio"
+                "sampling.top_p: expected 1 (and sampling.top_k 0) for training, as a truncated "
+                f"distribution biases the ratio, found {self.top_p:g} and {self.top_k}"
             )
         starts = [0.0, *(share for share, _ in self.stages), 1.0]
         tokens = [0, *(tokens for _, tokens in self.stages), self.max_new_tokens + 1]

@@ -43,7 +43,7 @@ def run(*arguments):
         (["task=chess"], ["task", "chess", "arithmetic"]),
         (["engine.max_model_len=24"], ["engine.max_model_len", "32", "24"]),
         (["engine.max_model_len=40"], ["prompt of", "context of 40"]),
-        (["sampling.top_p=0.95"], ["top_p must be 1"]),
+        (["sampling.top_p=0.95"], ["top_p: expected 1"]),
         (["shape.segment_tokens=[8,8]"], ["segment_tokens"]),
         (["engine.name=none"], ["engine.name"]),
     ],

@@ -43,7 +43,7 @@ def test_saved_recipe_reads_back(tmp_path):
         (["train.lerning_rate=1"], ["train.lerning_rate", "learning_rate"]),
         (["colour=red"], ["unknown key colour", "policy"]),
         (["train.iterations=many"], ["train.iterations", "many"]),
-        (["sampling.top_p=0.9"], ["sampling.top_p must be 1", "0.9"]),
+        (["sampling.top_p=0.9"], ["sampling.top_p: expected 1", "0.9"]),
         (["sampling.top_k=5"], ["top_k"]),
         (["sampling.temperature=0"], ["sampling.temperature"]),
         (["shape.kind=chain", "credit.baseline=loo"], ["loo", "chain"]),

@@ -111,7 +111,7 @@ def test_settings_of_any_type_are_saved_and_read_back(rule, tmp_path):
         (
             "@dataclass(frozen=True)\nclass Mine(Plain):\n    loss = []",
             [],
-            ["loss must be one of policy, likelihood"],
+            ["credit.loss: expected policy or likelihood"],
         ),
         ("@dataclass(frozen=True)\nclass Mine(Plain):\n    o: object = object()", [], ["credit"]),
     ],
@@ -143,8 +143,8 @@ def test_a_shape_that_cannot_work_is_refused_at_load(rule, body, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("train:\n  prompts: 3\ntrain:\n  epochs: 2\n", ["not valid YAML", "'train' stands twice"]),
-        ("train: {prompts: 3, prompts: 4}\n", ["'prompts' stands twice"]),
+        ("train:\n  prompts: 3\ntrain:\n  epochs: 2\n", ["not valid YAML", "'train' occurs twice"]),
+        ("train: {prompts: 3, prompts: 4}\n", ["'prompts' occurs twice"]),
         ("credit: 0\n", ["credit", "group", "found 0"]),
         ("shape: tree\n", ["shape", "shape.kind=tree", "'tree'"]),
         ("data: ''\n", ["data", "group"]),

@@ -177,7 +177,7 @@ def test_a_staged_run_keeps_to_its_limits(tmp_path, engine, iterations, limit):
         ("grpo", "credit.beta=0.1", ["credit.beta", "credit.type=values"]),
         ("dpo", "credit.positive=-1", ["credit.positive", "-1"]),
         ("ppo", "shape={kind: tree, widths: [2], segment_tokens: []}", ["type=gae", "kind=star"]),
-        ("restem", "train.replay_nodes=4", ["type=correct", "replay_nodes must be 0"]),
+        ("restem", "train.replay_nodes=4", ["type=correct", "replay_nodes: expected 0"]),
         ("restem", "loss.prob_threshold=0.9", ["loss.prob_threshold", "type=correct"]),
         ("dpo", "loss.kl_coef=0.1", ["loss.kl_coef", "type=pairs"]),
         ("ppo", "credit.lam=1.5", ["credit.lam", "1.5"]),
