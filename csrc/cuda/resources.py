@@ -1,12 +1,17 @@
-"""What every CUDA kernel of the built extension uses, as the table of docs/kernels.md.
+"""What every CUDA kernel of the built extension uses: registers, stack, local and shared memory.
 
     python csrc/cuda/resources.py spo_kernels/_C*.so
+    python csrc/cuda/resources.py spo_kernels/_C*.so --json benchmarks/results/registers.json
 
 It reads the machine code in the extension, so nothing is compiled again. cuobjdump is taken from
 PATH, from CUDA_HOME, or from the Triton package, which brings one.
 """
 
+import argparse
+import datetime
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -14,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Kernel(NamedTuple):
@@ -69,14 +76,65 @@ def readable(symbol: str) -> str:
     return f"{parts[-1]}<{', '.join(types)}>"
 
 
+def compiler(extension: Path) -> str | None:
+    """Release and version of the nvcc that built `extension`, as its machine code notes them."""
+    note = re.search(rb"Cuda compilation tools, (release [\d.]+, V[\d.]+)", extension.read_bytes())
+    return note[1].decode() if note else None
+
+
+def sources() -> list[Path]:
+    """All that the CUDA kernels are compiled from."""
+    return sorted([*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.cu*")])
+
+
+def sources_hash() -> str:
+    """SHA-256 of the names and the text of the sources."""
+    hashed = hashlib.sha256()
+    for path in sources():
+        hashed.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return hashed.hexdigest()
+
+
+def commit() -> str | None:
+    """The commit that changed the sources last, with a + where they differ from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words, "--", *map(str, sources())]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    last = git("log", "-1", "--format=%h")
+    return last + ("+" if git("status", "--porcelain") else "") if last else None
+
+
+def write_json(path: Path, extension: Path, rows: list[Kernel]) -> None:
+    """The rows, one a line, below what they were measured from."""
+    head = {
+        "compiler": compiler(extension),
+        "archs": sorted({row.arch for row in rows}),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "sources": sources_hash(),
+    }
+    lines = ",\n".join(f"  {json.dumps(row._asdict())}" for row in rows)
+    path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "kernels": [\n{lines}\n ]\n}}\n')
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("extension", type=Path, help="the built extension, spo_kernels/_C*.so")
+    parser.add_argument("--json", type=Path, help="write the rows there instead of a table")
+    arguments = parser.parse_args()
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         sys.exit("cuobjdump was not found on PATH, in CUDA_HOME or in the Triton package")
+    rows = kernels(arguments.extension, cuobjdump)
+    if arguments.json:
+        write_json(arguments.json, arguments.extension, rows)
+        return
     print("| kernel | arch | registers | stack | local | static shared |")
     print("|---|---|---|---|---|---|")
-    for kernel in kernels(Path(sys.argv[1]), cuobjdump):
-        print("| " + " | ".join(map(str, kernel)) + " |")
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
 
 
 if __name__ == "__main__":
