@@ -1,5 +1,7 @@
 """The CUDA kernels in the built extension: there for every architecture, and nothing spills."""
 
+import json
+import re
 import runpy
 from pathlib import Path
 
@@ -12,15 +14,24 @@ ROW_KERNELS = ("policy_loss_held", "policy_loss_streamed", "logprobs_forward", "
 PACKED_KERNELS = ("write_segments", "advance_tokens", "climb", "advance_nodes")
 
 
+COMMITTED = json.loads((ROOT / "benchmarks" / "results" / "registers.json").read_text())
+SCRIPT = ROOT / "csrc" / "cuda" / "resources.py"
+script = runpy.run_path(str(SCRIPT))
+
+
 @pytest.fixture(scope="module")
-def kernels():
+def extension():
     if dispatch._C is None or not dispatch._C.has_cuda:
         pytest.skip("the native extension was built without CUDA: nvcc was not found")
-    script = runpy.run_path(str(ROOT / "csrc" / "cuda" / "resources.py"))
+    return Path(dispatch._C.__file__)
+
+
+@pytest.fixture(scope="module")
+def kernels(extension):
     cuobjdump = script["find_cuobjdump"]()
     if cuobjdump is None:
         pytest.skip("cuobjdump is not on PATH, in CUDA_HOME or in the Triton package")
-    return script["kernels"](Path(dispatch._C.__file__), cuobjdump)
+    return script["kernels"](extension, cuobjdump)
 
 
 def test_every_architecture_has_every_kernel(kernels):
@@ -48,3 +59,49 @@ def test_three_blocks_of_the_held_row_share_a_multiprocessor(kernels):
         # 16: the kernel is compiled empty where there are no clusters, and would pass all else.
         assert 16 < kernel.registers <= 65536 // (3 * 512) // 8 * 8, kernel
         assert kernel.shared <= 1024, kernel  # what the system takes
+
+
+def test_the_committed_registers_are_those_of_the_build(kernels, extension):
+    """Those of the same compiler; another one allocates registers in its own way."""
+    compiler = script["compiler"](extension)
+    if compiler != COMMITTED["compiler"]:
+        pytest.skip(f"built by nvcc {compiler}, registers.json is of {COMMITTED['compiler']}")
+    archs = {kernel.arch for kernel in kernels}
+    committed = {(row["name"], row["arch"]): row["registers"] for row in COMMITTED["kernels"]}
+    built = {(kernel.name, kernel.arch): kernel.registers for kernel in kernels}
+    same = script["sources_hash"]() == COMMITTED["sources"]
+    how = "the sources are those of registers.json" if same else "the sources have changed since"
+    how += (
+        f": python {SCRIPT.relative_to(ROOT)} {extension} --json benchmarks/results/registers.json"
+    )
+    assert {key for key in committed if key[1] in archs} == built.keys(), how
+    more = {key: used for key, used in built.items() if used > committed[key]}
+    assert not more, f"more registers than in registers.json; {how}"
+
+
+def test_the_page_names_the_committed_maxima():
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    (shown,) = re.findall(r"The most registers of a thread are (.*?):", page, re.DOTALL)
+    most = {
+        arch: max(row["registers"] for row in COMMITTED["kernels"] if row["arch"] == arch)
+        for arch in COMMITTED["archs"]
+    }
+    assert {arch: int(used) for used, arch in re.findall(r"(\d+)\s+on (sm_\w+)", shown)} == most
+    assert not any(row["stack"] or row["local"] for row in COMMITTED["kernels"])
+    assert f"nvcc {COMMITTED['compiler'].split()[1].rstrip(',')}" in page
+
+
+def test_json_holds_every_row(tmp_path):
+    rows = [
+        script["Kernel"]("climb", "sm_80", 29, 0, 0, 0),
+        script["Kernel"]("x<float>", "sm_80", 4, 0, 0, 0),
+    ]
+    extension = tmp_path / "_C.so"
+    extension.write_bytes(b"\0Cuda compilation tools, release 13.0, V13.0.88\0")
+    script["write_json"](tmp_path / "r.json", extension, rows)
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["kernels"] == [row._asdict() for row in rows]
+    assert written["compiler"] == "release 13.0, V13.0.88" and written["archs"] == ["sm_80"]
+    assert len(written["sources"]) == 64 and written["date"] and written.keys() == COMMITTED.keys()
+    extension.write_bytes(b"no note")
+    assert script["compiler"](extension) is None
