@@ -76,7 +76,7 @@ STEPS = (
     Step("build", python("setup.py", "build_ext", "--inplace"), 1.5),
     Step("backends", python("-c", BACKENDS), 0.3),
     Step("registers", ("cuobjdump", "-res-usage", "{extension}"), 0.1, "cuobjdump", "cuda"),
-    Step("tests", python("-m", "pytest", "tests/kernels", "-q", "-m", "not slow"), 1.5),
+    Step("tests", python("-m", "pytest", "tests/spo_kernels", "-q", "-m", "not slow"), 1.5),
     Step(
         "memcheck",
         ("compute-sanitizer", *python(SMALL_RUN, "--device", "cuda", "--quick")),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import distance, torchrun
 from safetensors.torch import load_file
-from test_distributed import distance, torchrun
 
 from spo.config.policy import EMBEDDED
 from spo.config.recipe import load_recipe

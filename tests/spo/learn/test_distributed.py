@@ -1,14 +1,11 @@
 """Two processes train as one: gradients in fp64, runs, and checkpoints that change their mode."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import distance, torchrun
 from safetensors.torch import load_file
 
 from spo.config.policy import PolicyConfig
@@ -22,7 +19,7 @@ from spo.metrics import read_metrics
 GRADIENTS = """
 import json, sys
 import torch
-from test_batch import RHO, load_fp64, random_forest
+from forests import RHO, load_fp64, random_forest
 from spo.credit.nodes import of_tokens
 from spo.learn import distributed
 from spo.learn.pack import pack
@@ -68,19 +65,6 @@ if ranks.main:
 """
 
 
-def torchrun(*command, fail=False):
-    """Run on two processes of one thread each."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    paths = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, *map(str, command)], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert (done.returncode != 0) == fail, done.stderr[-3000:]
-    return done.stderr
-
-
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_ranks_have_the_gradient_of_one(tiny_model, tmp_path, mode):
     script = tmp_path / "gradients.py"
@@ -122,13 +106,6 @@ def run(out, mode, iterations, *more, fail=False):
 
 def weights(out):
     return load_file(latest_checkpoint(out) / "policy" / "model.safetensors")
-
-
-def distance(a, b):
-    """Over all weights; AdamW turns the last bit of a gradient near 0 into whole steps, so that no
-    bound holds for every single weight."""
-    assert a.keys() == b.keys()
-    return sum(float((a[name] - b[name]).norm()) ** 2 for name in a) ** 0.5
 
 
 @pytest.fixture(scope="module")

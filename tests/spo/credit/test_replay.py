@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_batch import random_forest
+from forests import random_forest
 
 from spo.credit.nodes import of_nodes, of_tokens
 from spo.credit.replay import merge

@@ -5,55 +5,16 @@ import math
 
 import pytest
 import torch
+from forests import RHO, load_fp64, random_forest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 from spo.config.loss import PolicyLossConfig
 from spo.credit.nodes import of_tokens
 from spo.learn.attention import BACKENDS
 from spo.learn.loss import policy_loss
 from spo.learn.pack import pack
-from spo.records import PROMPT, SEGMENT, STOP, Forest, Prompt
-
-RHO = 0.9
-
-
-def random_forest(seed, trees=2, nodes=9, longest=5, weights=False):
-    """Trees with random parents, lengths and logprobs; about half the tokens pass the mask."""
-    g = torch.Generator().manual_seed(seed)
-
-    def draw(high):
-        return int(torch.randint(high, (1,), generator=g))
-
-    parent, prompt, sizes, finish = [], [], [], []
-    for tree in range(trees):
-        first = len(parent)
-        for i in range(nodes):
-            parent.append(-1 if i == 0 else first + draw(i))
-            prompt.append(tree)
-            sizes.append(1 + draw(longest))
-            finish.append(PROMPT if i == 0 else SEGMENT)
-    total = sum(sizes)
-    roots = torch.tensor(parent) < 0
-    logprobs = math.log(RHO) + 0.2 * torch.randn(total, generator=g).float()
-    forest = Forest(
-        token_ids=torch.randint(2, 48, (total,), generator=g, dtype=torch.int32),
-        rollout_logprobs=logprobs.clamp(max=-1e-3),
-        cu_tokens=torch.tensor([0, *sizes]).cumsum(0),
-        parent=torch.tensor(parent, dtype=torch.int32),
-        rewards=torch.full((len(parent),), math.nan),
-        in_value=~roots,
-        trained=~roots & (torch.rand(len(parent), generator=g) < 0.7),
-        finish=torch.tensor(finish, dtype=torch.int8),
-        weight=torch.tensor([1 + draw(3) if weights else 1 for _ in parent], dtype=torch.int32),
-        prompt=torch.tensor(prompt, dtype=torch.int32),
-        born=torch.zeros(len(parent), dtype=torch.int32),
-        prompts=tuple(Prompt((), None, "arithmetic") for _ in range(trees)),
-    )
-    advantages = torch.randn(len(parent), generator=g)
-    advantages[torch.rand(len(parent), generator=g) < 0.2] = 0.0
-    return forest, torch.where(forest.trained, advantages, 0.0)
+from spo.records import STOP, Forest, Prompt
 
 
 def row_loss(model, forest, advantages, threshold):
@@ -82,27 +43,6 @@ def gradients(model, loss):
     model.zero_grad()
     loss.backward()
     return [p.grad.clone() for p in model.parameters()]
-
-
-class Norm(torch.nn.Module):
-    """transformers' RMSNorm computes in fp32 whatever it is given; this one stays in fp64."""
-
-    def __init__(self, old):
-        super().__init__()
-        self.weight, self.eps = old.weight, old.variance_epsilon
-
-    def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-
-
-def load_fp64(folder, attention):
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation=attention, dtype=torch.float64
-    )
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ == "Qwen2RMSNorm":
-            model.set_submodule(name, Norm(module))
-    return model
 
 
 @pytest.fixture(scope="module")

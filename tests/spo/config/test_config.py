@@ -11,7 +11,7 @@ from spo.config.critic import CriticConfig
 from spo.config.loss import LOSSES
 from spo.config.recipe import SHIPPED, Recipe, load_recipe, save_recipe, shipped_recipes
 
-RECIPES = sorted((Path(__file__).parents[2] / "spo" / "recipes").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[3] / "spo" / "recipes").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -6,9 +6,9 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from forests import random_forest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_batch import random_forest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spo.config.loss import PolicyLossConfig
