@@ -1,4 +1,5 @@
-# make demo | make test | make setup | make lint | make slow | make wheels.  ENGINE=hf make demo runs without vLLM; VLLM=0 skips installing it.
+# make demo | make test | make setup | make lint | make slow | make wheels | make figures | make bench-check | make coverage.
+# ENGINE=hf make demo runs without vLLM; VLLM=0 skips installing it.
 PYTHON ?= python3
 VENV   ?= .venv
 ENGINE ?= vllm
@@ -8,6 +9,10 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Interpreters that `make wheels` builds for; empty: those found of python3.10 to python3.13.
 PYTHONS ?=
+# What `make figures` measures again; empty: all that takes minutes, not hours.
+ONLY   ?=
+# The commit that `make bench-check` compares with; empty: where this branch left main.
+BASE   ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip
 
@@ -15,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 # pyright would ask a registry for a newer release at every run.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: setup demo test slow lint native wheels clean
+.PHONY: setup demo test slow lint native wheels figures bench-check coverage clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -58,6 +63,17 @@ slow: setup
 
 wheels: setup
 	$(BIN)/python tools/wheels.py $(PYTHONS)
+
+figures: setup
+	$(BIN)/python -m benchmarks.figures.measure $(ONLY)
+
+bench-check: setup
+	$(BIN)/python -m benchmarks.check $(BASE)
+
+coverage: setup
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info spo_kernels/*.so

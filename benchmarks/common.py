@@ -1,16 +1,13 @@
-"""What every benchmark shares: timing, environment, table, JSON, CSV, command line."""
+"""What every benchmark shares: timing, table, JSON, CSV, command line."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import dataclasses
-import importlib.metadata
 import itertools
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peak import peak_memory
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.peak import peak_memory
+from benchmarks.provenance import environment, version
 
 UNCACHED = 1 << 29  # bytes, more than any cache
 
@@ -153,6 +152,15 @@ def compare(shape: Shape, calls: dict[str, Call], *, seconds: float, device: str
     return rows
 
 
+def against_copy(
+    op: str, case: Any, size: float, calls: dict[str, Call], args: argparse.Namespace
+) -> tuple[Shape, list[Row]]:
+    """`compare` on a case of an op that moves `size` bytes, with a copy of as many as the floor."""
+    shape = Shape(op, case.name, case.axes, bytes=size)
+    calls = calls | {"floor: copy": copy_of(size, args.device)}
+    return shape, compare(shape, calls, seconds=args.seconds, device=args.device)
+
+
 def copy_of(size: float, device: str, uncached: bool = False) -> Call:
     """The floor of an op that moves `size` bytes: a copy that moves as many.
 
@@ -184,49 +192,6 @@ def check_close(calls: dict[str, Call], exact: Sequence[torch.Tensor]) -> None:
                 atol=1e-5,
                 msg=lambda m, n=name: f"{n}: {m}",
             )
-
-
-def version(package: str) -> str:
-    """Name and version; a checkout that was built in place has none."""
-    try:
-        return f"{package} {importlib.metadata.version(package)}"
-    except importlib.metadata.PackageNotFoundError:
-        return f"{package} (not installed)"
-
-
-def environment(device: str = "cpu") -> dict[str, str | int]:
-    """Versions, device, threads and commit: what a number means nothing without."""
-    return {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "spo_kernels": version("spo-kernels").split(" ", 1)[1],
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
-def device_name(device: str = "cpu") -> str:
-    """The model of the GPU or of the processor."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """Short hash of the checkout, "+" if tracked files differ from it; "unknown" without git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True)
-        changes = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.strip() + ("+" if changes else "")
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -291,7 +256,8 @@ def main(
     arguments = parser.parse_args(argv)
     if arguments.seconds is None:
         arguments.seconds = 0.01 if arguments.quick else 2.0
-    where, start, records = environment(arguments.device), time.monotonic(), []
+    measures = "CUDA kernels" if arguments.device == "cuda" else "kernels"
+    where, start, records = environment(measures, arguments.device), time.monotonic(), []
     for case in cases(arguments.device, arguments.quick):
         if arguments.only not in case.name:
             continue

@@ -1,7 +1,7 @@
 """Every method on an embedded task: same start, same generated tokens, several seeds.
 
-    python benchmarks/end_to_end.py [--seeds N] [--budget TOKENS] [--task T] [--only NAME ...]
-    python benchmarks/end_to_end.py --tune --budget 100000    search each method's rate first, on a
+    python -m benchmarks.end_to_end [--seeds N] [--budget TOKENS] [--task T] [--only NAME ...]
+    python -m benchmarks.end_to_end --tune --budget 100000    search each method's rate first, on a
                                               seed that the comparison does not use
 
 Draws accuracy against generated tokens and against wall time. Can be interrupted at any time.
@@ -12,11 +12,11 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import curves
-import runs
 from rich.console import Console
 from rich.table import Table
-from runs import Arm
+
+from benchmarks.evidence import curves, runs
+from benchmarks.evidence.runs import Arm
 
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)  # AdamW on the embedded policy; around what the demo takes
 METHODS = (

@@ -16,7 +16,9 @@ def build_policy(
 ) -> int:
     """Save a Qwen2 policy with random weights; returns its number of parameters."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one for writing, one for reading, between the rows of a table
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocabulary,

@@ -8,7 +8,7 @@ agree. A decode step reads the weights, the branches' own keys and values, and t
 
 which is the column "prefix MB". Steps of the two ways alternate, so that a busy spell hits both.
 
-    python benchmarks/shared_prefix.py [--prefix 128 512 1024 2048] [--branches 6 36 216] [--json F]
+    python -m benchmarks.shared_prefix [--prefix 128 512 1024 2048] [--branches 6 36 216] [--json F]
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from common import environment, measure
-from policy import build_policy
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common import measure
+from benchmarks.policy import build_policy
+from benchmarks.provenance import environment
 from spo.engines.hf import HFEngine
 from spo.records import Request
 
@@ -129,7 +130,7 @@ def main() -> int:
     console.width = max(console.width, 110)
     console.print(table)
     if arguments.json:
-        where = environment() | {"parameters": parameters}
+        where = environment("rollout code") | {"parameters": parameters}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps([r | where for r in records], indent=1) + "\n")
     return 0

@@ -63,13 +63,12 @@ def python(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, *arguments)
 
 
-def benchmark(name: str, minutes: float, *options: str) -> Step:
-    script = str(ROOT / "benchmarks" / f"{name}.py")
-    return Step(name, python(script, *options), minutes, measures=True)
+def benchmark(name: str, minutes: float) -> Step:
+    return Step(name, python("-m", f"benchmarks.kernels.{name}"), minutes, measures=True)
 
 
 BACKENDS = "import json, spo_kernels; print(json.dumps(spo_kernels.backends(), indent=1))"
-SMALL_RUN = str(ROOT / "benchmarks" / "bench_policy_loss.py")
+SMALL_RUN = ("-m", "benchmarks.kernels.policy_loss")
 STEPS = (
     Step("gpu", ("nvidia-smi", "-q", "-d", "CLOCK,POWER,ECC"), 0.1, "nvidia-smi", "cuda"),
     Step("nvcc", ("nvcc", "--version"), 0.1, "nvcc"),
@@ -79,17 +78,17 @@ STEPS = (
     Step("tests", python("-m", "pytest", "tests/spo_kernels", "-q", "-m", "not slow"), 1.5),
     Step(
         "memcheck",
-        ("compute-sanitizer", *python(SMALL_RUN, "--device", "cuda", "--quick")),
+        ("compute-sanitizer", *python(*SMALL_RUN, "--device", "cuda", "--quick")),
         0.5,
         "compute-sanitizer",
         "cuda",
     ),
     benchmark("ceilings", 0.5),
-    benchmark("bench_policy_loss", 1.7),
-    benchmark("bench_logprobs", 0.8),
-    benchmark("bench_tree", 0.3),
-    benchmark("bench_segments", 0.3),
-    benchmark("bench_gae", 0.3),
+    benchmark("policy_loss", 1.7),
+    benchmark("logprobs", 0.8),
+    benchmark("tree", 0.3),
+    benchmark("segments", 0.3),
+    benchmark("gae", 0.3),
 )
 
 

@@ -11,7 +11,7 @@ of the tokens is the number of unique tokens that some trained token depends on:
 it, and every ancestor. Every way is repeated until its steps have taken `--seconds`, at most three
 times, in turn; the figure is the median; memory is the peak above what stood before the step.
 
-    python benchmarks/train_step.py [--quick] [--shapes 6-6-6/64 grpo/256] [--json FILE]
+    python -m benchmarks.train_step [--quick] [--shapes 6-6-6/64 grpo/256] [--json FILE]
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import environment, peak_memory, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
+from benchmarks.common import write_json
+from benchmarks.peak import peak_memory
+from benchmarks.policy import build_policy
+from benchmarks.provenance import environment
 from spo.config.loss import PolicyLossConfig
 from spo.config.policy import PolicyConfig
 from spo.credit.nodes import of_tokens
@@ -45,27 +47,6 @@ SHAPES = ["4-4-4/16", "chain/8", "grpo/128", "6-6-6/64"]
 QUICK = ["4-4-4/16", "chain/8", "grpo/64"]
 CHECKED = "3-2/16"  # gradients are compared on this shape; it also warms up
 WAYS = ("eager rows", "rows", "packed")
-
-
-def save_policy(folder: str, hidden: int, layers: int, vocabulary: int) -> int:
-    """A Qwen2 policy with random weights; returns its number of parameters."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(hidden // 192, 1),
-        intermediate_size=hidden * 8 // 3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    model = Qwen2ForCausalLM(config)
-    model.save_pretrained(folder)
-    return sum(p.numel() for p in model.parameters())
 
 
 def build_forest(shape: str, prompt: int, vocabulary: int, kept: float) -> tuple[Forest, Tensor]:
@@ -303,7 +284,10 @@ def main() -> int:
     logging.disable_progress_bar()
     shapes = arguments.shapes or (QUICK if arguments.quick else SHAPES)
     with tempfile.TemporaryDirectory() as folder:
-        parameters = save_policy(folder, arguments.hidden, arguments.layers, arguments.vocabulary)
+        size = {key: getattr(arguments, key) for key in ("hidden", "layers", "vocabulary")}
+        parameters = build_policy(
+            folder, **size, context=8192, kv_heads=max(arguments.hidden // 192, 1)
+        )
         rows_policy = PolicyConfig(path=folder, device=arguments.device, packing="rows")
         packed_policy = PolicyConfig(path=folder, device=arguments.device)
         models = {"rows": load_policy(rows_policy), "packed": load_policy(packed_policy)}
@@ -315,7 +299,7 @@ def main() -> int:
         f"{arguments.prompt}, {arguments.kept:.0%} kept, batches of {arguments.tokens_per_batch}"
     )
     print_table(rows, title)
-    where = environment(arguments.device)
+    where = environment("training code", arguments.device)
     if arguments.json:
         settings = {k: v for k, v in vars(arguments).items() if k != "json"}
         settings |= {"parameters": parameters, "gradient_errors": errors}

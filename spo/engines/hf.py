@@ -58,6 +58,7 @@ class HFEngine:
     """
 
     block_size = 1  # every token of a prefix is shared, not only full blocks
+    reuse_prefixes = True  # False recomputes every prefix (the baseline of the benchmark)
 
     def __init__(
         self,
@@ -233,20 +234,21 @@ class HFEngine:
 
     def _admit(self) -> None:
         """Move waiting sequences into free rows; compute what no slot holds yet, once."""
-        admitted: dict[tuple[int, ...], list[Sequence]] = {}
+        admitted: dict[object, list[Sequence]] = {}  # by prefix, one row each
         room = self.max_num_seqs - len(self.running)
         while room and self.waiting:
             sequence = heapq.heappop(self.waiting)[2]
             if not sequence.token_ids:
                 sequence.first_version = self.version
-            admitted.setdefault(sequence.prefix_ids, []).append(sequence)
+            same = sequence.prefix_ids if self.reuse_prefixes else sequence.arrival
+            admitted.setdefault(same, []).append(sequence)
             room -= 1
         slots, step = self.slots, int(self._counters["steps"])
         first = len(self.running)
-        missing = []
-        for prefix, group in admitted.items():  # one row per distinct prefix
+        missing, groups = [], [(group[0].prefix_ids, group) for group in admitted.values()]
+        for prefix, group in groups:
             ids = np.array(prefix, dtype=np.int32)
-            slot, shared = slots.longest_prefix(ids[:-1])
+            slot, shared = slots.longest_prefix(ids[:-1]) if self.reuse_prefixes else (0, 0)
             missing.append(ids.size - 1 - shared)
             slots.used[slot] = step
             slots.attach(
@@ -254,8 +256,8 @@ class HFEngine:
             )
             slots.tokens[len(self.running), : ids.size] = ids
             self.running.append(group[0])
-        self._prefill(first, [len(prefix) for prefix in admitted])
-        for source, (prefix, group) in enumerate(admitted.items(), start=first):
+        self._prefill(first, [len(prefix) for prefix, _ in groups])
+        for source, (prefix, group) in enumerate(groups, start=first):
             if missing[source - first] and branches(group):
                 slots.share(source, step)
             for sequence in group[1:]:
