@@ -1,4 +1,4 @@
-# make demo | make test | make setup | make lint | make slow | make wheels | make figures | make bench-check | make coverage.
+# make demo | test | setup | lint | hooks | slow | wheels | figures | bench-check | coverage
 # ENGINE=hf make demo runs without vLLM; VLLM=0 skips installing it.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -20,7 +20,7 @@ export HF_HUB_OFFLINE := 1
 # pyright would ask a registry for a newer release at every run.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: setup demo test slow lint native wheels figures bench-check coverage clean
+.PHONY: setup demo test slow lint hooks native wheels figures bench-check coverage clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -51,6 +51,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+# `make lint` on the files of each commit; pyright at each push.
+hooks: setup
+	$(PIP) install -q "pre-commit>=4"
+	$(BIN)/pre-commit install
 
 native: setup
 	bash csrc/tests/run.sh $(BIN)
