@@ -1,7 +1,7 @@
 """Is this working tree slower than another commit? `make bench-check` fails where it is.
 
     make bench-check                    # against the commit that this branch left main at
-    make bench-check BASE=v0.1.0
+    make bench-check BASE=HEAD~5
 
 The other commit is built beside this one, below build/. Both run the four workloads of workloads.py
 in processes that take turns, so that a busy spell of the machine hits both. A workload is slower
