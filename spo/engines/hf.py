@@ -1,7 +1,7 @@
 """The embedded engine: continuous batching over any transformers causal model, no server.
 
-A finished sequence is kept until its space is needed: a branch that continues it prefills nothing,
-and reads what it shares with its siblings in place (`slots`, `attention`).
+A finished sequence is kept until its slot is needed. A branch that continues it prefills nothing,
+and reads what it shares with its siblings in place (`slots.py`, `slot_attention.py`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from spo.engines.slot_attention import SharedSpan, SlotView
 from spo.engines.slots import Slots, own_view
 from spo.records import LENGTH, STOP, Completion, Request
 
-PREFILL_TOKENS = 8192  # most padded tokens of one prefill forward
-SAMPLE_BLOCK = 128  # tokens summed at once when one is drawn
+PREFILL_TOKENS = 8192  # maximum of one prefill forward, padding included
+SAMPLE_BLOCK = 128  # probabilities summed at once when a token is drawn
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Sequence:
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
-        """What must be in the cache, the last token excepted, before the next one is sampled."""
+        """Tokens that the next one depends on; all but the last must be in the cache."""
         return (*self.request.prefix_ids, *self.token_ids)
 
 
@@ -50,9 +50,9 @@ class HFEngine:
     Args:
         model: folder with config.json and safetensors weights.
         dtype: of weights and cache.
-        max_num_seqs: sequences that run at once.
-        max_model_len: longest prefix + completion; the model's own limit by default.
-        num_cached: finished sequences whose keys and values are kept for branches.
+        max_num_seqs: slots, the number of sequences that can run at the same time.
+        max_model_len: maximum of prefix + completion; by default the model's own limit.
+        num_cached: number of finished sequences whose keys and values are kept for branches.
         min_shared: branches read a common segment of at least this many tokens in place, once per
             step for all of them; None copies it to each branch.
     """
@@ -79,7 +79,9 @@ class HFEngine:
         config = self.model.config
         window = getattr(config, "sliding_window", None)
         if window and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-            raise ValueError(f"model: sliding-window layers ({window}) are not supported by 'hf'")
+            raise ValueError(
+                f"policy.path: engine.name=hf cannot run sliding-window layers ({window}); use vllm"
+            )
         limit = config.max_position_embeddings
         self.max_model_len = min(max_model_len or limit, limit)
         self.max_num_seqs = max_num_seqs
@@ -143,7 +145,7 @@ class HFEngine:
         self.slots.clear()
 
     def sleep(self) -> None:
-        """Nothing to give back: trainer and engine share one process and its memory."""
+        """Does nothing: trainer and engine share one process and its memory."""
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         parameters = dict(self.model.named_parameters())
@@ -154,7 +156,7 @@ class HFEngine:
                 elif not (name == "lm_head.weight" and self.model.config.tie_word_embeddings):
                     raise ValueError(f"load_weights: the model has no parameter {name!r}")
         self.version = version
-        for sequence in self.running:  # they go on, their prefix recomputed with the new weights
+        for sequence in self.running:  # they go on; the new weights recompute their prefixes
             self._queue(sequence)
         self._counters["preempted"] += len(self.running)
         self.running = []
@@ -179,8 +181,8 @@ class HFEngine:
     ) -> Tensor:  # (R, C, D)
         """Hidden states of tokens at positions of their rows, which read `spans` in place."""
         device = self.slots.kv.device
-        places, length, mask = own_view(self.slots, rows, positions)
-        view = SlotView(self.slots.kv, rows, places, length, mask, tuple(spans))
+        indices, length, mask = own_view(self.slots, rows, positions)
+        view = SlotView(self.slots.kv, rows, indices, length, mask, tuple(spans))
         out = self.model.base_model(
             input_ids=torch.from_numpy(token_ids).to(device),
             position_ids=torch.from_numpy(positions.copy()).to(device),
@@ -190,7 +192,7 @@ class HFEngine:
         return out.last_hidden_state
 
     def _sample(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """One token per running row by inverse CDF; its noise depends on (seed, depth) alone."""
+        """One token per running row by inverse CDF; the noise depends only on (seed, depth)."""
         requests = [s.request for s in self.running]
         temperature = np.array([r.temperature for r in requests])
         divisor = np.where(temperature > 0, temperature, 1.0).astype(np.float32)
@@ -233,16 +235,16 @@ class HFEngine:
         return done[::-1]
 
     def _admit(self) -> None:
-        """Move waiting sequences into free rows; compute what no slot holds yet, once."""
+        """Move waiting sequences into free slots; compute once what no slot holds yet."""
         admitted: dict[object, list[Sequence]] = {}  # by prefix, one row each
-        room = self.max_num_seqs - len(self.running)
-        while room and self.waiting:
+        free = self.max_num_seqs - len(self.running)
+        while free and self.waiting:
             sequence = heapq.heappop(self.waiting)[2]
             if not sequence.token_ids:
                 sequence.first_version = self.version
             same = sequence.prefix_ids if self.reuse_prefixes else sequence.arrival
             admitted.setdefault(same, []).append(sequence)
-            room -= 1
+            free -= 1
         slots, step = self.slots, int(self._counters["steps"])
         first = len(self.running)
         missing, groups = [], [(group[0].prefix_ids, group) for group in admitted.values()]
@@ -265,16 +267,16 @@ class HFEngine:
                 slots.attach(row, source, len(prefix) - 1, share=True)
                 slots.tokens[row, : len(prefix)] = prefix
                 self.running.append(sequence)
-            computed = missing[source - first] + len(group)  # the last token is fed to each row
+            computed = missing[source - first] + len(group)  # every row computes the last token
             self._counters["prefill"] += computed
             self._counters["cached"] += len(prefix) * len(group) - computed
             self._counters["forwarded"] += missing[source - first]
 
     def _prefill(self, first: int, sizes: list[int]) -> None:
-        """Compute keys and values of all but the last token of each prefix, from its slot's length.
+        """Compute the missing keys and values of each prefix, its last token excepted.
 
-        The last token is fed by the first decode step, so a branch whose parent is cached costs
-        nothing here. Padding writes beyond a row's length, where later tokens overwrite it.
+        The first decode step computes the last token, so a branch of a cached parent costs nothing
+        here. Padding writes beyond a row's length, where later tokens overwrite it.
         """
         slots = self.slots
         start = 0
@@ -296,7 +298,7 @@ class HFEngine:
 
 
 def branches(group: list[Sequence]) -> bool:
-    """Whether several samples continue this prefix, now or when there is room."""
+    """Whether several samples continue this prefix, now or when slots are free."""
     return len(group) > 1 or group[0].request.n > 1
 
 
@@ -304,9 +306,9 @@ def inverse_cdf(
     probs: Tensor,  # (R, V) fp32
     noise: Tensor,  # (R,) fp64, uniform in [0, 1)
 ) -> Tensor:  # (R,) int64
-    """The token at which the running sum of `probs`, as a share of its total, passes the noise.
+    """The token at which the running sum of `probs`, as a share of its total, exceeds the noise.
 
-    First the block of tokens, then the token in it: a running sum in fp64 over the whole
+    It finds the block of tokens first, then the token in it: a running sum in fp64 over the whole
     vocabulary costs as much as a layer.
     """
     rows, vocabulary = probs.shape

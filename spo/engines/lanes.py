@@ -1,7 +1,7 @@
-"""Several users of one engine: each sees its own samples only, whoever drives the steps.
+"""Several users of one engine: each receives only its own samples, whoever drives the steps.
 
-While prompts of the next iteration are in flight, the probe after a weight update and an evaluation
-run on the same engine.
+The probe after a weight update and the evaluation use the engine while prompts of the next
+iteration are in flight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from spo.records import Completion, Request
 
 
 class Lane:
-    """An engine to its user. Lanes of the same engine are made with `new_lane`."""
+    """An engine as one of its users sees it. `new_lane` makes another lane of the same engine."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -53,7 +53,7 @@ class Lane:
         self._owners[key] = (self, request.key, request.n)
 
     def poll(self) -> list[Completion]:
-        """What another lane's steps finished, else one step of the engine."""
+        """Samples that another lane's steps have finished; if there are none, one engine step."""
         if not self._inbox:
             for completion in self.engine.poll():
                 lane, key, left = self._owners.pop(completion.key)

@@ -1,4 +1,4 @@
-"""A recipe's engine."""
+"""Makes the engine of a recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENGINES = ("vllm", "hf")
 
 
 def engine_of(recipe: Recipe) -> Engine:
-    """The recipe's engine on the recipe's start policy."""
+    """The recipe's engine with the weights of its start policy."""
     require_device(recipe.policy.device)
     engine = recipe.engine
     card = {"memory_fraction": engine.memory_fraction, "sleep_mode": engine.sleep_mode}
@@ -32,23 +32,26 @@ def engine_of(recipe: Recipe) -> Engine:
 
 
 def require_device(name: str) -> None:
-    """Raise ValueError unless PyTorch can compute on a device of that name here."""
+    """Raise ValueError unless PyTorch can use the device `name` on this machine."""
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"policy.device: {name}, but PyTorch finds no CUDA device here")
+        raise ValueError(
+            f"policy.device: expected a device that is here, found {name}: there is no CUDA device"
+        )
 
 
 def make_engine(name: str, model: str, *, addresses: Sequence[str] = (), **options) -> Engine:
-    """Build the engine called `name` for the model folder `model`.
+    """Make the engine `name` for the model folder `model`.
 
-    With `addresses` it is the pool of the vLLM servers there. They bring their own model, device
-    and memory; of `options` they take the dtype (checked) and limits below their own. Under
-    torchrun every rank takes its share of them.
-    Raises ValueError for an unknown name, a server that does not answer, or where vLLM is asked for
-    and not installed.
+    With `addresses` it is a pool of the vLLM servers there, which have their own model, device and
+    memory. Of `options` they use the dtype, which is checked, and limits below their own. Under
+    torchrun every rank takes its share of the servers.
+
+    Raises ValueError for an unknown name, a server that does not answer, or if vLLM is asked for
+    but not installed.
     """
     if addresses:
         if name != "vllm":
-            raise ValueError(f"engine.addresses: servers run vllm, found engine.name={name}")
+            raise ValueError(f"engine.addresses: expected engine.name=vllm, found {name}")
         from spo.engines.pool import EnginePool
         from spo.engines.remote import RemoteEngine
 
@@ -67,7 +70,7 @@ def make_engine(name: str, model: str, *, addresses: Sequence[str] = (), **optio
 
 
 def _share(addresses: Sequence[str]) -> Sequence[str]:
-    """This rank's servers: each is paused and loaded by one trainer process alone."""
+    """This rank's servers: only one trainer process pauses and updates a server."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if len(addresses) < world:
         raise ValueError(

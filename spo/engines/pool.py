@@ -1,7 +1,7 @@
 """Several engines as one: a prompt's tree stays on one engine, where its prefixes are cached.
 
-An engine whose connection is lost is left out from then on. What it had in flight comes back as
-failed samples, which a rollout repeats with the same seeds on the engines that are left.
+An engine whose connection is lost is not used again. Its samples in flight come back as failed
+samples, which a rollout repeats with the same seeds on the other engines.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from spo.records import LENGTH, Completion, Request
 
 @dataclass
 class Member:
-    """One engine of the pool, and the samples it owes."""
+    """One engine of the pool, and its samples in flight."""
 
     engine: Engine
     owed: dict[int, set[int]] = field(default_factory=dict)  # key -> indices
-    lost: str | None = None  # why it is gone
+    lost: str | None = None  # the reason, if it is lost
 
 
 class EnginePool:
-    """The engines' `Engine`. Raises RuntimeError once every one of them is lost.
+    """Several engines as one `Engine`. Raises RuntimeError once all of them are lost.
 
     Args:
-        engines: they hold the same weights; a lost one raises ConnectionError from its methods.
+        engines: with the same weights; the methods of a lost one raise ConnectionError.
     """
 
     def __init__(self, engines: Sequence[Engine]):
@@ -93,10 +93,10 @@ class EnginePool:
                 member.lost = str(error)
         self._alive()
         self.version = version
-        self._roots.clear()  # no prefix is cached anywhere: trees may be dealt out anew
+        self._roots.clear()  # no prefix is cached anywhere, so trees may move
 
     def counters(self) -> dict[str, float]:
-        """Sums over all engines: what a lost one had counted until then stays in them."""
+        """Sums over all engines, a lost one's last counts included."""
         total: dict[str, float] = {}
         for member in self.members:
             for name, value in member.engine.counters().items():
@@ -116,7 +116,7 @@ class EnginePool:
         return alive
 
     def _member(self, prefix: tuple[int, ...]) -> Member:
-        """The engine that holds the longest known start of `prefix`, else the least busy one."""
+        """The engine with the longest cached start of `prefix`, else the least busy one."""
         for length in sorted(self._roots, reverse=True):
             if length <= len(prefix):
                 member = self._roots[length].get(prefix[:length])
@@ -133,7 +133,7 @@ class EnginePool:
             del member.owed[key]
 
     def _failed(self, member: Member) -> list[Completion]:
-        """What a lost engine owed, as failed samples."""
+        """The samples in flight of a lost engine, as failed samples."""
         owed, member.owed = member.owed, {}
         return [
             Completion(key, index, (), (), LENGTH, self.version, self.version, error=member.lost)

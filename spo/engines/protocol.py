@@ -1,4 +1,4 @@
-"""What every rollout engine can do."""
+"""The interface of every rollout engine."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ COUNTERS = (
     "prefill",  # prefix tokens computed, the last token of every prefix included
     "cached",  # prefix tokens taken from the cache
     "forwarded",  # tokens through the model
-    "preempted",  # samples put back into the queue, to be recomputed
+    "preempted",  # samples put back into the queue and recomputed later
     "step_seconds",  # inside the engine's steps
 )
 
 
 class Engine(Protocol):
-    """What the rollout loop needs. Token ids go in and come out; text never does."""
+    """What the rollout loop needs of an engine. Token ids go in and come out, never text."""
 
     @property
     def max_model_len(self) -> int:
-        """Longest prefix + completion, in tokens."""
+        """Maximum of prefix + completion, in tokens."""
         ...
 
     @property
     def block_size(self) -> int:
-        """Tokens that a cached prefix is shared by."""
+        """Tokens per cache block; prefixes are shared in whole blocks."""
         ...
 
     @property
     def version(self) -> int:
-        """Of the weights."""
+        """Version of the weights."""
         ...
 
     @property
     def room(self) -> int:
-        """Samples that could start at once; negative if some wait."""
+        """Free slots: the number of samples that could start now; negative if some wait."""
         ...
 
     def submit(self, request: Request) -> None:
@@ -57,17 +57,19 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give memory to the trainer until `load_weights`, where the engine can."""
+        """Give memory to the trainer until `load_weights`, if the engine can."""
         ...
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replace the weights in place and forget every cached prefix. Samples in flight go on:
-        their prefixes are computed again, each token keeps the logprob it was sampled with.
+        """Replace the weights in place and forget every cached prefix.
+
+        Samples in flight go on: their prefixes are computed again, and each token keeps the logprob
+        that it was sampled with.
         """
         ...
 
     def counters(self) -> dict[str, float]:
-        """Totals: steps, running (summed over steps), generated, prefill and cached tokens."""
+        """Totals since the engine was made, by the names in `COUNTERS`."""
         ...
 
     def close(self) -> None:
@@ -78,10 +80,10 @@ class Engine(Protocol):
 def check_request(request: Request, max_model_len: int) -> None:
     """Raise ValueError if `request` is malformed or cannot fit the context."""
     if not request.prefix_ids:
-        raise ValueError("request: the prefix is empty, expected at least one token id")
+        raise ValueError("request: expected a prefix of at least one token id, found none")
     if request.n < 1 or request.max_new_tokens < 1:
         raise ValueError(
-            "request: n and max_new_tokens must be at least 1, found "
+            "request: expected n and max_new_tokens of at least 1, found "
             f"n={request.n}, max_new_tokens={request.max_new_tokens}"
         )
     total = len(request.prefix_ids) + request.max_new_tokens

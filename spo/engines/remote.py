@@ -1,8 +1,8 @@
 """vLLM in another process, here or on another machine, by address: token ids over HTTP.
 
-One thread per sample in flight, on the standard library's client: where only the servers have vLLM,
-the HTTP packages that come with it are missing, and a thread that waits costs nothing.
-Siblings are separate requests, because vLLM answers a request when its last sample has ended.
+Each sample in flight has a thread that uses the standard library's client: a trainer without vLLM
+lacks the HTTP packages that come with it, and a thread that waits costs nothing. Siblings are
+separate requests, because vLLM answers a request only when its last sample has ended.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from spo.records import LENGTH, STOP, Completion, Request
 
 GENERATE = "/inference/v1/generate"
 CONNECT_S = 10.0
-POLL_S = 0.002  # longest wait for a sample in `poll`: less than a step, and the loop does not spin
+POLL_S = 0.002  # maximum wait for a sample in `poll`: less than a step, so nothing is delayed
 END = (float("-inf"),)  # sorts before all work
-EXPECTED = {  # flags of `vllm serve` without which samples or their logprobs would differ
+EXPECTED = {  # flags of `vllm serve` that samples and their logprobs depend on
     "--scheduling-policy": "priority",
     "--logprobs-mode": "processed_logprobs",  # at the sampling temperature
     "--enable-prefix-caching": True,
@@ -59,7 +59,7 @@ class Client:
     def ask(self, method: str, path: str, body: dict | None = None) -> Any:
         """The JSON answer, None if it is empty.
 
-        Raises ConnectionError if there is no answer, Refused if it is an error.
+        Raises ConnectionError if there is no answer, Refused if the answer is an error.
         """
         idle = self._http.sock is not None
         try:
@@ -69,17 +69,17 @@ class Client:
             raise ConnectionError(f"{self.address}: no answer in time ({error})") from error
         except (OSError, http.client.HTTPException) as error:
             self._http.close()
-            if idle and not self._shut:  # servers close idle connections; a dead one has no other
+            if idle and not self._shut:  # servers close idle connections: try a new one
                 return self.ask(method, path, body)
             raise ConnectionError(f"{self.address}: {error or type(error).__name__}") from error
 
     def shut(self) -> None:
-        """Wake up the thread that waits for an answer: it gets a ConnectionError."""
+        """Wake up the thread that waits for an answer: `ask` raises ConnectionError there."""
         self._shut = True
         if (sock := self._http.sock) is not None:
             try:
                 sock.shutdown(socket.SHUT_RDWR)
-            except OSError:  # the other side was faster
+            except OSError:  # already closed by the other side
                 pass
 
     def _exchange(self, method: str, path: str, body: dict | None) -> Any:
@@ -92,24 +92,24 @@ class Client:
         response = self._http.getresponse()
         text = response.read().decode(errors="replace")
         if response.status >= 400:
-            found = f"{self.address}{path} answered {response.status}: {text[:500]}"
-            raise Refused(found, response.status)
+            reason = f"{self.address}{path} answered {response.status}: {text[:500]}"
+            raise Refused(reason, response.status)
         return json.loads(text) if text else None
 
 
 class RemoteEngine:
-    """The `Engine` of one `vllm serve` process; docs/rollout.md says how to start it.
+    """One `vllm serve` process as an `Engine`; docs/rollout.md says how to start it.
 
-    A server that refuses the connection, dies or does not answer in time raises ConnectionError
-    from then on. Weights travel in a file that the server must be able to read: it lies in a new
-    folder where temporary files go (`TMPDIR`), on a file system shared with other machines.
+    If the server refuses the connection, dies or does not answer in time, all methods raise
+    ConnectionError from then on. Weights are passed in a file in a new folder under `TMPDIR`, which
+    must be on a file system that the server's machine shares.
 
     Args:
         address: http://host:port
-        dtype: of the server's weights, checked; None takes what it has.
-        max_num_seqs: samples in flight, at most the server's own number; others wait here.
-        max_model_len: longest prefix + completion, at most the server's own.
-        timeout_s: longest wait for an answer, the sample's time in the server's queue included.
+        dtype: expected dtype of the server's weights; None accepts any.
+        max_num_seqs: maximum of samples in flight, at most the server's own; others wait here.
+        max_model_len: maximum of prefix + completion, at most the server's own.
+        timeout_s: maximum wait for an answer, including the time in the server's queue.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class RemoteEngine:
     ):
         self.address, self.timeout_s, self.version = address, timeout_s, 0
         self._control = Client(address, timeout_s)
-        self._lost: str | None = None  # why
+        self._lost: str | None = None  # the reason
         self._work: queue.PriorityQueue = queue.PriorityQueue()
         self._done: queue.SimpleQueue[Completion] = queue.SimpleQueue()
         self._clients: list[Client] = []  # one per thread
@@ -156,7 +156,7 @@ class RemoteEngine:
             ).start()
 
     def poll(self) -> list[Completion]:
-        """The samples that finished; waits for one, but not for long."""
+        """The samples that finished; waits `POLL_S` at most for the first."""
         if not self._in_flight:
             return []
         start, done = time.perf_counter(), []
@@ -174,7 +174,7 @@ class RemoteEngine:
         return done
 
     def abort(self) -> None:
-        """Drop what waits here; what the server samples is waited for and thrown away."""
+        """Drop the samples that wait here; wait for those on the server and drop them too."""
         while True:
             try:
                 item = self._work.get_nowait()
@@ -188,7 +188,7 @@ class RemoteEngine:
             self.poll()
 
     def sleep(self) -> None:
-        """Nothing: a server shares no memory with the trainer."""
+        """Does nothing: a server shares no memory with the trainer."""
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         with tempfile.TemporaryDirectory(prefix="spo-weights-") as folder:
@@ -197,14 +197,14 @@ class RemoteEngine:
             self._ask(self._control, "POST", "/pause?mode=keep")  # between two steps
             self._rpc("spo_load_weights", path)
         answer = self._ask(self._control, "POST", "/reset_prefix_cache?reset_running_requests=true")
-        if not answer["success"]:  # a stale cache gives logprobs that are wrong by nats
+        if not answer["success"]:  # a stale cache would give wrong logprobs
             raise RuntimeError(f"{self.address} refused to reset its prefix cache")
         self._label(version)
         self._ask(self._control, "POST", "/resume")
         self.version = version
 
     def counters(self) -> dict[str, float]:
-        """Totals of the server, whoever asked it; as of its last answer once it is lost."""
+        """Totals of the server, whoever used it; its last answer if it is lost."""
         if self._lost is None:
             try:
                 self._served = self._rpc("spo_counters")
@@ -213,14 +213,14 @@ class RemoteEngine:
         return self._served | self._own
 
     def close(self) -> None:
-        """Drop what is in flight; the server goes on."""
+        """Drop the samples in flight; the server keeps running."""
         self._lost = self._lost or f"{self.address}: closed"
         self._work.put(END)
         for client in (self._control, *self._clients):
             client.shut()
 
     def _connect(self, dtype: torch.dtype | None) -> dict:
-        """The server's settings. Raises ValueError if it is not there or not set up for this."""
+        """The server's settings. Raises ValueError if it does not answer or has other flags."""
         try:
             settings = self._rpc("spo_settings")
             expected = dict(EXPECTED)
@@ -229,12 +229,13 @@ class RemoteEngine:
             for flag, value in expected.items():
                 if settings["flags"][flag] != value:
                     raise ValueError(
-                        f"engine.addresses: {self.address} was started with {flag} "
-                        f"{settings['flags'][flag]}, expected {value}"
+                        f"engine.addresses: expected {flag} {value} at {self.address}, found "
+                        f"{settings['flags'][flag]}; see docs/rollout.md"
                     )
             if dtype is not None and settings["dtype"] != (name := str(dtype)[len("torch.") :]):
                 raise ValueError(
-                    f"engine.dtype: {self.address} holds {settings['dtype']} weights, found {name}"
+                    f"engine.dtype: expected {settings['dtype']}, the weights of {self.address}, "
+                    f"found {name}"
                 )
             self._label(self.version)
             self._ask(self._control, "POST", "/resume")  # a trainer may have died during an update
@@ -246,8 +247,8 @@ class RemoteEngine:
         return settings
 
     def _serve(self, client: Client) -> None:
-        """A thread: one sample after the other until the server is lost or closed."""
-        reason: str | None = f"{self.address}: a client thread failed"  # not to wait for it forever
+        """One thread: sample after sample, until the server is lost or closed."""
+        reason: str | None = f"{self.address}: a client thread failed"  # else `poll` waits forever
         try:
             while self._lost is None:
                 if (item := self._work.get()) == END:
@@ -269,9 +270,9 @@ class RemoteEngine:
                 "temperature": request.temperature,
                 "max_tokens": request.max_new_tokens,
                 "stop_token_ids": request.stop_token_ids,
-                "ignore_eos": True,  # the request's stop tokens are all that stops it
+                "ignore_eos": True,  # only the request's stop tokens stop it
                 "seed": request.seed + index,
-                "logprobs": 0,  # of the sampled token alone
+                "logprobs": 0,  # only of the sampled token
                 "detokenize": False,
             },
         }
@@ -282,7 +283,7 @@ class RemoteEngine:
             return Completion(request.key, index, (), (), LENGTH, now, now, error=str(error))
         (choice,) = answer["choices"]
         if choice["finish_reason"] not in ("stop", "length"):
-            raise ConnectionError(  # on its way down, or in other hands
+            raise ConnectionError(  # it shuts down, or somebody else uses it
                 f"{self.address} ended a sample with {choice['finish_reason']!r}"
             )
         spans = choice["weight_versions"]
@@ -297,7 +298,7 @@ class RemoteEngine:
         )
 
     def _ask(self, client: Client, method: str, path: str, body: dict | None = None) -> Any:
-        """`Client.ask`; a server whose engine is dead still answers, and counts as lost."""
+        """`Client.ask`. A server whose engine has died still answers: it counts as lost too."""
         try:
             return client.ask(method, path, body)
         except Refused as error:
@@ -310,11 +311,11 @@ class RemoteEngine:
             raise
 
     def _rpc(self, method: str, *args: str) -> Any:
-        """Call a method of `spo.engines.served` in every worker; the first one's answer."""
+        """Call a method of `spo.engines.served` in every worker; returns the first answer."""
         body = {"method": method, "args": args}
         return self._ask(self._control, "POST", "/collective_rpc", body)["results"][0]
 
     def _label(self, version: int) -> None:
-        """Name the weights: every sample says which versions it was sampled with."""
+        """Label the weights: every sample then says which versions sampled it."""
         body = {"new_version": str(version)}
         self._ask(self._control, "POST", "/update_weight_version", body)

@@ -1,7 +1,7 @@
 """What a `vllm serve` process adds for this package: `--worker-extension-cls` with `EXTENSION`.
 
-vLLM's HTTP interface reaches methods of its workers by name, and theirs alone. These load weights
-that trainers can write, and count what its own metrics leave out.
+vLLM's HTTP interface can only call methods of its workers, by name. These load the weights that a
+trainer writes, and count what vLLM's own metrics leave out.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ EXTENSION = "spo.engines.served.Served"
 
 
 class Served:
-    """Mixed into vLLM's worker. Everything is named `spo_…`: vLLM refuses names it has itself."""
+    """Mixed into vLLM's worker. All names begin with `spo_`: vLLM refuses names that it has."""
 
-    vllm_config: Any  # these are the worker's
+    vllm_config: Any  # these four are the worker's
     device: torch.device
     get_model: Callable
     reload_weights: Callable
     execute_model: Callable
 
     def spo_settings(self) -> dict:
-        """How this process was started; counts its steps from the first call on."""
+        """How this process was started. From the first call on, its steps are counted."""
         if not hasattr(self, "_spo_totals"):
             self._spo_totals: dict[str, float] = dict.fromkeys(COUNTERS, 0)
             self.execute_model = self._spo_counted(self.execute_model)

@@ -1,9 +1,9 @@
 """Attention of the embedded engine: every row against its own slot and the prefixes it shares.
 
 A decode step reads each shared prefix once for all its branches: one matrix product per prefix
-gives a partial softmax (numerator, maximum, denominator) of every branch, and the parts are merged.
-Reading it once per branch costs rows x prefix keys of memory traffic, which is most of a step when
-many branches hang on a long prefix.
+computes a partial softmax (numerator, maximum, denominator) of every branch, and the parts are
+merged. Reading the prefix once per branch would read rows * prefix keys, which takes most of the
+time of a step when many branches share a long prefix.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class SharedSpan:
     """A stretch of one slot's keys that several rows of the batch read."""
 
     slot: int
-    length: int  # keys 0:length of the slot are read, by the row that reads most
-    rows: Tensor | None  # (n,) int64, places in the batch; None: all of it
-    depth: int  # how many shared spans stand before it in its rows' sequences
-    visible: Tensor | None  # (n, 1, length) bool where the rows read different lengths
+    length: int  # keys 0:length of the slot are read by the row with the longest read
+    rows: Tensor | None  # (n,) int64, indices in the batch; None: all rows
+    depth: int  # number of shared spans before it in its rows' sequences
+    visible: Tensor | None  # (n, 1, length) bool if the rows read different lengths
 
 
 @dataclass
@@ -37,22 +37,22 @@ class SlotView:
 
     kv: Tensor  # (layers, 2, slots, kv_heads, max_len + 1, head_dim)
     rows: slice  # the slots of this batch
-    places: Tensor  # (R, C) int64, place in the row's own slot of every token of the batch
-    length: int  # keys beyond this are nobody's
-    mask: Tensor  # (R, 1, C, length) bool, True where the own key may be read
+    indices: Tensor  # (R, C) int64, index of every token of the batch in its row's own slot
+    length: int  # no row reads its own keys beyond this
+    mask: Tensor  # (R, 1, C, length) bool, True where a token may read the key
     spans: Sequence[SharedSpan] = ()  # only where C = 1
 
 
 def slot_attention(module, query, key, value, attention_mask, scaling, slots: SlotView, **_):
-    """Attention of a batch against its slots; plugged in through transformers' interface.
+    """Attention of a batch over its slots; registered with transformers' attention interface.
 
     query (R, H, C, hd); key and value (R, KVH, C, hd) are written to the cache first.
     """
     cache = slots.kv[module.layer_idx]
     own = cache[:, slots.rows]
     rows = torch.arange(query.shape[0], device=query.device)[:, None]
-    own[0][rows, :, slots.places] = key.transpose(1, 2)
-    own[1][rows, :, slots.places] = value.transpose(1, 2)
+    own[0][rows, :, slots.indices] = key.transpose(1, 2)
+    own[1][rows, :, slots.indices] = value.transpose(1, 2)
     keys, values = own[:, :, :, : slots.length]
     r, heads, c, width = query.shape
     if c > 1:
@@ -60,7 +60,7 @@ def slot_attention(module, query, key, value, attention_mask, scaling, slots: Sl
             query, keys, values, attn_mask=slots.mask, scale=scaling, enable_gqa=True
         )
         return out.transpose(1, 2), None
-    # Heads of one group are queries of one key head: keys are not repeated for each of them.
+    # The heads of a group are queries of one key head, so keys need not be repeated.
     query = query.view(r, keys.shape[1], -1, width)
     if slots.spans:
         out = shared_attention(query, keys, values, cache, slots, scaling)
@@ -86,7 +86,7 @@ def shared_attention(
     r, kv_heads, group, width = query.shape
     scaled = query.float() * scaling
     parts = [partial_attention(scaled, keys, values, slots.mask)]
-    scattered: dict[int, Part] = {}  # by depth: a row reads at most one span of each
+    scattered: dict[int, Part] = {}  # depth -> part; a row reads at most one span per depth
     for span in slots.spans:
         rows = slice(None) if span.rows is None else span.rows
         queries = scaled[rows].transpose(0, 1).reshape(kv_heads, -1, width)
@@ -119,7 +119,7 @@ def partial_attention(
 ) -> Part:
     """Softmax of `query @ keys.T` times values, not yet normalised, so that parts can be merged.
 
-    In fp32 whatever the cache holds: scores rounded to bfloat16 would be off by a percent.
+    Computed in fp32 for any cache dtype: scores rounded to bfloat16 would be off by a percent.
     """
     scores = query @ keys.float().transpose(-1, -2)
     if visible is not None:

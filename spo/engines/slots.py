@@ -1,9 +1,9 @@
-"""Key-value slots of the embedded engine: what is held where, and who reads it.
+"""Key-value slots of the embedded engine: which slot holds what, and which sequences read it.
 
-A slot stores the keys and values of a sequence from position `base` on; what stands before it lies
-in other slots, named by the slot's chain of spans. Running rows stand in the first slots so that a
-decode step reads plain views. The slots after them hold finished sequences; one that others read is
-pinned, so leaves are forgotten before the segments they continue.
+A slot stores the keys and values of a sequence from position `base` on. The positions before `base`
+are in other slots, which the slot's chain of spans lists. The first slots hold the running rows, so
+that a decode step reads plain views. The slots after them hold finished sequences. A slot that
+others read is pinned, so leaves are forgotten before the segments that they continue.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from spo.engines.slot_attention import SharedSpan
 
 @dataclass(frozen=True)
 class Span:
-    """Positions start:stop of a sequence, at places 0:stop - start of a cached slot."""
+    """Positions start:stop of a sequence, at indices 0:stop - start of a cached slot."""
 
     slot: int
     start: int
@@ -30,8 +30,8 @@ class Slots:
     """Keys and values of `rows` running sequences and `cached` finished ones.
 
     Args:
-        min_shared: a segment of at least this many tokens is read in place by its branches; a
-            shorter one is copied to each. None copies always.
+        min_shared: branches read a segment of at least this many tokens in place; a shorter one is
+            copied to each branch. None always copies.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Slots:
         self.lens = np.zeros(count, dtype=np.int64)  # tokens with keys and values, from position 0
         self.base = np.zeros(count, dtype=np.int64)  # first position that the slot itself holds
         self.used = np.zeros(count, dtype=np.int64)  # step of last use, for eviction
-        self.pins = np.zeros(count, dtype=np.int64)  # chains that name the slot
+        self.pins = np.zeros(count, dtype=np.int64)  # number of chains that list the slot
         self.chains: list[tuple[Span, ...]] = [()] * count  # positions 0:base
         self._plan: list[SharedSpan] | None = None
 
     def longest_prefix(self, ids: np.ndarray) -> tuple[int, int]:
-        """Slot that holds the most leading tokens of `ids`, and how many."""
+        """The slot with the longest common prefix with `ids`, and the length of that prefix."""
         if ids.size == 0:
             return 0, 0
         same = self.tokens[:, : ids.size] == ids
@@ -72,8 +72,8 @@ class Slots:
     def attach(self, row: int, source: int, length: int, *, share: bool, flat: bool = False):
         """Let `row` continue the first `length` tokens of `source`.
 
-        What `source` itself holds is read in place if `share` and it is a finished sequence of
-        `min_shared` tokens, else copied. `flat` copies everything, as a prefill needs.
+        `source`'s own tokens are read in place if `share` is set and it is a finished sequence of
+        at least `min_shared` tokens; else they are copied. `flat` copies everything, for a prefill.
         """
         pieces = [s for s in self.chains[source] if s.start < length]
         pieces = [Span(s.slot, s.start, min(s.stop, length)) for s in pieces]
@@ -86,12 +86,12 @@ class Slots:
         start = pieces[keep - 1].stop if keep else 0
         for piece in pieces[keep:]:
             size = piece.stop - piece.start
-            place = piece.start - start
-            self.kv[:, :, row, :, place : place + size] = self.kv[:, :, piece.slot, :, :size]
+            at = piece.start - start
+            self.kv[:, :, row, :, at : at + size] = self.kv[:, :, piece.slot, :, :size]
         self.base[row], self.lens[row] = start, length
 
     def share(self, row: int, step: int) -> None:
-        """Move what `row` holds to a slot of its own, for others to read in place."""
+        """Move the tokens of `row` to a cached slot, for others to read in place."""
         held = Span(row, int(self.base[row]), int(self.lens[row]))
         if self.min_shared is None or held.stop - held.start < self.min_shared:
             return
@@ -101,7 +101,7 @@ class Slots:
             self.base[row] = held.stop
 
     def retain(self, row: int, step: int) -> int | None:
-        """Keep a sequence where the least recently used one was; None if all are being read."""
+        """Keep a sequence in the least recently used free slot; None if all slots are pinned."""
         free = np.flatnonzero(self.pins[self.rows :] == 0)
         if free.size == 0:
             return None
@@ -111,14 +111,14 @@ class Slots:
         return slot
 
     def replace(self, row: int, last: int) -> None:
-        """Fill the place of a finished row with the last running one."""
+        """Move the last running row into the slot of a finished one."""
         if row != last:
             self._move(last, row)
         self._link(last, ())
         self.base[last] = self.lens[last] = 0
 
     def clear(self) -> None:
-        """Forget everything, the order of use included: rounding must not depend on the past."""
+        """Forget everything, the order of use too, so that rounding does not depend on the past."""
         self.chains = [()] * len(self.chains)
         for array in (self.lens, self.base, self.used, self.pins):
             array[:] = 0
@@ -141,7 +141,7 @@ class Slots:
         visible = None
         if int(sizes.min()) < length:
             visible = torch.arange(length, device=device) < sizes[:, None, None]
-        every = None if len(reads) == running else rows  # a row names a slot once, in its order
+        every = None if len(reads) == running else rows  # a row lists a slot at most once
         return SharedSpan(slot, length, every, len(self.chains[slot]), visible)
 
     def _in_place(self, span: Span, share: bool) -> bool:
@@ -169,10 +169,10 @@ class Slots:
 
 
 def own_view(slots: Slots, rows: slice, positions: np.ndarray) -> tuple[Tensor, int, Tensor]:
-    """Places (R, C) of `positions` in the rows' own slots, the length that is read, and the mask
-    (R, 1, C, length) of what each token may read there.
+    """Indices (R, C) of `positions` in the rows' own slots, the length that is read there, and the
+    mask (R, 1, C, length) of what each token may read.
     """
-    places = torch.from_numpy(positions - slots.base[rows, None]).to(slots.kv.device)
-    length = int(places.max()) + 1
-    mask = torch.arange(length, device=places.device) <= places[:, None, :, None]
-    return places, length, mask
+    indices = torch.from_numpy(positions - slots.base[rows, None]).to(slots.kv.device)
+    length = int(indices.max()) + 1
+    mask = torch.arange(length, device=indices.device) <= indices[:, None, :, None]
+    return indices, length, mask

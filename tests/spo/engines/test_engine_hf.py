@@ -145,7 +145,7 @@ def test_bad_requests_and_names_get_a_sentence(tiny_model):
     engine = HFEngine(tiny_model, max_model_len=32)
     with pytest.raises(ValueError, match="exceeds the context of 32"):
         engine.submit(Request(0, tuple(range(2, 30)), 1, 8, (), 0))
-    with pytest.raises(ValueError, match="prefix is empty"):
+    with pytest.raises(ValueError, match="expected a prefix"):
         engine.submit(Request(0, (), 1, 8, (), 0))
     with pytest.raises(ValueError, match="n and max_new_tokens"):
         engine.submit(Request(0, (3,), 0, 8, (), 0))

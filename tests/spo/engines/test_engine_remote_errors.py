@@ -251,7 +251,7 @@ def test_weights_are_replaced_between_two_steps(fake):
 )
 def test_a_server_started_otherwise_is_refused(fake, flag, value):
     fake.settings["flags"][flag] = value
-    with pytest.raises(ValueError, match=f"engine.addresses: .*{flag} {value}, expected"):
+    with pytest.raises(ValueError, match=f"engine.addresses: expected {flag} .*found {value}"):
         RemoteEngine(fake.address)
 
 
@@ -260,7 +260,7 @@ def test_settings_that_do_not_fit_are_named(fake):
         RemoteEngine(fake.address, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="engine.addresses: .*https://x:1"):
         RemoteEngine("https://x:1")
-    with pytest.raises(ValueError, match="engine.addresses: .*engine.name=hf"):
+    with pytest.raises(ValueError, match="engine.addresses: .*engine.name=vllm, found hf"):
         make_engine("hf", "folder", addresses=[fake.address])
     fake.replies[GENERATE] = (403, "restart with --enable-scale-out")
     with pytest.raises(ValueError, match="engine.addresses: .*403: restart with"):

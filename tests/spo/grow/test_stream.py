@@ -1,4 +1,4 @@
-"""Iterations that overlap: prompts of the next one fill the places that this one leaves empty."""
+"""Iterations that overlap: prompts of the next one fill the slots that this one leaves empty."""
 
 import dataclasses
 
