@@ -1,4 +1,4 @@
-"""Finished trees -> Forest."""
+"""Turns finished trees into a Forest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def is_leaf(node: Node) -> bool:
 
 
 def leave_out_unrewarded(tree: Tree) -> None:
-    """Take nodes without any reward below them out of values and training (never as zeros)."""
+    """Leave nodes without any reward below them out of values and training (never as zeros)."""
     valued = [node.reward == node.reward for node in tree.nodes]
     for index in range(len(tree.nodes) - 1, 0, -1):
         node = tree.nodes[index]

@@ -1,4 +1,4 @@
-"""Chains: responses cut into segments, each boundary probed: SPO-chain and VinePPO."""
+"""Chains: responses cut into segments, with probes from each boundary: SPO-chain and VinePPO."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spo.records import SEGMENT, Completion
 from spo_kernels import cutpoint_segments
 
 Partition = Callable[[np.ndarray, np.ndarray], list[int]]
-"""(token_ids (L,), logprobs (L,)) -> segment starts, ascending, the first 0."""
+"""(token_ids (L,), logprobs (L,)) -> segment starts, ascending; the first is 0."""
 
 
 def cutpoint_partition(prob_threshold: float, interval: int) -> Partition:
@@ -35,7 +35,7 @@ def cutpoint_partition(prob_threshold: float, interval: int) -> Partition:
 def fixed_partition(segment_tokens: int) -> Partition:
     """A boundary every `segment_tokens` tokens."""
     if segment_tokens < 1:
-        raise ValueError(f"shape.segment_tokens: must be positive, found {segment_tokens}")
+        raise ValueError(f"shape.segment_tokens: expected 1 or more, found {segment_tokens}")
     return lambda token_ids, logprobs: list(range(0, len(token_ids), segment_tokens))
 
 
@@ -44,8 +44,9 @@ def step_partition(
     ends: Callable[[str], list[int]],  # where steps of a text end
     max_steps: int = 25,
 ) -> Partition:
-    """A boundary before the first token behind each end of a step, at most `max_steps` steps.
-    Tokens past the last allowed boundary belong to the last step.
+    """A boundary before the first token after each end of a step, for at most `max_steps` steps.
+
+    Tokens after the last allowed boundary belong to the last step.
     """
 
     def partition(token_ids: np.ndarray, logprobs: np.ndarray) -> list[int]:
@@ -59,11 +60,11 @@ def step_partition(
 
 @dataclass(frozen=True)
 class ChainShape:
-    """`group_size` trajectories per prompt, each cut by `partition`; `num_probes` completions from
-    every inner boundary estimate its value (and from the prompt if `probe_prompt`).
+    """`group_size` trajectories per prompt, each cut into segments by `partition`.
 
-    Trajectories that share a segment token for token share its node and its probes.
-    `rescore(prefix_ids, token_ids)` replaces the sampler's logprobs with the trainer's.
+    `num_probes` completions from every inner boundary estimate its value, and from the prompt too
+    if `probe_prompt`. Trajectories that share a segment token for token share its node and probes.
+    `rescore(prefix_ids, token_ids)` gives the trainer's logprobs in place of the sampler's.
     """
 
     group_size: int
@@ -77,7 +78,7 @@ class ChainShape:
     def __post_init__(self):
         if self.group_size < 1 or self.num_probes < 1:
             raise ValueError(
-                "shape.group_size and shape.num_probes must be positive, "
+                "shape.group_size and shape.num_probes: expected positive numbers, "
                 f"found {self.group_size} and {self.num_probes}"
             )
 
@@ -116,15 +117,17 @@ class ChainShape:
                     )
                 )
                 if not last:
-                    room = self.max_new_tokens - end
+                    rest = self.max_new_tokens - end
                     path = (1, *sample.token_ids[:end])  # equal prefixes are one node, one seed
-                    growths.append(Growth(node, self.num_probes, room, path, 1, probe=True))
+                    growths.append(Growth(node, self.num_probes, rest, path, 1, probe=True))
             parent = node
         return growths
 
     def _logprobs(self, tree: Tree, token_ids: np.ndarray, sample: Completion) -> np.ndarray:
-        """Logprobs of the trajectory; where it repeats an earlier one, that one's, so that equal
-        prefixes are cut at equal places.
+        """Logprobs of the trajectory.
+
+        Where it repeats an earlier trajectory, the earlier logprobs are taken, so that equal
+        prefixes are cut at equal boundaries.
         """
         if self.rescore is not None:
             values = self.rescore(list(tree.prompt.prompt_ids), list(sample.token_ids))
@@ -145,7 +148,7 @@ class ChainShape:
 
 
 def _shared(tree: Tree, parent: int, token_ids: Sequence[int], finish: int) -> int | None:
-    """The trunk node under `parent` that holds exactly these tokens, if there is one."""
+    """The trained node under `parent` with exactly these tokens, if there is one."""
     for index, node in enumerate(tree.nodes):
         if node.parent == parent and node.trained and node.finish == finish:
             if tuple(node.token_ids) == tuple(token_ids):
@@ -154,7 +157,7 @@ def _shared(tree: Tree, parent: int, token_ids: Sequence[int], finish: int) -> i
 
 
 def text_of(tokenizer) -> Callable[[int], str]:
-    """What a token adds to a text; some tokenizers drop the space before the first word."""
+    """The text that a token adds; some tokenizers drop the space before a first word."""
 
     @cache
     def text_of(token: int) -> str:
@@ -165,20 +168,20 @@ def text_of(tokenizer) -> Callable[[int], str]:
 
 @dataclass(frozen=True)
 class ChainConfig(ShapeConfig):
-    """Responses cut into segments, each boundary probed: SPO-chain and VinePPO."""
+    """Responses cut into segments, with probes from each boundary: SPO-chain and VinePPO."""
 
     siblings: ClassVar[bool] = False  # probes are counted, trajectories are trained
 
     group_size: Count = 8
     """Responses per prompt."""
     num_probes: Count = 9
-    """Completions that estimate the value of a boundary."""
+    """Probes per boundary: completions that estimate its value."""
     probe_prompt: bool = False
-    """Estimate the prompt's value by probes, too; else `credit.root_value` says what it is."""
+    """Estimate the prompt's value by probes too; otherwise `credit.root_value` gives it."""
     partition: Literal["cutpoint", "fixed", "steps", "sentences"] = "cutpoint"
-    """Where to cut: before every `interval`-th low-probability token, every `segment_tokens`
-    tokens, after line breaks (VinePPO), or after those and sentences outside of LaTeX math (VinePPO
-    on MATH)."""
+    """Where to cut. cutpoint: before every `interval`-th low-probability token. fixed: every
+    `segment_tokens` tokens. steps: after line breaks (VinePPO). sentences: after line breaks and
+    after sentences outside LaTeX math (VinePPO on MATH)."""
     prob_threshold: Probability = 0.9
     """cutpoint: a token is a cutpoint if its sampling probability is below this."""
     interval: PositiveInt = 5
@@ -186,9 +189,9 @@ class ChainConfig(ShapeConfig):
     segment_tokens: PositiveInt = 30
     """fixed: length of the segments."""
     max_steps: PositiveInt = 25
-    """steps, sentences: most segments per response."""
+    """steps, sentences: maximum number of segments per response."""
     rescore: bool = False
-    """Take the probabilities from the trainer's forward instead of the sampler."""
+    """Take the probabilities from the trainer's forward pass instead of the sampler."""
 
     @property
     def rescores(self) -> bool:
@@ -212,7 +215,7 @@ class ChainConfig(ShapeConfig):
         )
 
     def cost(self, max_new_tokens: int) -> Cost:
-        """As if every token were a boundary that the partition may take."""
+        """Cost if every token were a boundary that the partition may take."""
         starts = self.boundaries(max_new_tokens)
         probes = self.group_size * len(starts) * self.num_probes
         lengths = self.group_size * sum(max_new_tokens - start for start in starts)
@@ -224,7 +227,7 @@ class ChainConfig(ShapeConfig):
         )
 
     def boundaries(self, max_new_tokens: int) -> range:
-        """Where a response of full length is probed, if it is cut as often as can be."""
+        """The probed boundaries of a full-length response that is cut as often as possible."""
         if self.partition == "fixed":
             return range(self.segment_tokens, max_new_tokens, self.segment_tokens)
         if self.partition in ("steps", "sentences"):

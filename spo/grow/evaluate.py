@@ -24,7 +24,7 @@ class Accuracy:
     max_new_tokens: int
     pass_at_1: float  # mean over problems of the share of right samples
     stderr: float  # of that mean
-    problems: int  # that have at least one graded sample
+    problems: int  # with at least one graded sample
     samples: int  # per problem
     temperature: float  # 0 is greedy
     truncated: float  # share of the responses that the limit cut
@@ -40,10 +40,10 @@ def accuracies(
     limits: Sequence[int],
     samples: int = 1,
 ) -> list[Accuracy]:
-    """Pass@1 under every limit on the response, from one rollout under the largest.
+    """Pass@1 under every limit on the response, from one rollout with the largest limit.
 
-    A response does not depend on the limit until it meets it, so shorter limits need no rollout of
-    their own. A truncated response counts as wrong. A failed grading is left out, never a zero.
+    A response does not depend on the limit until it reaches it, so shorter limits need no extra
+    rollout. A truncated response counts as wrong. A failed grading is left out, never a zero.
     """
     options = dataclasses.replace(options, truncated="zero")
     forest, _ = grow(prompts, engine, star(samples, max(limits)), grader, decode, options)

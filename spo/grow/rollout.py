@@ -1,7 +1,7 @@
 """Trees that grow on one engine.
 
-A child is asked for as soon as its parent's segment is finished; nothing waits for siblings, levels
-or other prompts. Grading runs beside the engine. A tree is kept whole or dropped whole.
+A child is submitted as soon as its parent's segment has finished. Nothing waits for siblings,
+levels or other prompts. Grading runs beside the engine. A tree is kept or dropped as a whole.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from spo.records import LENGTH, Completion, Prompt, Request
 from spo.tasks.grading import Grader
 
 BARRIERS = ("none", "group", "level")
-MAX_INVALID_RATE = 0.5  # of the gradings of one rollout; above it the run stops
+MAX_INVALID_RATE = 0.5  # share of failed gradings in a rollout; above it the run stops
 
 
 @dataclass
 class RolloutStats:
-    """What a rollout cost. `engine` holds the engine's own counters, over this rollout only."""
+    """What a rollout cost. `engine` holds the engine's own counters, for this rollout only."""
 
-    seconds: float = 0.0  # in which the rollout was driven; a consumer's time does not count
-    idle_seconds: float = 0.0  # of those, waiting for the grader alone
+    seconds: float = 0.0  # spent in `Rollout`; the caller's own time is not included
+    idle_seconds: float = 0.0  # of these, only waiting for the grader
     trees: int = 0
     dropped_prompts: int = 0
     retried: int = 0
@@ -37,8 +37,8 @@ class RolloutStats:
     invalid_gradings: int = 0
     gradings: int = 0
     prefill_bound: int = 0  # prefix tokens that a cache without eviction must still compute
-    max_age: int = 0  # weight versions since the oldest token of the forest was sampled
-    mean_age: float = 0.0  # over its tokens
+    max_age: int = 0  # weight versions since the forest's oldest token was sampled
+    mean_age: float = 0.0  # mean over its tokens
     engine: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -48,7 +48,7 @@ class RolloutStats:
 
     @property
     def loop_seconds(self) -> float:
-        """Time of the loop itself: neither in the engine's steps nor waiting for the grader."""
+        """Time of the loop itself, outside the engine's steps and the wait for the grader."""
         return self.seconds - self.idle_seconds - self.engine["step_seconds"]
 
 
@@ -57,8 +57,8 @@ class RolloutOptions:
     """How to sample.
 
     `truncated` says what a response cut by the token limit earns: "zero", "penalty" (-1) or "drop"
-    (left out of its parent's value and of training). `barrier` exists for comparisons: "group"
-    waits for a whole sibling group before branching, "level" for every running sample.
+    (it is left out of its parent's value and of training). `barrier` exists for comparisons:
+    "group" branches only when a whole sibling group has ended, "level" when all samples have.
     """
 
     stop_token_ids: tuple[int, ...]
@@ -74,7 +74,7 @@ class Rollout:
     """Trees that grow on one engine; prompts may be admitted while others run.
 
     Args:
-        decode: token ids of a response -> text, for grading only.
+        decode: token ids of a response -> its text, for the grader only.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class Rollout:
         self.stats = RolloutStats()
         self._before = engine.counters()
         self._flights: dict[int, tuple[Tree, Growth, int]] = {}  # key -> tree, group, first index
-        self._left: dict[int, int] = {}  # key -> samples still to come
+        self._left: dict[int, int] = {}  # key -> samples not finished yet
         self._held: dict[int, list[tuple[Tree, Growth]]] = {}
         self._retries: dict[tuple[int, tuple[int, ...], int], int] = {}
         self._leaves: dict[int, tuple[Tree, int]] = {}  # being graded, by the grader's key
         self._keys, self._serials = count(), count()
 
     def admit(self, prompt: Prompt, index: int, iteration: int) -> Tree:
-        """Start the tree of the prompt that stands at `index` in its iteration."""
+        """Start the tree of `prompt`, the one with this `index` in its iteration."""
         start = time.perf_counter()
         self.check(prompt)
         tree = Tree(index, prompt, self.shape, iteration, next(self._serials))
@@ -114,12 +114,13 @@ class Rollout:
         if size + self.shape.max_new_tokens > limit:
             raise ValueError(
                 f"prompt of {size} tokens + max_new_tokens={self.shape.max_new_tokens} exceeds "
-                f"the context of {limit}"
+                f"the context of {limit}; raise engine.max_model_len"
             )
 
     def step(self) -> list[Tree]:
-        """One step of the engine, and the gradings that came in; the trees that ended with them,
-        dropped ones included.
+        """Run one engine step and take the finished gradings.
+
+        Returns the trees that are complete with them, dropped ones included.
         """
         start = time.perf_counter()
         finished: list[Tree] = []
@@ -134,9 +135,7 @@ class Rollout:
         return finished
 
     def settle(self) -> list[Tree]:
-        """Wait for what is being graded; the trees that ended with it. Others may use the grader
-        then.
-        """
+        """Wait for all gradings, so that others may use the grader; the trees that are complete."""
         start, finished = time.perf_counter(), []
         while self._leaves:
             for graded in self.grader.poll(timeout_s=0.1):
@@ -147,13 +146,16 @@ class Rollout:
         return finished
 
     def take_stats(self) -> RolloutStats:
-        """The figures since the last call. Raises RuntimeError if most gradings failed."""
+        """The stats since the last call. Raises RuntimeError if too many gradings failed."""
         stats, self.stats = self.stats, RolloutStats()
         before, self._before = self._before, self.engine.counters()
         stats.engine = {k: v - before.get(k, 0) for k, v in self._before.items()}
         invalid, total = stats.invalid_gradings, stats.gradings
         if total and invalid / total > MAX_INVALID_RATE:
-            raise RuntimeError(f"{invalid} of {total} gradings failed; see the grader's reasons")
+            raise RuntimeError(
+                f"{invalid} of {total} gradings failed, more than {MAX_INVALID_RATE:.0%}; run the "
+                "task's `grade` on a response to see why"
+            )
         return stats
 
     def _submit(self, tree: Tree, growth: Growth, index: int = 0, n: int | None = None) -> None:
@@ -222,7 +224,7 @@ class Rollout:
             self._submit(tree, growth)
 
     def _retry(self, tree: Tree, growth: Growth, sample: Completion) -> None:
-        """Repeat a failed sample with its seed; after that its prompt is dropped and counted."""
+        """Repeat a failed sample with its seed; its prompt is dropped after `max_retries`."""
         name = (tree.serial, growth.path, sample.index)
         self._retries[name] = self._retries.get(name, 0) + 1
         if self._retries[name] <= self.options.max_retries:
@@ -232,7 +234,7 @@ class Rollout:
             tree.dropped = True
 
     def _reward(self, tree: Tree, index: int) -> None:
-        """Reward a leaf, or hand it to the grader."""
+        """Reward a leaf that was cut, or send a finished one to the grader."""
         node = tree.nodes[index]
         if not is_leaf(node):
             return
@@ -273,6 +275,6 @@ class Rollout:
 
 
 def path_seed(seed: int, iteration: int, prompt: int, path: Sequence[int]) -> int:
-    """A 62-bit seed that depends on the run, the iteration, the prompt and the path only."""
+    """A 62-bit seed that depends only on the run, the iteration, the prompt and the path."""
     words = np.array([seed, iteration, prompt, len(path), *path], dtype=np.int64)
     return int.from_bytes(hashlib.blake2b(words.tobytes(), digest_size=8).digest(), "big") >> 2

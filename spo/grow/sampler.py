@@ -1,4 +1,4 @@
-"""Engine, grader, decoder and shape of a recipe, wired once for all who sample."""
+"""Engine, grader, decoder and shape of a recipe, connected once for every command that samples."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from spo.records import Completion, Forest, Prompt, Request
 from spo.tasks import prompts_of, task_of
 from spo.tasks.grading import Grader
 
-EVALUATION = -1  # the iteration whose seeds evaluations take
+EVALUATION = -1  # the iteration in the seeds of evaluations
 
 
 class Sampler:
     """What `spo train`, `eval`, `rollout` and `compare` sample with. Close it, or use `with`.
 
     Args:
-        engine: use this engine, which is left open; by default the recipe's is made and closed.
-        rescore: (prefix ids, token ids) -> the trainer's logprobs, for shapes that ask for them.
-        rank: of this process: ranks draw from different seeds.
+        engine: use this engine and leave it open; by default the recipe's is made and closed.
+        rescore: (prefix ids, token ids) -> the trainer's logprobs, for shapes that need them.
+        rank: of this process; each rank has other seeds.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Sampler:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def shape(self, max_new_tokens: int | None = None) -> Shape:
-        """The recipe's shape with responses of at most so many tokens (by default the recipe's)."""
+        """The recipe's shape with responses of at most `max_new_tokens` (default: the recipe's)."""
         limit = max_new_tokens or self.recipe.sampling.max_new_tokens
         if limit not in self._shapes:
             align = self.engine.block_size if self.recipe.engine.align_segments else 1
@@ -81,7 +81,7 @@ class Sampler:
         return self._shapes[limit]
 
     def options(self, iteration: int, temperature: float | None = None) -> RolloutOptions:
-        """How to sample in an iteration, by default at the training temperature."""
+        """Rollout options of an iteration, by default at the training temperature."""
         sampling = self.recipe.sampling
         return RolloutOptions(
             stop_token_ids=self.stop_token_ids,
@@ -96,21 +96,22 @@ class Sampler:
         prompts = prompts_of(self.recipe, "test", self.tokenizer)
         first = list(islice(prompts, self.recipe.eval.problems))
         if not first:
-            raise ValueError(f"task {self.recipe.task} has no test problems")
+            raise ValueError(f"data.test: expected test problems, task {self.recipe.task} has none")
         return first
 
     def train_prompts(self, cursor: int = 0) -> Iterator[Prompt]:
-        """The training split from its `cursor`-th prompt on."""
+        """The training prompts from index `cursor` on."""
         prompts = prompts_of(self.recipe, "train", self.tokenizer, self.recipe.train.seed)
         return islice(prompts, cursor, None)
 
     def grow(self, prompts: Sequence[Prompt]) -> tuple[Forest, RolloutStats]:
-        """One forest of these prompts, as a first iteration would grow it."""
+        """One forest of these prompts, with the seeds of a first iteration."""
         return grow(prompts, self.engine, self.shape(), self.grader, self.decode, self.options(0))
 
     def stream(self, prompts: Iterable[Prompt], size: int, iteration: int) -> Stream:
-        """Forests of `size` prompts each, from `iteration` on; they run on while the probe and an
-        evaluation use the engine.
+        """Forests of `size` prompts each, from `iteration` on.
+
+        Their samples stay in flight while the probe and evaluations use the engine.
         """
         rollout = Rollout(
             self.engine.new_lane(), self.shape(), self.grader, self.decode, self.options(iteration)
@@ -138,9 +139,9 @@ class Sampler:
 
     def sample_one(self, prefix: Sequence[int]) -> Completion:
         """One short sample of an idle engine. Raises RuntimeError if the engine fails."""
-        room = min(16, self.engine.max_model_len - len(prefix))
+        size = min(16, self.engine.max_model_len - len(prefix))
         temperature = self.recipe.sampling.temperature
-        self.engine.submit(Request(-1, tuple(prefix), 1, room, self.stop_token_ids, 0, temperature))
+        self.engine.submit(Request(-1, tuple(prefix), 1, size, self.stop_token_ids, 0, temperature))
         while not (done := self.engine.poll()):
             pass
         if done[0].error is not None:

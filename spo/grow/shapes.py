@@ -1,8 +1,7 @@
-"""Shapes: what to grow when a sample is finished. Star and tree; chains have a file of their own.
+"""Shapes: what to grow when a sample has finished. Stars and trees; chains are in chain.py.
 
-A shape edits the tree it is given and answers with the sibling groups to sample next; it knows
-nothing of engines, rewards or losses. A recipe names its kind: a dataclass of settings that makes
-the shape.
+A shape adds a sample to its tree and returns the sibling groups to sample next. It knows nothing of
+engines, rewards or losses. A recipe names its kind, a dataclass of settings that makes the shape.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ class Node:
     born: int
     reward: float = float("nan")
     weight: int = 1
-    index: int = 0  # place of its sample in the sibling group
+    index: int = 0  # of its sample in the sibling group
 
 
 @dataclass
 class Tree:
     """A prompt's tree under construction; node 0 is the prompt."""
 
-    index: int  # place of the prompt in its iteration
+    index: int  # of the prompt in its iteration
     prompt: Prompt
-    shape: Shape | None = None  # what it grows into; a rollout's may change between prompts
+    shape: Shape | None = None  # the rollout's shape when the prompt was admitted
     iteration: int = 0
-    serial: int = 0  # place among all trees of a rollout
+    serial: int = 0  # index among all trees of a rollout
     open: int = 0  # samples and gradings it still waits for
-    dropped: bool = False  # a sample of it failed for good
+    dropped: bool = False  # a sample failed in every retry
     nodes: list[Node] = field(default_factory=list)
-    trajectories: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # of a chain
+    trajectories: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # chains only
 
     def __post_init__(self):
         ids = self.prompt.prompt_ids
@@ -57,17 +56,19 @@ class Tree:
         return len(self.nodes) - 1
 
     def sort(self) -> None:
-        """Depth first, siblings in the order of sampling: that in which they ended favours short
-        responses wherever the first of some are taken.
+        """Sort the nodes depth first, siblings in the order of sampling.
+
+        In the order in which they ended, short responses come first, so a rule that takes the
+        first few would favour them.
         """
         paths: list[tuple[int, ...]] = []
         for node in self.nodes:
             paths.append((*paths[node.parent], node.index) if node.parent >= 0 else ())
         order = sorted(range(len(paths)), key=paths.__getitem__)
-        place = {old: new for new, old in enumerate(order)}
+        index = {old: new for new, old in enumerate(order)}
         self.nodes = [self.nodes[old] for old in order]
         for node in self.nodes:
-            node.parent = place.get(node.parent, -1)
+            node.parent = index.get(node.parent, -1)
 
     def response_ids(self, node: int) -> list[int]:
         """Token ids from the end of the prompt to the end of `node`."""
@@ -85,7 +86,7 @@ class Growth:
     parent: int
     n: int
     max_new_tokens: int
-    path: tuple[int, ...]  # identifies the group within its tree; seeds are made of it
+    path: tuple[int, ...]  # identifies the group within its tree; seeds are derived from it
     level: int = 0
     probe: bool = False  # chains: a value estimate, not a trajectory to train
 
@@ -95,7 +96,7 @@ class Shape(Protocol):
 
     @property
     def max_new_tokens(self) -> int:
-        """Longest response."""
+        """Maximum length of a response, in tokens."""
         ...
 
     @property
@@ -104,22 +105,24 @@ class Shape(Protocol):
         ...
 
     def start(self, tree: Tree) -> list[Growth]:
-        """Groups under the prompt."""
+        """The sibling groups under the prompt."""
         ...
 
     def extend(self, tree: Tree, growth: Growth, sample: Completion) -> list[Growth]:
-        """Add a finished sample of `growth` to `tree`; the groups to grow from it."""
+        """Add a finished sample of `growth` to `tree`; returns the groups to grow from it."""
         ...
 
 
 @dataclass(frozen=True)
 class TreeShape:
-    """`widths[i]` children per node of level i; level i < last runs `segment_tokens[i]` tokens, the
-    last to the end. An early stop is a leaf. A single width is a star.
+    """`widths[i]` children per node of level i; a single width is a star.
 
-    With `align` > 1, segments are moved to the nearest lengths at which a branch recomputes a
-    single token in a prefix cache that shares full blocks of `align` tokens: every prefix then has
-    1 modulo `align` tokens. The lengths of a forest's nodes record what was taken.
+    Segments of level i have `segment_tokens[i]` tokens; those of the last level run to the end of
+    the response. A segment that stops early is a leaf.
+
+    `align` > 1 is the block size of a prefix cache that shares full blocks. Each segment's length
+    is then changed to the nearest one at which a branch recomputes a single token: every prefix has
+    1 modulo `align` tokens.
     """
 
     widths: tuple[int, ...]
@@ -132,21 +135,23 @@ class TreeShape:
             raise ValueError(f"shape.widths: expected positive integers, found {self.widths}")
         if len(self.segment_tokens) != len(self.widths) - 1:
             raise ValueError(
-                "shape.segment_tokens: expected one length per level but the last, "
+                "shape.segment_tokens: expected one length per level except the last, "
                 f"{len(self.widths) - 1} for widths {self.widths}, found {self.segment_tokens}"
             )
         if any(m < 1 for m in self.segment_tokens):
-            raise ValueError(f"shape.segment_tokens: must be positive, found {self.segment_tokens}")
+            raise ValueError(
+                f"shape.segment_tokens: expected positive numbers, found {self.segment_tokens}"
+            )
         if self.align > 1 and any(m < self.align for m in self.segment_tokens):
             raise ValueError(
-                f"shape.segment_tokens: {self.segment_tokens} cannot be aligned to cache blocks of "
-                f"{self.align} tokens, which are longer; switch align_segments off"
+                "shape.segment_tokens: engine.align_segments expected at least a cache block of "
+                f"{self.align} tokens, found {self.segment_tokens}"
             )
         longest = sum(self.segment_tokens) + self.align // 2 * len(self.segment_tokens)
         if longest >= self.max_new_tokens:
             raise ValueError(
-                f"shape.segment_tokens: {longest} tokens before the last level "
-                f"leave nothing of max_new_tokens={self.max_new_tokens}"
+                "shape.segment_tokens: expected fewer tokens before the last level than "
+                f"max_new_tokens={self.max_new_tokens}, found {longest}"
             )
 
     @property
@@ -154,7 +159,7 @@ class TreeShape:
         return len(self.widths) - 1
 
     def segments(self, prompt_tokens: int) -> tuple[int, ...]:
-        """Segment lengths under a prompt of that many tokens."""
+        """Segment lengths under a prompt of `prompt_tokens` tokens."""
         lengths, prefix = [], prompt_tokens
         for size in self.segment_tokens:
             shift = (1 - prefix - size) % self.align
@@ -212,13 +217,13 @@ class TreeConfig(ShapeConfig):
     widths: tuple[Count, ...] = (6, 6, 6)
     """Children per node, level by level."""
     segment_tokens: tuple[PositiveInt, ...] = (30, 30)
-    """Length of the segments of every level but the last."""
+    """Length of the segments of every level except the last."""
 
     def make(self, growing: Growing) -> Shape:
         return TreeShape(self.widths, self.segment_tokens, growing.max_new_tokens, growing.align)
 
     def cost(self, max_new_tokens: int) -> Cost:
-        TreeShape(self.widths, self.segment_tokens, max_new_tokens)  # says what is wrong with them
+        TreeShape(self.widths, self.segment_tokens, max_new_tokens)  # checks them
         nodes, tokens = 1, 0
         lengths = [*self.segment_tokens, max_new_tokens - sum(self.segment_tokens)]
         for width, length in zip(self.widths, lengths, strict=True):

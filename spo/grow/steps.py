@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# Display math has at most 1000 characters, so that what is opened and never closed costs little.
-# Inline math: on one line, no space inside its dollars and no digit behind, as money has them.
+# Display math has at most 1000 characters, so that math that is never closed costs little time.
+# Inline math is on one line, with no space inside its dollars and no digit after it, unlike money.
 _MATH = re.compile(
     r"\$\$.{0,1000}?\$\$|\\\[.{0,1000}?\\\]|\\\(.{0,1000}?\\\)"
     r"|\\begin\{([^{}]{0,40})\}.{0,1000}?\\end\{\1\}|\[asy\].{0,1000}?\[/asy\]"
@@ -22,22 +22,22 @@ _STEP_END = re.compile(
 
 
 def line_ends(text: str) -> list[int]:
-    """Where lines end, behind the line break; a run of breaks is one."""
+    """Where lines end, after the line break; a run of breaks counts as one."""
     return [match.end() for match in _LINE_END.finditer(text)]
 
 
 def sentence_ends(text: str) -> list[int]:
-    """Where lines and sentences end that no math goes on beyond, as VinePPO cuts MATH solutions
-    (arXiv 2410.01679), but for its cuts inside of long steps.
+    """Where lines and sentences end outside math: VinePPO's cuts of MATH solutions (arXiv
+    2410.01679), without its cuts inside long steps.
 
-    A sentence ends with `.`, `!` or `?` before a space and a capital or math, but for some
-    abbreviations; inside of math in brackets, an environment, or dollars without spaces at their
-    inner sides nothing ends.
+    A sentence ends with `.`, `!` or `?` before a space and a capital or math, except after some
+    abbreviations. Nothing ends inside math: in brackets, in an environment, or between dollars
+    without spaces at their inner sides.
     """
     return [match.end() for match in _STEP_END.finditer(_MATH.sub(_hidden, text))]
 
 
 def _hidden(match: re.Match) -> str:
-    """Capitals in place of math; a full stop that ends it stays: `$x = 5.$`."""
+    """Capitals of the length of the math; a full stop at its end is kept: `$x = 5.$`."""
     stop = match[0].rstrip("$])\\ \n").endswith(".")
     return "X" * (len(match[0]) - stop) + "." * stop

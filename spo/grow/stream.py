@@ -1,4 +1,4 @@
-"""Prompts to forests: one forest an iteration, the next one's prompts under way if asked."""
+"""Prompts to forests: one forest per iteration; prompts of later ones may be in flight already."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Stream:
     """Forests of `size` prompts each, one per iteration; iterate over it to receive them.
 
     With `depth` > 0 the prompts of the next `depth` iterations are admitted, one by one, whenever
-    the engine would otherwise run with empty places: while the last leaves of this iteration run.
-    They go on with newer weights once the caller has loaded them, so tokens of a forest are up to
-    `depth` versions old; their ages are in the stats. An iteration still consists of its own
-    prompts: taking whatever ends first would favour short responses. A run that is resumed grows
-    the trees that were under way anew, with the weights of its checkpoint.
+    the engine has a free slot while the last leaves of this iteration run. When the caller loads
+    new weights, they go on with these, so tokens of a forest are up to `depth` versions old; the
+    stats hold their ages. An iteration still consists of its own prompts: taking whatever ends
+    first would favour short responses. A resumed run grows the trees that were in flight again,
+    with the weights of its checkpoint.
     """
 
     def __init__(self, prompts: Iterable[Prompt], size: int, rollout: Rollout, depth: int = 0):
@@ -37,7 +37,7 @@ class Stream:
         return self
 
     def trees(self) -> Iterator[Tree]:
-        """The trees of this iteration, each as soon as it is complete; dropped ones are not."""
+        """The trees of this iteration, each as soon as it is complete; without dropped ones."""
         while self._next <= self.iteration and self._admit():
             pass
         missing = {tree.serial: tree for tree in self._admitted.get(self.iteration, ())}
@@ -57,9 +57,9 @@ class Stream:
             self._ended |= {tree.serial for tree in self.rollout.step()}
 
     def __next__(self) -> tuple[Forest, RolloutStats]:
-        """The next iteration's forest, its trees in the order of the prompts, and what it cost.
+        """The next iteration's forest, with trees in the order of the prompts, and its stats.
 
-        Raises StopIteration where no prompt is left, RuntimeError if every tree was dropped.
+        Raises StopIteration if no prompt is left, RuntimeError if every tree was dropped.
         """
         trees = sorted(self.trees(), key=lambda tree: tree.index)
         self._ended |= {tree.serial for tree in self.rollout.settle()}
@@ -72,7 +72,7 @@ class Stream:
         stats = self.rollout.take_stats()
         if not trees:
             raise RuntimeError(
-                f"all {len(admitted)} prompts were dropped: no sample of theirs survived"
+                f"all {len(admitted)} prompts were dropped: no response of theirs has a reward"
             )
         stats.trees, stats.dropped_prompts = len(trees), len(admitted) - len(trees)
         version = self.rollout.engine.version
@@ -100,14 +100,14 @@ def grow(
     decode: Callable[[list[int]], str],
     options: RolloutOptions,
 ) -> tuple[Forest, RolloutStats]:
-    """Grow every prompt's tree. The forest's trees stand in the order of `prompts`.
+    """Grow a tree for every prompt; the forest's trees are in the order of `prompts`.
 
     Raises ValueError if a prompt cannot fit the engine's context, RuntimeError if every tree was
-    dropped or most gradings failed.
+    dropped or more than half the gradings failed.
     """
     if not prompts:
         raise ValueError("prompts: expected at least one, found none")
     rollout = Rollout(engine, shape, grader, decode, options)
     for prompt in prompts:
-        rollout.check(prompt)  # before anything is asked of the engine
+        rollout.check(prompt)  # before the engine samples anything
     return next(Stream(prompts, len(prompts), rollout))

@@ -13,8 +13,8 @@ from spo.config.policy import PolicyConfig
 def load_tokenizer(config: PolicyConfig) -> Any:
     """The policy's tokenizer. Raises ValueError with one sentence if it cannot be loaded.
 
-    A tokenizer.json is taken as it stands: AutoTokenizer silently puts a pre-tokenizer of its own
-    in its place for some model types (transformers 5.19: qwen2).
+    A tokenizer.json is read unchanged: AutoTokenizer silently replaces its pre-tokenizer for some
+    model types (transformers 5.19: qwen2).
     """
     try:
         tokenizer = load_pretrained(PreTrainedTokenizerFast, config)
@@ -26,7 +26,10 @@ def load_tokenizer(config: PolicyConfig) -> Any:
 
 
 def load_pretrained(auto: Any, config: PolicyConfig, path: str | None = None, **options) -> Any:
-    """What `auto`, a class of transformers, loads from `path`, by default the policy's source.
+    """`auto.from_pretrained` of `path`, by default of the policy's source.
+
+    Args:
+        auto: a class of transformers.
 
     Raises ValueError with one sentence if it cannot be loaded.
     """

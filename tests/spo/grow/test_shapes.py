@@ -199,11 +199,11 @@ def test_chain_rescores():
     [
         (lambda: TreeShape((), (), 8), "widths"),
         (lambda: TreeShape((2, 0), (4,), 8), "widths"),
-        (lambda: TreeShape((2, 2), (), 8), "one length per level but the last"),
-        (lambda: TreeShape((2, 2), (8,), 8), "leave nothing"),
-        (lambda: TreeShape((2, 2), (0,), 8), "must be positive"),
+        (lambda: TreeShape((2, 2), (), 8), "one length per level except the last"),
+        (lambda: TreeShape((2, 2), (8,), 8), "fewer tokens before"),
+        (lambda: TreeShape((2, 2), (0,), 8), "expected positive"),
         (lambda: ChainShape(0, 4, fixed_partition(3), 8), "group_size"),
-        (lambda: fixed_partition(0), "must be positive"),
+        (lambda: fixed_partition(0), "expected 1 or more"),
     ],
 )
 def test_impossible_shapes_are_refused(build, message):
@@ -235,7 +235,7 @@ def test_aligned_tree_keeps_its_length():
 
 
 def test_segments_shorter_than_a_block_are_not_aligned():
-    with pytest.raises(ValueError, match="cache blocks of 32"):
+    with pytest.raises(ValueError, match="cache block of 32"):
         TreeShape((2, 2), (8,), 100, align=32)
-    with pytest.raises(ValueError, match="80 tokens before the last level"):
+    with pytest.raises(ValueError, match="before the last level than max_new_tokens=80, found 80"):
         TreeShape((2, 2), (64,), 80, align=32)
