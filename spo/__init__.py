@@ -3,7 +3,7 @@
     import spo
     spo.train("spo-tree", ["engine.name=hf"])
 
-Names are bound when they are first used: importing this package loads nothing heavy.
+Names are loaded at their first use, so importing this package is fast.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_PLACES = {
+_MODULES = {
     "Credit": "spo.records",
     "Forest": "spo.records",
     "Recipe": "spo.config.recipe",
@@ -48,10 +48,10 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'spo' has no attribute {name!r}")
     try:
-        return getattr(import_module(_PLACES[name]), name)
+        return getattr(import_module(_MODULES[name]), name)
     except ImportError as error:
         if sentence := missing(error):
             raise ImportError(f"spo.{name}: {sentence}", name=error.name) from error

@@ -1,4 +1,4 @@
-"""`spo` and `python -m spo`: the command line, or one sentence where an extra is missing."""
+"""`spo` and `python -m spo`: the command line, or one sentence if an extra is missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spo.extras import missing
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `spo`; returns the exit code."""
     try:
-        from spo.cli import main as run  # here, since what it imports may be missing
+        from spo.cli import main as run  # here, because a package that it imports may be missing
 
         return run(argv)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What `spo.train`, `spo.evaluate`, `spo.rollout` and the command line call."""
+"""The functions behind `spo.train`, `spo.evaluate`, `spo.rollout` and the command line."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def train(
     """Run a recipe; returns the metrics lines written in this call. See `spo.loop.train`.
 
     Args:
-        overrides: such as `train.learning_rate=1e-5`, on top of a recipe that is read here.
+        overrides: such as `train.learning_rate=1e-5`; for a recipe given by name or path.
         resume: continue from the newest checkpoint in the run's folder.
-        engine: sample with this one, which is left open.
+        engine: sample with this engine, which stays open.
         report: called with every metrics line.
 
     Raises ValueError for settings that cannot work, RuntimeError if training cannot go on.
@@ -55,16 +55,16 @@ def evaluate(
     samples: int = 0,
     temperature: float | None = None,
 ) -> list[Accuracy]:
-    """Pass@1 on the test split: greedy, then the mean over `samples` per problem if there are any.
+    """Pass@1 on the test split: greedy, and if `samples` > 0 also the mean over that many samples.
 
     Args:
-        checkpoint: folder of a run, whose newest policy is tested, or of one of its checkpoints; by
-            default the recipe's policy.
-        engine: sample with this one, which has the weights already and is left open.
-        limits: on the response, in tokens; by default the recipe's.
+        checkpoint: test the newest policy in this run folder, or the policy of this checkpoint
+            folder; by default the recipe's policy.
+        engine: sample with this engine, which holds the weights already and stays open.
+        limits: maximum lengths of the response, in tokens; by default the recipe's.
         temperature: of the samples, 0 is greedy; by default the recipe's.
 
-    Raises ValueError for what cannot be tested.
+    Raises ValueError for settings that cannot work and for a folder without a checkpoint.
     """
     recipe = recipe_of(recipe, overrides)
     if temperature is None:
@@ -80,7 +80,7 @@ def evaluate(
         if (Path(checkpoint) / "policy").is_dir():  # one checkpoint of a run
             newest = Path(checkpoint)
         if newest is None:
-            raise ValueError(f"checkpoint: {checkpoint} holds no complete checkpoint")
+            raise ValueError(f"checkpoint: expected a complete checkpoint, {checkpoint} holds none")
         policy = dataclasses.replace(recipe.policy, path=str(newest / "policy"))
         recipe = dataclasses.replace(recipe, policy=policy)
     with Sampler(recipe, engine=engine) as sampler:
@@ -96,10 +96,10 @@ def evaluate(
 def rollout(
     recipe: RecipeLike, overrides: Sequence[str] = (), *, engine: Engine | None = None
 ) -> tuple[Forest, RolloutStats]:
-    """The forest of a first iteration, and what it cost. Raises ValueError if it cannot grow.
+    """The forest of a first iteration, and its cost. Raises ValueError if it cannot grow.
 
     Args:
-        engine: sample with this one, which has the weights already and is left open.
+        engine: sample with this engine, which holds the weights already and stays open.
     """
     recipe = recipe_of(recipe, overrides)
     model = load_policy(recipe.policy) if recipe.shape.rescores else None
@@ -119,16 +119,17 @@ def compare(
     out: Path,
     report: Callable[[str, dict], None] = lambda name, line: None,
 ) -> dict[str, list[dict]]:
-    """Train several recipes in turn on one engine, each in a folder of `out`: name -> its lines.
+    """Train several recipes in turn on one engine, each in a folder of `out`.
 
-    Raises ValueError unless they have different names and one policy and engine.
+    Returns the metrics lines by recipe name. Raises ValueError unless the recipes have different
+    names, one policy and one engine.
     """
     if not recipes:
-        raise ValueError("compare: expected at least one recipe")
+        raise ValueError("compare: expected at least one recipe, found none")
     if len({recipe.name for recipe in recipes}) < len(recipes):
-        raise ValueError("compare: the recipes' names must differ")
+        raise ValueError("compare: expected recipes with different names, found a name twice")
     if len({(recipe.engine, recipe.policy) for recipe in recipes}) > 1:
-        raise ValueError("compare: the recipes must agree on policy and engine")
+        raise ValueError("compare: expected recipes with one policy and one engine, found several")
     engine = engine_of(recipes[0])
     results = {}
     try:
@@ -144,12 +145,15 @@ def compare(
 
 
 def recipe_of(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that was given or named. Raises ValueError for overrides of one that is made."""
+    """The recipe itself, or the one of that name or path, with its overrides.
+
+    Raises ValueError for overrides of a `Recipe`.
+    """
     if isinstance(overrides, str):
-        raise ValueError(f"overrides: expected a list such as [{overrides!r}], found a text")
+        raise ValueError(f"overrides: expected a list such as [{overrides!r}], found a string")
     if not isinstance(recipe, Recipe):
         return load_recipe(recipe, overrides)
     if overrides:
-        raise ValueError("overrides: they go with a recipe by name or path, not with a Recipe")
+        raise ValueError("overrides: expected none for a Recipe; give its name or path to use them")
     check_recipe(recipe)
     return recipe

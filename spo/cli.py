@@ -1,6 +1,6 @@
 """The command line: spo train | eval | rollout | view | compare.
 
-Bad input ends with one sentence on stderr and exit code 2; a run that cannot go on, with 1.
+Bad input ends with one sentence on stderr and exit code 2; a run that cannot go on, with code 1.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     several = getattr(arguments, "overrides", getattr(arguments, "recipes", None))
     if several is None or any(word.startswith("-") for word in rest):
-        arguments = parser.parse_args(argv)  # says what is unknown
+        arguments = parser.parse_args(argv)  # names the unknown option
     else:
-        several += rest  # those behind an option
+        several += rest  # overrides after an option
     try:
         arguments.run(arguments)
     except (ValueError, TypeError) as error:
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         if recipe:
             sub.add_argument(
                 "recipe",
-                help="YAML file, or the name of one that ships (spo-tree, grpo, …); settings are "
+                help="YAML file, or name of a recipe that ships (spo-tree, grpo, …); settings are "
                 "documented in spo/config/, spo/grow/ (shapes) and spo/credit/ (rules)",
             )
             sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
@@ -73,13 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("eval", _eval, "Pass@1 of a policy or of a run's checkpoint on the test split")
     sub.add_argument("--checkpoint", type=Path, help="run folder; default: the recipe's policy")
     sub.add_argument(
-        "--samples", type=int, default=0, help="beside greedy, the mean over so many per problem"
+        "--samples", type=int, default=0, help="also the mean over this many samples per problem"
     )
     sub.add_argument("--temperature", type=float, help="of --samples; default: the recipe's")
     sub.add_argument(
-        "--max-new-tokens", default="", help="limits on the response, 2048,4096; default: recipe's"
+        "--max-new-tokens", default="", help="limits such as 2048,4096; default: the recipe's"
     )
-    sub.add_argument("--json", type=Path, help="also write the result there")
+    sub.add_argument("--json", type=Path, help="also write the result to this file")
     sub = command("rollout", _rollout, "grow one iteration's forest and save it")
     sub.add_argument("-o", "--output", type=Path, default=Path("forest.safetensors"))
     sub = command("view", _view, "write an HTML page of a forest or of a run", recipe=False)
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", type=Path, help="default: beside the input")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="of the forest's recipe")
     sub.add_argument(
-        "--recipe", type=Path, help="what the forest was grown with; default: the run's around it"
+        "--recipe", type=Path, help="recipe of the forest; default: that of the run around it"
     )
     sub = command(
         "compare",
@@ -99,12 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         "recipes", nargs="+", help="files or names, and key=value overrides for all of them"
     )
     sub.add_argument("--out", type=Path, help="default: runs/compare-<time>")
-    sub.add_argument("--json", type=Path, help="also write every evaluation there")
+    sub.add_argument("--json", type=Path, help="also write all evaluations to this file")
     return parser
 
 
 def _quiet() -> None:
-    """Keep libraries' progress bars out of ours."""
+    """Switch off the libraries' progress bars."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -175,11 +175,11 @@ def _token_limits(text: str) -> list[int]:
 
 
 def _writable(path: Path | None) -> None:
-    """Make the folder of a result before the work, so that the work is not lost for want of it."""
+    """Check and make the folder of a result before the work, so that the result is not lost."""
     if path is None:
         return
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file")
+        raise ValueError(f"{path} is a folder, expected a file")
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -202,7 +202,7 @@ def _rollout(arguments) -> None:
     )
     console.print(
         f"{counted['running'] / max(counted['steps'], 1):.1f} of {recipe.engine.max_num_seqs} "
-        f"places in use per step; the loop itself took {cost.loop_seconds:.2f} s"
+        f"slots in use per step; the loop itself took {cost.loop_seconds:.2f} s"
     )
     console.print(f"forest: {arguments.output}")
 
@@ -216,7 +216,7 @@ def _view(arguments) -> None:
         raise ValueError(f"{path} does not exist")
     if path.is_dir():
         if arguments.recipe or arguments.overrides:
-            raise ValueError(f"view: {path} is a run folder, which has its own recipe")
+            raise ValueError(f"view: expected no recipe, as the run folder {path} has one")
         written = write_run_page(path, output)
     else:
         written = write_forest_page(path, arguments.recipe, arguments.overrides, output)

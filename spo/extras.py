@@ -1,4 +1,4 @@
-"""Which extra of the distribution brings a module, and the sentence for one that is not there."""
+"""Which extra of the distribution installs a module, and the error for a missing one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXTRA_OF = {
 
 
 def missing(error: ImportError) -> str | None:
-    """One sentence with the `pip install` line; None if `error` is not about an extra's module."""
+    """One sentence with the `pip install` command; None if `error` is about another module."""
     module = (error.name or "").partition(".")[0]
     extra = EXTRA_OF.get(module)
     if extra is None:

@@ -39,8 +39,8 @@ def train(
 
     Args:
         resume: continue from the newest checkpoint in `recipe.out_dir`.
-        engine: use this engine (it is left open, what it has in flight is dropped); by default one
-            is made and closed.
+        engine: use this engine; its samples in flight are dropped, and it stays open. By default an
+            engine is made and closed.
         report: called with every metrics line.
 
     Raises ValueError for settings that cannot work, RuntimeError if training cannot go on.
@@ -80,7 +80,7 @@ def train(
             recipe, engine=engine, tokenizer=tokenizer, rescore=rescore, rank=ranks.rank
         ) as sampler,
     ):
-        sampler.engine.abort()  # what an interrupted run has left in it
+        sampler.engine.abort()  # samples of an interrupted run
         tests = sampler.test_prompts()
         stream = _stream(recipe, sampler, ranks, state)
         sync(learner, sampler, tests[0], state.version)
@@ -122,7 +122,7 @@ def train(
             state.iteration += 1
             if state.iteration % settings.checkpoint_every == 0 or _finished(recipe, state):
                 learner.save(tokenizer, state, buffer)
-        sampler.engine.abort()  # what was streamed ahead
+        sampler.engine.abort()  # samples of later iterations
         write(evaluate(sampler, tests, ranks))
     return lines
 
@@ -143,10 +143,10 @@ def evaluate(sampler: Sampler, tests: Sequence[Prompt], ranks: Ranks) -> dict:
 
 
 def sync(learner: Learner, sampler: Sampler, prompt: Prompt, version: int) -> float:
-    """Give the engine the trained weights, then compare both sides' logprobs of one sample.
+    """Load the trained weights into the engine, then compare both sides' logprobs of one sample.
 
-    Returns the largest difference. Raises RuntimeError if it is above `train.probe_tolerance`:
-    then the engine runs other weights than the trainer.
+    Returns the largest difference. Raises RuntimeError if it exceeds `train.probe_tolerance`: then
+    the engine's weights are not those of the trainer.
     """
     recipe = sampler.recipe
     sampler.engine.load_weights(learner.weights(), version)
@@ -159,13 +159,13 @@ def sync(learner: Learner, sampler: Sampler, prompt: Prompt, version: int) -> fl
     if not worst <= recipe.train.probe_tolerance:
         raise RuntimeError(
             f"weight version {version}: trainer and engine differ by {worst:.3g} in a logprob, "
-            f"more than train.probe_tolerance={recipe.train.probe_tolerance:g}"
+            f"expected at most train.probe_tolerance={recipe.train.probe_tolerance:g}"
         )
     return worst
 
 
 def response_limit(recipe: Recipe, state: checkpoint.State) -> int:
-    """Longest response now: that of the first stage whose share of the run is not done yet."""
+    """Maximum length of a response now: that of the first stage that is not over yet."""
     train = recipe.train
     done = state.iteration / train.iterations
     if train.max_generated_tokens is not None:
@@ -175,11 +175,14 @@ def response_limit(recipe: Recipe, state: checkpoint.State) -> int:
 
 
 def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
-    """Raise ValueError where a recipe cannot run on so many ranks."""
+    """Raise ValueError if the recipe cannot run on these ranks."""
     if recipe.train.prompts < ranks.world:
-        raise ValueError(f"train.prompts: expected at least one per rank, {ranks.world} in all")
+        raise ValueError(
+            f"train.prompts: expected at least one per rank, {ranks.world} in all, found "
+            f"{recipe.train.prompts}"
+        )
     if ranks.sharded and recipe.shape.rescores:
-        raise ValueError("shape.rescore=true works with train.parallel=ddp, not with fsdp")
+        raise ValueError("shape.rescore=true: expected train.parallel=ddp, found fsdp")
 
 
 def _writer(
@@ -201,22 +204,22 @@ def _stream(recipe: Recipe, sampler: Sampler, ranks: Ranks, state: checkpoint.St
             yield from prompts[ranks.rank :: ranks.world]
 
     prompts = share()
-    first = list(islice(prompts, 1))  # data that cannot be read are found out before anything
+    first = list(islice(prompts, 1))  # fails early if the data cannot be read
     mine = len(range(ranks.rank, size, ranks.world))
     return sampler.stream(chain(first, prompts), mine, state.iteration)
 
 
 def _grow(recipe: Recipe, stream: Stream, ranks: Ranks) -> tuple[Forest, list[RolloutStats]]:
-    """The forest of all ranks, each of which grows its share, and what it cost each."""
+    """The forest of all ranks, each of which grows its share, and the cost on each."""
     grown = distributed.gather(ranks, next(stream, None))
     if None in grown:
-        raise ValueError(f"task: {recipe.task} has no training prompts left")
+        raise ValueError(f"data.train: no training prompts of task {recipe.task} are left")
     forests, costs = zip(*grown, strict=True)
     return concat(forests), list(costs)
 
 
 def _save_forest(recipe: Recipe, forest: Forest, state: checkpoint.State, ranks: Ranks) -> None:
-    """The first and the last forest of a run stay beside its metrics."""
+    """Save the forest beside the metrics: the first one of a run, and always the last."""
     if not ranks.main:
         return
     if state.iteration == 0:
@@ -225,7 +228,7 @@ def _save_forest(recipe: Recipe, forest: Forest, state: checkpoint.State, ranks:
 
 
 def _costs(generated: int, costs: Sequence[RolloutStats], seconds: float) -> dict[str, float]:
-    """What a rollout cost all ranks together."""
+    """Cost of a rollout, over all ranks."""
     return {
         "tokens_per_s": generated / seconds,
         "trees_per_s": sum(cost.trees for cost in costs) / seconds,

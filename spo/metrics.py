@@ -1,7 +1,7 @@
-"""The figures of a run: one JSON object per line of `metrics.jsonl`, appended as the run goes.
+"""The metrics of a run: one JSON object per line of `metrics.jsonl`, appended during the run.
 
 Every line holds `iteration`, `seconds` (since the run began), `generated_tokens` (so far) and
-`stage` ("train" or "eval"); every other key is free. JSON has no NaN and no infinity: both are
+`stage` ("train" or "eval"); all other keys are free. JSON has no NaN and no infinity: both are
 written as null, and null is read as NaN.
 """
 
@@ -22,19 +22,19 @@ STAGES = ("train", "eval")
 class MetricsWriter:
     """Appends lines to a metrics file; each is written whole and flushed.
 
-    Opening an existing file first drops a last line that a killed process left broken and, with
-    `resume_at`, every line of that iteration and later, which the resumed run writes again.
-    Raises ValueError with the line's number where another line is broken.
+    Opening an existing file first drops a broken last line, which a killed process may leave. With
+    `resume_at` it also drops every line of that iteration and later, which the resumed run writes
+    again. Raises ValueError with the line's number if another line is broken.
     """
 
     def __init__(self, path: str | os.PathLike, *, resume_at: int | None = None) -> None:
         path = Path(path)
         if path.exists():
             _keep_before(path, math.inf if resume_at is None else resume_at)
-        self._file = open(path, "ab")  # O_APPEND, so that a line lands at the end in one piece
+        self._file = open(path, "ab")  # O_APPEND: a line is written at the end in one piece
 
     def write(self, line: Mapping[str, object]) -> None:
-        """Append one line. Raises ValueError or TypeError naming the key that is wrong."""
+        """Append one line. Raises ValueError or TypeError that names a bad key."""
         _check(line)
         clean = {
             key: finite(value) if isinstance(value, Real) and not isinstance(value, bool) else value
@@ -59,9 +59,9 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
-    """Lines of a metrics file in the order written, null as NaN; a broken last line is left out.
+    """Lines of a metrics file in order, null as NaN; a broken last line is left out.
 
-    Raises ValueError with the line's number where any other line is broken.
+    Raises ValueError with the line's number if any other line is broken.
     """
     return [
         {key: math.nan if value is None else value for key, value in line.items()}
@@ -78,7 +78,7 @@ def mean_stderr(values: Iterable[float]) -> tuple[float, float]:
     samples = [float(value) for value in values]
     n = len(samples)
     if n == 0:
-        raise ValueError("values must hold at least one sample, found none")
+        raise ValueError("values: expected at least one sample, found none")
     mean = math.fsum(samples) / n
     if n == 1:
         return mean, math.nan
@@ -88,20 +88,20 @@ def mean_stderr(values: Iterable[float]) -> tuple[float, float]:
 def _check(line: Mapping[str, object]) -> None:
     for key in ("iteration", "seconds", "generated_tokens", "stage"):
         if key not in line:
-            raise ValueError(f"a metrics line must hold {key!r}, found {sorted(line)}")
+            raise ValueError(f"metrics line: expected the key {key!r}, found {sorted(line)}")
     if line["stage"] not in STAGES:
-        raise ValueError(f"stage must be one of {STAGES}, found {line['stage']!r}")
+        raise ValueError(f"stage: expected one of {STAGES}, found {line['stage']!r}")
     for key in ("iteration", "generated_tokens"):
         value = line[key]
         if not isinstance(value, Integral) or isinstance(value, bool):
-            raise ValueError(f"{key} must be a whole number, found {value!r}")
+            raise ValueError(f"{key}: expected a whole number, found {value!r}")
     for key, value in line.items():
         if not isinstance(value, (str, Real)):
-            raise TypeError(f"metric {key!r} must be a number or a string, found {type(value)}")
+            raise TypeError(f"metric {key!r}: expected a number or a string, found {type(value)}")
 
 
 def finite(value: SupportsFloat) -> int | float | None:
-    """`value` as JSON has it: null where it is not finite."""
+    """`value` for JSON: None if it is not finite."""
     if isinstance(value, Integral):
         return int(value)
     return float(value) if math.isfinite(value) else None
@@ -115,7 +115,7 @@ def _whole_lines(path: Path) -> list[tuple[bytes, dict]]:
         try:
             line = json.loads(raw)
             _check({key: math.nan if value is None else value for key, value in line.items()})
-        except (ValueError, TypeError, AttributeError):  # not JSON, no object, not all of a line
+        except (ValueError, TypeError, AttributeError):  # not JSON, not an object, or not complete
             line = None
         if line is not None and raw.endswith(b"\n"):
             lines.append((raw, line))
@@ -125,7 +125,7 @@ def _whole_lines(path: Path) -> list[tuple[bytes, dict]]:
 
 
 def _keep_before(path: Path, iteration: float) -> None:
-    """Rewrite the file beside itself and rename, so that a kill leaves the old or the new one."""
+    """Write a new file and rename it, so that a kill leaves either the old or the new one."""
     kept = b"".join(raw for raw, line in _whole_lines(path) if line["iteration"] < iteration)
     if len(kept) == path.stat().st_size:
         return

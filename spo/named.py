@@ -1,7 +1,7 @@
 """Tasks, shapes and credit rules by name: the package's own, `module:Name`, or `file.py:Name`.
 
-What a name stands for is a dataclass: its fields are the settings that a recipe gives, its methods
-do the work. The package's own come through the same door as those from outside of it.
+Each name stands for a dataclass: its fields are the settings that a recipe gives, its methods do
+the work. The package's own classes are loaded in the same way as those from outside.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ OWN: dict[str, dict[str, str]] = {
         "pairs": "spo.credit.pairs:Pairs",
     },
 }
-"""Key of the recipe -> short name -> where it is."""
+"""Key of the recipe -> short name -> module and class."""
 
 METHODS = {
     "task": ("problems", "grade"),
     "shape.kind": ("make", "cost"),
     "credit.type": ("assign",),
 }
-"""What a class must be able to do; docs/extend.md says how."""
+"""Methods that a class must have; docs/extend.md describes them."""
 
 BASES = {"shape.kind": "spo.config.shape:ShapeConfig", "credit.type": "spo.config.credit:Rule"}
-"""What it must inherit."""
+"""Classes that it must inherit."""
 
 _names: dict[tuple[str, type], str] = {}  # (key, class from outside) -> where it was found
 
@@ -59,64 +59,65 @@ T = TypeVar("T")
 def find(key: str, name: str, folder: Path | None = None) -> type[Any]:
     """The dataclass that `name` stands for under the recipe's `key` (one of `OWN`).
 
-    A relative file is looked for in `folder` (that of the recipe), then in the current one. Raises
-    ValueError with one sentence if there is none, it cannot be imported, or it lacks a method.
+    A relative file is searched in `folder` (that of the recipe), then in the current one. Raises
+    ValueError with one sentence if there is no such class, if it cannot be imported, or if it lacks
+    a method.
     """
     own = OWN[key].get(name)
-    place, separator, attribute = (own or name).rpartition(":")
-    if not separator or not place or not attribute.isidentifier():
+    where, separator, attribute = (own or name).rpartition(":")
+    if not separator or not where or not attribute.isidentifier():
         raise ValueError(
             f"{key}: expected {', '.join(OWN[key])}, module:Name or ./file.py:Name, found {name!r}"
         )
     if own:
-        module = importlib.import_module(place)
+        module = importlib.import_module(where)
     else:
-        path = _path_of(key, place, folder) if place.lower().endswith(".py") else None
+        path = _path_of(key, where, folder) if where.lower().endswith(".py") else None
         try:
-            module = _from_file(path) if path else _from_module(place)
+            module = _from_file(path) if path else _from_module(where)
         except (Exception, SystemExit) as error:  # whatever the user's own code raises
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"{key}: {place} cannot be imported ({reason})") from error
-        place = str(path or place)
+            raise ValueError(f"{key}: {where} cannot be imported ({reason})") from error
+        where = str(path or where)
     kind = getattr(module, attribute, None)
     if not isinstance(kind, type):
-        raise ValueError(f"{key}: {place} has no class {attribute}")
+        raise ValueError(f"{key}: {where} has no class {attribute}")
     if not dataclasses.is_dataclass(kind):
-        raise ValueError(f"{key}: {name} must be a dataclass, whose fields are its settings")
+        raise ValueError(f"{key}: expected {name} to be a dataclass, whose fields are its settings")
     base = object
     if key in BASES:
-        where, _, called = BASES[key].partition(":")
-        base = getattr(importlib.import_module(where), called)
+        home, _, called = BASES[key].partition(":")
+        base = getattr(importlib.import_module(home), called)
         if not issubclass(kind, base):
-            raise ValueError(f"{key}: {name} must inherit {called} of {where}")
+            raise ValueError(f"{key}: expected {name} to inherit {called} of {home}")
     for method in METHODS[key]:
         written = getattr(kind, method, None)
         if not callable(written) or written is getattr(base, method, None):
             raise ValueError(f"{key}: {name} has no method {method}")
     if not own:
-        _names[key, kind] = f"{place}:{attribute}"
+        _names[key, kind] = f"{where}:{attribute}"
     return kind
 
 
 def name_of(key: str, kind: type) -> str:
-    """What a recipe calls a class, from any folder: the inverse of `find`."""
+    """The name of a class in a recipe, valid from any folder: the inverse of `find`."""
     if (key, kind) in _names:
         return _names[key, kind]
     module = kind.__module__
-    place = f"{module}:{kind.__qualname__}"
+    full = f"{module}:{kind.__qualname__}"
     for short, own in OWN[key].items():
-        if own == place:
+        if own == full:
             return short
-    if module == "__main__":  # of a script that makes its recipe itself
+    if module == "__main__":  # a script that makes its own recipe
         file = getattr(sys.modules[module], "__file__", None)
-        return f"{Path(file).resolve()}:{kind.__qualname__}" if file else place
-    return place
+        return f"{Path(file).resolve()}:{kind.__qualname__}" if file else full
+    return full
 
 
 def build(kind: type[T], settings: Mapping[str, Any], where: str, chosen: str = "") -> T:
     """`kind(**settings)`, checked by its annotations. Raises ValueError that names the setting.
 
-    `chosen` says in errors what chose the kind, such as `shape.kind=tree`.
+    `chosen` names in errors the setting that chose the class, such as `shape.kind=tree`.
     """
     from pydantic import TypeAdapter, ValidationError
     from pydantic.errors import PydanticUserError
@@ -138,15 +139,15 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str, chosen: str = 
     except (PydanticUserError, NameError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{where}: its settings' types cannot be checked ({reason})") from error
-    except Exception as error:  # whatever a class from outside raises when it is made
+    except Exception as error:  # a class from outside may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{where}: {kind.__name__} cannot be made ({reason})") from error
 
 
 def settings_of(instance: Any, where: str) -> dict[str, Any]:
-    """The fields of a dataclass as YAML has them, which `build` reads back.
+    """The fields of a dataclass as plain values for YAML, which `build` reads back.
 
-    Raises ValueError where they cannot be written.
+    Raises ValueError if they cannot be written.
     """
     from pydantic import TypeAdapter
     from pydantic_core import PydanticSerializationError
@@ -167,8 +168,9 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _strict(value: Any, hint: Any, where: str) -> Any:
-    """What pydantic would pass over: unknown keys of inner dataclasses, booleans as numbers; and
-    YAML's reading of `off` and `on` as booleans where the setting is one of some words.
+    """Check what pydantic would accept: unknown keys of inner dataclasses, booleans as numbers.
+
+    It also turns YAML's booleans for `off` and `on` back into words if the setting takes words.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
@@ -197,21 +199,21 @@ def _strict(value: Any, hint: Any, where: str) -> Any:
 def _sentence(error: Any, where: str) -> str:
     """The first of pydantic's errors, as one sentence that names the setting."""
     first = error.errors()[0]
-    place = ".".join([where, *(str(part) for part in first["loc"])])
-    if first["type"] == "value_error":  # a check of our own, or of a class from outside
+    setting = ".".join([where, *(str(part) for part in first["loc"])])
+    if first["type"] == "value_error":  # raised by a class of this package or from outside
         said = str(first["ctx"]["error"])
-        return said if said.startswith(f"{where}.") else f"{place}: {said}"
+        return said if said.startswith(f"{where}.") else f"{setting}: {said}"
     if first["type"] == "unexpected_keyword_argument":
-        return f"recipe: unknown key {place}"
-    return f"recipe: {place}: {first['msg']}, found {first['input']!r}"
+        return f"recipe: unknown key {setting}"
+    return f"recipe: {setting}: {first['msg']}, found {first['input']!r}"
 
 
 _FILE = "spo_file_"  # modules of files: name + digest of the path
 
 
-def _path_of(key: str, place: str, folder: Path | None) -> Path:
-    """The file that a recipe of `folder` means by `place`."""
-    given = Path(os.path.expanduser(place))
+def _path_of(key: str, name: str, folder: Path | None) -> Path:
+    """The file that a recipe in `folder` means by `name`."""
+    given = Path(os.path.expanduser(name))
     tried = [given] if given.is_absolute() else [f / given for f in (folder, Path.cwd()) if f]
     for path in tried:
         if os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
@@ -221,18 +223,18 @@ def _path_of(key: str, place: str, folder: Path | None) -> Path:
 
 def _from_module(name: str) -> ModuleType:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # the command `spo` does not look there
+        sys.path.append(str(Path.cwd()))  # the command `spo` does not search there
     return importlib.import_module(name)
 
 
 def _from_file(path: Path) -> ModuleType:
-    """The module of a file, loaded once however it is spelled."""
+    """The module of a file, loaded once however its path is written."""
     name = _FILE + hashlib.sha256(str(path).encode()).hexdigest()[:16]
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
+        raise ImportError(f"{path} is not a Python file")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # for what it imports from its own folder
     module = importlib.util.module_from_spec(spec)

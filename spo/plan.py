@@ -1,4 +1,4 @@
-"""What a recipe would fetch, hold in memory and generate, without fetching or training anything."""
+"""`--dry-run`: what a recipe would download, hold in memory and generate."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ STATES = {"local": "local", "cached": "in the hub's cache", "download": "would b
 
 
 def describe(recipe: Recipe) -> str:
-    """A page of text: sources, memory of the parameters, tokens of an iteration.
+    """A page of text: sources, memory of the weights, tokens of an iteration.
 
-    Asks no server. Raises ValueError where a source neither exists nor can be on the hub.
+    It asks no server. Raises ValueError if a source neither exists nor can be on the hub.
     """
     cost = cost_of_iteration(recipe)
     train, evals = recipe.train, recipe.eval
@@ -31,7 +31,7 @@ def describe(recipe: Recipe) -> str:
         "memory": _memory(recipe),
         "an iteration, at most": [
             f"{train.prompts} prompts, {cost.graded:,} responses to grade",
-            f"{cost.sampled:,} tokens sampled to be trained on",
+            f"{cost.sampled:,} sampled tokens to train on",
             f"{cost.probed:,} tokens of probes" if cost.probed else None,
             _replayed(recipe),
             f"{steps} optimiser steps",
@@ -50,16 +50,17 @@ def describe(recipe: Recipe) -> str:
 
 
 def cost_of_iteration(recipe: Recipe) -> Cost:
-    """Upper bounds on one rollout: they assume that no response ends early and, for chains, that
-    every token is a boundary that the partition may take. `engine.align_segments` may add half a
-    cache block per segment.
+    """Upper bounds on one rollout.
+
+    They assume that no response ends early and, for chains, that every token is a boundary that the
+    partition may take. `engine.align_segments` may add half a cache block per segment.
     """
     one, prompts = recipe.shape.cost(recipe.sampling.max_new_tokens), recipe.train.prompts
     return Cost(one.sampled * prompts, one.graded * prompts, one.probed * prompts)
 
 
 def evaluations(recipe: Recipe) -> int:
-    """How often a run of full length evaluates: at its start, at its end and in between."""
+    """Number of evaluations of a full-length run: at its start, at its end and in between."""
     iterations, every = recipe.train.iterations, recipe.eval.every
     return 2 + (iterations - 1) // every if every else 2
 
@@ -71,11 +72,11 @@ def _replayed(recipe: Recipe) -> str | None:
     if train.replay_samples is not None:
         return f"{train.replay_samples:,} nodes trained"
     waiting = train.prompts * train.replay_age
-    return f"{waiting * train.replay_nodes:,} nodes trained, those that wait from before included"
+    return f"{waiting * train.replay_nodes:,} nodes trained, those of earlier iterations included"
 
 
 def parameters(policy: PolicyConfig) -> int | None:
-    """Number of weights, from the model's config alone; None if that is not on this machine."""
+    """Number of weights, from the model's config; None if that is not on this machine."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""The records that travel between stages. All are frozen: a stage returns a new one.
+"""The records that stages pass on. All are frozen: a stage returns a new one.
 
 Dimension letters: B prompts, S segments (nodes), T packed tokens, N loss rows, H hidden states.
 """
@@ -20,22 +20,22 @@ from torch import Tensor
 FOREST_FORMAT = "spo.forest.1"
 
 PROMPT, STOP, LENGTH, SEGMENT = 0, 1, 2, 3
-"""`Forest.finish`: a root; ended by a stop token; cut by the token limit; ended to be branched."""
+"""`Forest.finish`: a root; ended by a stop token; cut by the token limit; ended at a boundary."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One problem as the policy sees it."""
+    """One problem, tokenised."""
 
     prompt_ids: tuple[int, ...]  # token ids, never re-tokenised afterwards
     answer: Any  # JSON value that the task's grader understands
     task: str  # name of the task that grades it
-    opening: str = ""  # what the prompt has already written of the response, for the grader
+    opening: str = ""  # start of the response that is part of the prompt, for the grader
 
 
 @dataclass(frozen=True)
 class Request:
-    """Ask an engine for `n` samples of one prefix; sample i is seeded with `seed + i`."""
+    """A request to an engine for `n` samples of one prefix; sample i has the seed `seed + i`."""
 
     key: int  # unique among the requests in flight
     prefix_ids: tuple[int, ...]
@@ -53,31 +53,31 @@ class Completion:
 
     key: int
     index: int  # which of the request's n samples
-    token_ids: tuple[int, ...]  # what was sampled, the stop token included
+    token_ids: tuple[int, ...]  # sampled tokens, the stop token included
     logprobs: tuple[float, ...]  # of each sampled token at the request's temperature
     finish: int  # STOP or LENGTH
     first_version: int  # weight version that sampled the first token
     last_version: int  # weight version that sampled the last token
-    error: str | None = None  # why the sample failed; then it holds no tokens
+    error: str | None = None  # why the sample failed; then there are no tokens
 
 
 @dataclass(frozen=True)
 class Forest:
     """Trees of token segments under prompts; flat, parents before children, CPU tensors.
 
-    A root holds its prompt's tokens. It saves to one safetensors file, which the viewer, the replay
-    buffer, the integrations and the tests read.
+    A root holds its prompt's tokens. `save` writes one safetensors file, which the viewer, the
+    replay buffer, the integrations and the tests read.
     """
 
     token_ids: Tensor  # (T,) int32
     rollout_logprobs: Tensor  # (T,) fp32, at the sampling temperature; 0 on prompt tokens
     cu_tokens: Tensor  # (S+1,) int64, node s holds tokens cu_tokens[s]:cu_tokens[s+1]
     parent: Tensor  # (S,) int32, -1 for a root
-    rewards: Tensor  # (S,) fp32, NaN unless a graded leaf
+    rewards: Tensor  # (S,) fp32, NaN unless the node is a graded leaf
     in_value: Tensor  # (S,) bool, counts towards its parent's value
-    trained: Tensor  # (S,) bool, its tokens get gradient
+    trained: Tensor  # (S,) bool, its tokens get a gradient
     finish: Tensor  # (S,) int8, PROMPT, STOP, LENGTH or SEGMENT
-    weight: Tensor  # (S,) int32, trajectories that pass through the node
+    weight: Tensor  # (S,) int32, number of trajectories through the node
     prompt: Tensor  # (S,) int32, index of the tree's prompt in `prompts`
     born: Tensor  # (S,) int32, weight version that sampled the node; -1 for a root
     prompts: tuple[Prompt, ...] = ()  # (B,)
@@ -89,13 +89,13 @@ class Forest:
 
     @property
     def num_generated(self) -> int:
-        """Tokens that were sampled (each unique token once)."""
+        """Number of sampled tokens (each unique token once)."""
         roots = self.parent < 0
         return int((self.cu_tokens.diff()[~roots]).sum())
 
     @property
     def is_leaf(self) -> Tensor:
-        """(S,) bool, nodes whose response has ended: they earn a reward."""
+        """(S,) bool, nodes whose response has ended, so that they earn a reward."""
         return (self.finish == STOP) | (self.finish == LENGTH)
 
     def tokens(self, node: int) -> list[int]:
@@ -114,20 +114,20 @@ class Forest:
         return [t for n in self.path(node) for t in self.tokens(n)]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to one safetensors file; the prompts travel as JSON in its header."""
+        """Write one safetensors file; the prompts are JSON in its header."""
         header = {
             "format": FOREST_FORMAT,
             "prompts": [dataclasses.asdict(p) for p in self.prompts],
             "temperature": self.temperature,
         }
         tensors = {name: getattr(self, name).contiguous() for name in FOREST_TENSORS}
-        # One key only: safetensors writes several in no fixed order, and equal forests must make
-        # equal files.
+        # One key only: safetensors writes several keys in no fixed order, and equal forests must
+        # make equal files.
         save_file(tensors, os.fspath(path), metadata={"spo": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Forest:
-        """Read what `save` wrote. Raises ValueError with the file's name if it is not a forest."""
+        """Read a file of `save`. Raises ValueError with the file's name if it is not a forest."""
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("spo", "{}"))
@@ -141,7 +141,7 @@ class Forest:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable forest file: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a forest file of this version") from error
+            raise ValueError(f"{path} is not a forest file of format {FOREST_FORMAT}") from error
 
 
 FOREST_TENSORS = tuple(
@@ -170,15 +170,15 @@ def concat(forests: Sequence[Forest]) -> Forest:
 
 
 def select(forest: Forest, trees: Tensor) -> Forest:
-    """The trees marked in `trees` (B,) bool."""
+    """The trees where `trees` (B,) bool is True."""
     nodes = trees[forest.prompt.long()]
     sizes = forest.cu_tokens.diff()
     tokens = nodes.repeat_interleave(sizes)
-    place = nodes.cumsum(0).to(torch.int32) - 1
+    index = nodes.cumsum(0).to(torch.int32) - 1
     parent = forest.parent[nodes]
     per_node = set(FOREST_TENSORS) - {"token_ids", "rollout_logprobs", "cu_tokens"}
     fields = {name: getattr(forest, name)[nodes] for name in per_node}
-    fields["parent"] = torch.where(parent >= 0, place[parent.clamp(min=0).long()], parent)
+    fields["parent"] = torch.where(parent >= 0, index[parent.clamp(min=0).long()], parent)
     fields["prompt"] = (trees.cumsum(0).to(torch.int32) - 1)[forest.prompt[nodes].long()]
     return Forest(
         **fields,
@@ -192,20 +192,20 @@ def select(forest: Forest, trees: Tensor) -> Forest:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a critic learns from one rollout."""
+    """The targets of a critic from one rollout."""
 
-    values: Tensor  # (T,) fp32, its own estimates when the credit was assigned
+    values: Tensor  # (T,) fp32, the critic's estimates when the credit was assigned
     returns: Tensor  # (T,) fp32
 
 
 @dataclass(frozen=True)
 class Credit:
-    """What the tokens of a forest are worth."""
+    """What each token of a forest is worth."""
 
     tokens: Tensor  # (T,) fp32, 0 where a token does not train
     figures: dict[str, float] = field(default_factory=dict)  # to report
-    targets: Targets | None = None  # of a critic
-    norm: float | None = None  # divides the loss of a step; None: what the recipe's loss says
+    targets: Targets | None = None  # of the critic
+    norm: float | None = None  # divisor of a step's loss; None: as the recipe's loss says
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ class Batch:
     """A packed micro-batch: every token once, in depth-first order."""
 
     token_ids: Tensor  # (T,) int64, the packed tokens
-    position_ids: Tensor  # (T,) int64, depth along the path, not the place in the pack
+    position_ids: Tensor  # (T,) int64, position along the path, not in the pack
     visible_until: Tensor  # (T,) int32, key k is visible to query q iff k <= q < visible_until[k]
     hidden_index: Tensor  # (N,) int64, packed position whose hidden state predicts the row
     targets: Tensor  # (N,) int64, token ids of the rows
@@ -230,12 +230,12 @@ class Batch:
     loss_mask: Tensor  # (N,) bool
     policy_norm: float  # Z of the whole optimiser step, over all micro-batches and ranks
     ref_logprobs: Tensor | None = None  # (N,) fp32
-    token_index: Tensor | None = None  # (N,) int64, the forest's token that each row stands for
+    token_index: Tensor | None = None  # (N,) int64, index of each row's token in the forest
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A differentiable loss and the detached figures to report with it."""
+    """A differentiable loss, and detached figures to report."""
 
     loss: Tensor  # () fp32
     metrics: dict[str, float]

@@ -84,11 +84,11 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "error", "words"),
     [
-        ({"stage": "test"}, ValueError, "stage must be one of"),
-        ({"iteration": 1.5}, ValueError, "iteration must be a whole number, found 1.5"),
-        ({"generated_tokens": math.nan}, ValueError, "generated_tokens must be a whole number"),
-        ({"loss": [1.0]}, TypeError, "metric 'loss' must be a number or a string"),
-        ({"loss": None}, TypeError, "metric 'loss' must be a number or a string"),
+        ({"stage": "test"}, ValueError, "stage: expected one of"),
+        ({"iteration": 1.5}, ValueError, "iteration: expected a whole number, found 1.5"),
+        ({"generated_tokens": math.nan}, ValueError, "generated_tokens: expected a whole number"),
+        ({"loss": [1.0]}, TypeError, "metric 'loss': expected a number or a string"),
+        ({"loss": None}, TypeError, "metric 'loss': expected a number or a string"),
     ],
 )
 def test_a_bad_line_is_refused_and_nothing_is_written(tmp_path, bad, error, words):
@@ -97,7 +97,7 @@ def test_a_bad_line_is_refused_and_nothing_is_written(tmp_path, bad, error, word
         writer.write(line(0) | bad)
     missing = line(0)
     del missing["seconds"]
-    with MetricsWriter(path) as writer, pytest.raises(ValueError, match="must hold 'seconds'"):
+    with MetricsWriter(path) as writer, pytest.raises(ValueError, match="the key 'seconds'"):
         writer.write(missing)
     assert path.read_bytes() == b""
 
