@@ -1,4 +1,4 @@
-"""Right responses alone: RestEM."""
+"""Only right responses train: RestEM."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from spo.records import Credit, Forest
 
 @dataclass(frozen=True)
 class Correct(Rule):
-    """1 on the tokens of the first `max_correct` right responses of every prompt, in the order of
-    sampling. With `train.restart` it is RestEM.
+    """1 on the tokens of each prompt's first `max_correct` right responses, in sampling order.
+
+    With `train.restart` it is RestEM.
     """
 
     loss: ClassVar[str] = "likelihood"
 
     max_correct: PositiveInt = 4
-    """Most right responses per prompt that train."""
+    """Maximum number of right responses per prompt that train."""
 
     def check(self, shape: ShapeConfig) -> None:
         shape.require_whole_responses("credit.type=correct")

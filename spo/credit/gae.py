@@ -1,4 +1,4 @@
-"""Advantages of a trained critic, token by token: PPO."""
+"""Advantages from a trained critic, token by token: PPO."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Gae(Rule):
     gamma: Share = 1.0
     """Discount per token."""
     lam: Share = 1.0
-    """Weight of longer estimates; 1 takes the response's reward as it is."""
+    """Weight of longer estimates; 1 uses the reward and none of the critic's later values."""
     whiten: Literal["off", "batch"] = "off"
-    """batch: shift and scale the trained tokens' advantages to mean 0 and deviation 1."""
+    """batch: shift and scale the trained tokens' advantages to mean 0 and standard deviation 1."""
     critic: CriticConfig | None = field(default_factory=CriticConfig)
     """How the critic learns."""
 
     def check(self, shape: ShapeConfig) -> None:
         shape.require_whole_responses("credit.type=gae")
         if self.critic is None:
-            raise ValueError("credit.critic: credit.type=gae needs one, found null")
+            raise ValueError("credit.critic: expected settings with credit.type=gae, found null")
 
     def assign(self, forest: Forest, models: Models) -> Credit:
         trained = of_tokens(forest, forest.trained)
@@ -48,19 +48,19 @@ class Gae(Rule):
 
 def token_credit(
     forest: Forest,
-    values: Tensor,  # (T,) fp32, of the state before every token; read on trained leaves alone
+    values: Tensor,  # (T,) fp32, of the state before every token; read only on trained leaves
     *,
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:  # advantages (T,), returns (T,), 0 on tokens that do not train
-    """Generalised advantages and the critic's targets on a star; the reward is the last token's.
+    """Generalised advantages and the critic's targets on a star; the last token has the reward.
 
-    Raises ValueError if a node trains that is not a graded leaf under its prompt.
+    Raises ValueError if a trained node is not a graded leaf under its prompt.
     """
     leaf = forest.is_leaf & forest.rewards.isfinite() & (forest.parent >= 0)
     under_prompt = forest.parent[forest.parent.clamp(min=0).long()] < 0
     if not (leaf & under_prompt)[forest.trained].all():
-        raise ValueError("credit.type=gae needs every trained node to be a graded response")
+        raise ValueError("credit.type=gae: expected every trained node to be a graded response")
     sizes = forest.cu_tokens.diff()[forest.trained]
     cu_seqlens = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     tokens = forest.trained.repeat_interleave(forest.cu_tokens.diff())

@@ -1,4 +1,4 @@
-"""Nodes and tokens of a forest: what the rules share."""
+"""Functions of a forest's nodes and tokens that the credit rules share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spo.records import Credit, Forest
 
-ZERO_CREDIT = 1e-6  # a token trains only above this
+ZERO_CREDIT = 1e-6  # a token trains only if its credit is larger
 
 
 def check_credit(forest: Forest, credit: Credit) -> None:
@@ -21,7 +21,7 @@ def check_credit(forest: Forest, credit: Credit) -> None:
     if found != (expected,):
         raise ValueError(
             f"credit: expected one number for each of the forest's {expected} tokens, found "
-            f"{found}; `of_tokens` makes them of (S,) numbers of nodes"
+            f"{found}; `of_tokens` makes them from (S,) numbers of nodes"
         )
     if not tokens.isfinite().all():
         token = int((~tokens.isfinite()).nonzero()[0])
@@ -29,12 +29,12 @@ def check_credit(forest: Forest, credit: Credit) -> None:
 
 
 def of_tokens(forest: Forest, of_nodes: Tensor) -> Tensor:
-    """(S,) of nodes -> (T,) of their tokens."""
+    """(S,) numbers of nodes -> (T,) numbers of their tokens."""
     return of_nodes.repeat_interleave(forest.cu_tokens.diff())
 
 
 def of_nodes(forest: Forest, of_tokens: Tensor) -> Tensor:
-    """(T,) of tokens -> (S,): each node's largest by magnitude, with its sign; 0 without tokens."""
+    """(T,) numbers of tokens -> (S,): each node's largest by magnitude, with sign; 0 if empty."""
     nodes = torch.arange(forest.num_nodes).repeat_interleave(forest.cu_tokens.diff())
     largest = torch.zeros(2, forest.num_nodes, dtype=of_tokens.dtype)
     for row, sign in zip(largest, (1, -1), strict=True):
@@ -43,20 +43,20 @@ def of_nodes(forest: Forest, of_tokens: Tensor) -> Tensor:
 
 
 def responses(forest: Forest) -> tuple[Tensor, Tensor]:
-    """Trained leaves that earned a reward, and those that did not: (n,) int64 each."""
+    """Trained leaves with a reward above 0, and those without: (n,) int64 each."""
     graded = forest.trained & forest.is_leaf & forest.rewards.isfinite()
     right, wrong = (graded & earned for earned in (forest.rewards > 0, forest.rewards <= 0))
     return torch.nonzero(right)[:, 0], torch.nonzero(wrong)[:, 0]
 
 
 def rank_in_group(groups: Tensor) -> Tensor:
-    """Place of every entry among those of its group; `groups` is sorted."""
+    """Index of every entry within its group; `groups` is sorted."""
     counts = groups.unique_consecutive(return_counts=True)[1]
     return torch.arange(groups.numel()) - (counts.cumsum(0) - counts).repeat_interleave(counts)
 
 
 def whiten(credit: Tensor, chosen: Tensor) -> Tensor:
-    """Those chosen with mean 0 and deviation 1, the others 0; one alone stays as it is."""
+    """The chosen entries scaled to mean 0 and deviation 1, others 0; unchanged if fewer than 2."""
     if chosen.sum() < 2:
         return credit
     std, mean = torch.std_mean(credit[chosen], correction=0)
@@ -64,7 +64,7 @@ def whiten(credit: Tensor, chosen: Tensor) -> Tensor:
 
 
 def ancestors(parent: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For every node its parent, then its parent's parent, …: (whether there is one, which)."""
+    """For every node its parent, then its grandparent, …: pairs (exists, index)."""
     ancestor = parent
     while bool((exists := ancestor >= 0).any()):
         step = ancestor.clamp(min=0)
@@ -73,8 +73,11 @@ def ancestors(parent: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def figures(forest: Forest, values: Tensor, credit: Tensor) -> dict[str, float]:
-    """What to report with every rollout: `values` (S,) of the nodes, `credit` (n,) of what trains,
-    each node or each token once.
+    """Figures to report with every rollout.
+
+    Args:
+        values: (S,), of the nodes.
+        credit: (n,), of the trained nodes or of the trained tokens, each once.
     """
     roots = forest.parent < 0
     seen = values[roots & values.isfinite()]

@@ -1,12 +1,12 @@
-"""Right against wrong responses to one prompt: DPO and DPO-Positive.
+"""Pairs of a right and a wrong response to one prompt: DPO and DPO-Positive.
 
-A pair's loss reads the sums of its two responses' logprobs, and those may lie in different packs
-or on different ranks. So a step first scores its responses without a graph; the derivative of the
+The loss of a pair reads the sums of both responses' logprobs, which may be in different packs or on
+different ranks. So a step first scores its responses without a graph. Minus the derivative of the
 loss by each sum is then the credit of that response, and the gradient of
 
     -sum_t credit_t * logprob_t
 
-is that of the pair loss. No pack needs to hold both responses.
+is the gradient of the pair loss. No pack needs to hold both responses.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from spo.records import Credit, Forest
 
 @dataclass(frozen=True)
 class Pairs(Rule):
-    """1 on right and -1 on wrong responses, equally many of each under a prompt: the first of both
-    in the order of sampling, so that every response stands in one pair at most. Before a step the
-    marks become the derivative of the pair loss; the start policy is its reference.
+    """1 on right and -1 on wrong responses, the same number of each under a prompt.
+
+    The first responses in the order of sampling are taken, and each is in at most one pair. Before
+    a step these marks become derivatives of the pair loss; its reference is the start policy.
     """
 
     loss: ClassVar[str] = "likelihood"
     reference: ClassVar[bool] = True
 
     beta: Positive = 0.1
-    """How strongly the policy is held to the reference."""
+    """DPO's beta: a larger one keeps the policy closer to the reference."""
     positive: NotNegative = 0.0
-    """Above 0 it is DPO-Positive, and this the weight of its penalty."""
+    """Weight of DPO-Positive's penalty; 0 is DPO."""
 
     def check(self, shape: ShapeConfig) -> None:
         shape.require_whole_responses("credit.type=pairs")
@@ -76,12 +77,15 @@ class Pairs(Rule):
 
 
 def pair_nodes(forest: Forest, marks: Tensor) -> Tensor:
-    """(P, 2) int64, nodes (right, wrong): those of positive and of negative mark of each prompt, in
-    the order of sampling. Raises ValueError if their numbers differ.
+    """(P, 2) int64, nodes (right, wrong) with a positive and a negative mark, in sampling order.
+
+    Raises ValueError if a prompt has unequal numbers of them.
     """
     right, wrong = (torch.nonzero(mark)[:, 0] for mark in (marks > 0, marks < 0))
     if not torch.equal(forest.prompt[right], forest.prompt[wrong]):
-        raise ValueError("pairs: a prompt has unequal numbers of right and wrong responses")
+        raise ValueError(
+            "pairs: expected as many right as wrong responses to each prompt, found unequal numbers"
+        )
     return torch.stack([right, wrong], dim=1)
 
 
@@ -99,8 +103,8 @@ def pair_loss(
 ) -> Tensor:  # (P,)
     """DPO: -log sigmoid(beta (d_right - d_wrong - positive * max(0, -d_right))).
 
-    `positive` > 0 is DPO-Positive: it also keeps the right response from becoming less likely than
-    it is under the reference.
+    `positive` > 0 is DPO-Positive: a penalty if the right response becomes less likely than under
+    the reference.
     """
     right, wrong = log_ratios.unbind(1)
     return -logsigmoid(beta * (right - wrong - positive * (-right).clamp(min=0)))
@@ -109,7 +113,7 @@ def pair_loss(
 def pair_credit(
     forest: Forest,
     pairs: Tensor,  # (P, 2) int64 nodes
-    token_logprobs: Tensor,  # (T,) fp32 of the policy, read on the pairs' tokens alone
+    token_logprobs: Tensor,  # (T,) fp32 of the policy, read only on the pairs' tokens
     ref_token_logprobs: Tensor,  # (T,) fp32 of the reference
     *,
     beta: float,

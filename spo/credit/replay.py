@@ -1,5 +1,7 @@
-"""Nodes kept between iterations. A node keeps the logprobs it was sampled with; what is not trained
-stays until it is too old; nothing popped is thrown away.
+"""Nodes kept between iterations.
+
+A node keeps the logprobs that it was sampled with. A node that did not train stays in the buffer
+until it trains or is too old.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ def merge(
     seed: int,
     max_nodes: int | None = None,
 ) -> tuple[Forest, Credit, Replay]:
-    """Add a rollout to the buffer and take out what trains now.
+    """Add a rollout to the buffer, and take out the nodes that train now.
 
     At most `nodes_per_prompt` nodes of each tree, and `max_nodes` in all, are drawn at random among
-    those with credit (0: all of the new forest, and nothing is kept). Nodes born `max_age` or more
-    versions before `version` are dropped. Returns the forest to train (its `trained` marks the
-    drawn nodes), its credit, and the new buffer.
+    those with credit. `nodes_per_prompt` = 0 trains the whole new forest and keeps nothing. Nodes
+    sampled `max_age` or more versions before `version` are dropped. Returns the forest to train
+    (its `trained` marks the drawn nodes), its credit, and the new buffer.
     """
     if nodes_per_prompt == 0:
         return forest, credit, Replay()

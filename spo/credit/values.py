@@ -17,33 +17,34 @@ from spo_kernels import tree_advantages, tree_stats, tree_values
 
 @dataclass(frozen=True)
 class Values(Rule):
-    """V(node) - V(parent), plain means bottom-up; every token of a node is worth the same.
+    """V(node) - V(parent), with plain means from the leaves up; the same for all tokens of a node.
 
-    SPO-tree: as it stands. SPO-chain and VinePPO: the probes are the counted children. GRPO:
-    scale std on a star. RLOO: baseline loo on a star.
+    SPO-tree, SPO-chain and VinePPO: the defaults (in chains the probes are the counted children).
+    GRPO: scale std on a star. RLOO: baseline loo on a star.
     """
 
     replayable: ClassVar[bool] = True
 
     baseline: Literal["parent", "loo"] = "parent"
-    """parent: V(node) - V(parent). loo: minus the mean of the other siblings (trees and stars)."""
+    """parent: V(node) - V(parent). loo: V(node) minus the mean of the other siblings (trees and
+    stars)."""
     scale: Literal["none", "std"] = "none"
     """std: divide by the siblings' population standard deviation + 1e-8 (trees and stars)."""
     root_value: Literal["group", "none"] = "group"
-    """Value of a prompt that nothing probes (chains): mean reward of its responses, or none (the
-    first segment is then worth 0)."""
+    """Value of a prompt without probes (chains). group: the mean reward of its responses. none: no
+    value; the first segment then has advantage 0."""
     node_weight: Literal["token", "path"] = "token"
-    """token: every token weighs the same, so the last level of a tree outweighs the first. path: a
+    """token: all tokens have the same weight, so a tree's last level outweighs the first. path: a
     node's advantage is divided by the numbers of siblings along its path (trees and stars)."""
     whiten: Literal["off", "batch"] = "off"
-    """batch: shift and scale the trained nodes' advantages to mean 0 and deviation 1."""
+    """batch: shift and scale the trained nodes' advantages to mean 0 and standard deviation 1."""
 
     def check(self, shape: ShapeConfig) -> None:
         for key, value in (("baseline", "loo"), ("scale", "std"), ("node_weight", "path")):
             if getattr(self, key) == value and not shape.siblings:
                 raise ValueError(
-                    f"credit.{key}={value} needs siblings of one kind: it works for trees and "
-                    "stars, not for chains"
+                    f"credit.{key}={value}: expected a tree or a star, as it compares siblings of "
+                    "one kind, found a chain"
                 )
 
     def assign(self, forest: Forest, models: Models | None = None) -> Credit:
@@ -53,18 +54,18 @@ class Values(Rule):
         return Credit(of_tokens(forest, advantages), reported)
 
     def values(self, forest: Forest) -> Tensor:
-        """(S,) fp32, the value of every node; NaN where there is none."""
+        """(S,) fp32, the value of every node; NaN if it has none."""
         values = tree_values(forest.parent, forest.rewards, forest.in_value)
         return _fill_roots(forest, values) if self.root_value == "group" else values
 
     def advantages(self, forest: Forest, values: Tensor) -> Tensor:
-        """(S,) fp32, the advantage of every node; 0 where it is not trained.
+        """(S,) fp32, the advantage of every node; 0 if it is not trained.
 
-        `node_weight` path multiplies a node's advantage by the share of its path, which weighs its
-        tokens alike: the loss is linear in the size of an advantage. Z counts tokens as before.
+        `node_weight` path multiplies a node's advantage by the weight of its path. This weights the
+        node's tokens, because the loss is linear in the advantage. Z counts tokens as before.
         Raises ValueError if a trained node's advantage is not finite.
         """
-        # A node that was left out (a failed grading) has no part in any group of siblings.
+        # A node that was left out (a failed grading) belongs to no group of siblings.
         parent = torch.where(forest.in_value | forest.trained, forest.parent, -1)
         advantages = tree_advantages(
             parent, values, forest.in_value, baseline=self.baseline, scale=self.scale
@@ -75,7 +76,9 @@ class Values(Rule):
         advantages = torch.where(forest.trained & ~unknown, advantages, 0.0)
         if not advantages.isfinite().all():
             node = int((~advantages.isfinite()).nonzero()[0])
-            raise ValueError(f"advantages: node {node} is trained but has no value or parent value")
+            raise ValueError(
+                f"advantages: expected a value, trained node {node} or its parent has no value"
+            )
         if self.whiten == "batch":
             advantages = whiten(advantages, forest.trained & (advantages.abs() > ZERO_CREDIT))
         if self.node_weight == "path":
@@ -84,7 +87,7 @@ class Values(Rule):
 
 
 def _fill_roots(forest: Forest, values: Tensor) -> Tensor:
-    """Values with those roots filled that have no counted child (chains)."""
+    """Values, with the mean reward of the trained responses on roots without a value (chains)."""
     ends = forest.is_leaf & forest.trained & forest.rewards.isfinite()
     weight = torch.where(ends, forest.weight, 0).double()
     trees = forest.prompt.long()
@@ -99,8 +102,8 @@ def _fill_roots(forest: Forest, values: Tensor) -> Tensor:
 def _path_weights(forest: Forest, values: Tensor) -> Tensor:
     """(S,) fp32, product over the path from the root of 1 / number of siblings (itself included).
 
-    So weighted, the nodes of a level are a sample of the policy's own states: each counts as often
-    as the policy comes by it, however many branches were grown there.
+    With these weights a level is a sample of the policy's own states: each node counts as often as
+    the policy visits it, however many branches were grown there.
     """
     parent = forest.parent.long()
     counts, _ = tree_stats(forest.parent, values, forest.in_value)
