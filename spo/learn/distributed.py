@@ -1,8 +1,8 @@
 """Training on several processes started by torchrun: DDP or FSDP2.
 
-Every rank grows its share of the prompts; the forests are then put together on every rank, so that
+Every rank grows its share of the prompts. The forests are then gathered on every rank, so that
 credit, replay and packing see the whole batch and their figures are global. Only the packs of a
-step are dealt out. Checkpoints are those of one process, whatever wrote them.
+step are distributed. A checkpoint is the same as that of one process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATIENCE = timedelta(hours=12)  # ranks wait for rank 0's evaluations and for lo
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run."""
+    """This process, and the number of processes of the run."""
 
     rank: int = 0
     world: int = 1
@@ -40,14 +40,14 @@ class Ranks:
 
 
 def join(parallel: str, device: str) -> Ranks:
-    """The ranks that torchrun's environment describes; one process without it.
+    """The ranks that torchrun's environment describes; without it, one process.
 
-    Raises ValueError if `parallel` asks for shards where there is one process.
+    Raises ValueError if `parallel` is fsdp and there is only one process.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         if parallel == "fsdp":
-            raise ValueError("train.parallel=fsdp needs several processes: start it with torchrun")
+            raise ValueError("train.parallel=fsdp: expected several processes; start with torchrun")
         return Ranks()
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -69,7 +69,7 @@ def gather(ranks: Ranks, item: Any) -> list[Any]:
 def shard(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, device: str) -> None:
     """Shard a model over the ranks with FSDP2, block by block, and its optimiser's state with it.
 
-    `run_inside` makes any function a forward pass: the head needs the gathered weights, too.
+    `run_inside` runs any function as a forward pass: the head needs the gathered weights too.
     """
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     whole = list(model.parameters())
@@ -95,13 +95,13 @@ def shard(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, devic
 
 
 def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The repeated layers: what the model says must not be split."""
+    """The repeated layers, which the model says must not be split."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [m for m in model.modules() if type(m).__name__ in names]
 
 
 def begin_batch(model: torch.nn.Module, ranks: Ranks, *, last: bool) -> None:
-    """Before a micro-batch: the head and the embeddings are gathered and reduced once per step."""
+    """Call before a micro-batch: the head and embeddings are gathered and reduced once per step."""
     if ranks.sharded:
         assert isinstance(model, FSDPModule)
         model.set_reshard_after_backward(last, recurse=False)
@@ -109,7 +109,7 @@ def begin_batch(model: torch.nn.Module, ranks: Ranks, *, last: bool) -> None:
 
 
 def loss_scale(ranks: Ranks) -> float:
-    """Factor on every loss: FSDP2 averages gradients over the ranks, and ours add up."""
+    """Factor on every loss: FSDP2 averages gradients over the ranks, which here must add up."""
     return float(ranks.world) if ranks.sharded else 1.0
 
 
@@ -126,18 +126,18 @@ def add_gradients(model: torch.nn.Module, ranks: Ranks) -> None:
 
 
 def add_figures(figures: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    """Figures over all ranks: sums, and the largest for a key that ends in _max."""
+    """Figures over all ranks: sums, or the maximum for a key that ends in _max."""
     every = gather(ranks, figures)
     return {key: (max if key.endswith("_max") else sum)(f[key] for f in every) for key in figures}
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A sharded tensor whole, on every rank; any other as it is."""
+    """A sharded tensor as a whole, on every rank; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Whole:
-    """A sharded model and its optimiser as one process would save them. Made by all ranks."""
+    """A sharded model and its optimiser as one process would save them; all ranks make it."""
 
     def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer):
         assert isinstance(model, FSDPModule)

@@ -1,4 +1,4 @@
-"""FlexAttention over a pack, the default on CUDA; a backend of `attention`."""
+"""FlexAttention over a pack: the default backend of `attention` on CUDA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BUCKETS = 8  # FlexAttention compiles per length: at most this many lengths per 
 
 
 def padded_length(size: int) -> int:
-    """The next of few lengths: multiples of a power of two of blocks, BUCKETS per doubling."""
+    """`size` rounded up to one of a few lengths, at most BUCKETS per power of two."""
     blocks = -(-size // BLOCK)
     step = 1 << max(0, (blocks - 1).bit_length() - BUCKETS.bit_length())
     return -(-blocks // step) * step * BLOCK
@@ -22,8 +22,8 @@ def padded_length(size: int) -> int:
 def block_mask(visible_until: Tensor):
     """FlexAttention's BlockMask of a pack, from one minimum and one maximum per key block.
 
-    Block (i, j), j <= i, holds a visible pair iff max(until[j]) > i * BLOCK, and nothing but
-    visible pairs iff j < i and min(until[j]) >= (i + 1) * BLOCK. Padding sees itself alone.
+    Block (i, j), j <= i, holds a visible pair iff max(until[j]) > i * BLOCK, and only visible pairs
+    iff j < i and min(until[j]) >= (i + 1) * BLOCK. A padding token sees only itself.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -53,7 +53,7 @@ def _flex_kernel(device: str) -> Callable:
 
     if device != "cuda":
         return flex_attention
-    limits = torch._dynamo.config  # beyond its limit of lengths it would materialise all scores
+    limits = torch._dynamo.config  # past its limit of lengths all scores would be materialised
     limits.recompile_limit = max(limits.recompile_limit, 16 * BUCKETS)
     return torch.compile(flex_attention, dynamic=False)
 

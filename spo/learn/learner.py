@@ -1,4 +1,4 @@
-"""What is trained and how: policy, reference and critic, their optimisers and their steps."""
+"""The models of a run, policy, reference and critic, with their optimisers and steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Learner:
     """The models of a run and the optimiser steps on them; the credit rule's `Models`."""
 
     def __init__(self, recipe: Recipe, ranks: Ranks, saved: Path | None = None):
-        """From the checkpoint `saved`, or from the recipe's start policy."""
+        """Load the checkpoint `saved`, or the recipe's start policy."""
         policy, critic = recipe.policy, recipe.credit.critic
         self.recipe, self.ranks = recipe, ranks
         self.model = load_policy(policy, str(saved / "policy") if saved else None)
@@ -45,13 +45,13 @@ class Learner:
             self.optimizers["critic"] = _adamw(model, recipe, critic.learning_rate)
 
     def restore(self, saved: Path) -> Replay:
-        """The optimisers' and the random state of a checkpoint; returns its replay buffer."""
+        """Restore a checkpoint's optimisers and random state; returns its replay buffer."""
         if "critic" in self.optimizers:
             checkpoint.load_optimizer(saved / "critic" / "optimizer.pt", self.optimizers["critic"])
         return checkpoint.load_training(saved, self.optimizer)
 
     def shard(self) -> None:
-        """Spread the models over the ranks, if the recipe says so."""
+        """Shard the models over the ranks, if the recipe says so."""
         if not self.ranks.sharded:
             return
         for name, model in self.models.items():
@@ -63,7 +63,7 @@ class Learner:
             yield name, distributed.full(parameter.detach())
 
     def restart(self) -> None:
-        """The start policy and a fresh optimiser, in place."""
+        """Go back to the start policy and a fresh optimiser, in place."""
         self.model.load_state_dict(load_policy(self.recipe.policy).state_dict())
         self.optimizer.state.clear()
 
@@ -74,11 +74,11 @@ class Learner:
         tokens: Tensor,
         trees: Sequence[int] | None = None,
     ) -> list[Tensor]:
-        """See `spo.config.credit.Models`. Raises ValueError for a model that the run has not."""
+        """See `spo.config.credit.Models`. Raises ValueError for a model that the run lacks."""
         for name in names:
             if name not in self.models:
                 raise ValueError(
-                    f"credit.type={self.recipe.credit_type} asks for the {name}, the run has "
+                    f"credit.type={self.recipe.credit_type} uses the {name}, found only "
                     f"{', '.join(self.models)}: its `reference` or `critic` says what it needs"
                 )
         packs, _ = self._pack(forest, tokens, trees, masked=False)
@@ -92,7 +92,7 @@ class Learner:
         return [self._score(forest, packs, partial(rows, name)) for name in names]
 
     def train(self, forest: Forest, credit: Credit, state: checkpoint.State) -> dict[str, float]:
-        """The optimiser steps on one forest; returns their mean figures."""
+        """Run the optimiser steps on one forest; returns their mean figures."""
         train = self.recipe.train
         if train.restart:
             self.restart()
@@ -113,7 +113,7 @@ class Learner:
     def step(
         self, forest: Forest, credit: Credit, trees: Sequence[int], state: checkpoint.State
     ) -> dict[str, float]:
-        """One optimiser step on some trees: of the policy, then of the critic if there is one."""
+        """One optimiser step on `trees`: of the policy, then of the critic if there is one."""
         recipe, rule = self.recipe, self.recipe.credit
         now = rule.before_step(forest, credit, trees, self)
         extra = {}
@@ -156,7 +156,7 @@ class Learner:
         return figures | dataclasses.asdict(stats) | extra
 
     def rate(self, step: int) -> float:
-        """Share of the peak rate: linear warm-up, then linear decay to 0 or constant."""
+        """Share of the peak rate: a linear warm-up, then constant or a linear decay to 0."""
         train = self.recipe.train
         steps = train.epochs * min(train.minibatches, train.prompts)
         total = train.iterations * steps
@@ -168,7 +168,7 @@ class Learner:
         return max(total - step, 0) / max(total - warmup, 1)
 
     def save(self, tokenizer, state: checkpoint.State, buffer: Replay) -> None:
-        """A checkpoint by rank 0; the other ranks help to gather sharded weights."""
+        """Rank 0 writes a checkpoint; the other ranks help to gather sharded weights."""
         parts: dict[str, tuple] = {
             name: (self.models[name], optimizer) for name, optimizer in self.optimizers.items()
         }
@@ -204,7 +204,7 @@ class Learner:
         trees: Sequence[int] | None = None,
         masked: bool = True,
     ) -> tuple[list[Batch], PackStats]:
-        """This rank's batches of one step; without the mask every trained token has its row."""
+        """This rank's batches of one step; without the mask every trained token has a row."""
         loss = self.recipe.loss
         return pack(
             forest,
@@ -219,7 +219,7 @@ class Learner:
 
     @torch.no_grad()
     def _score(self, forest: Forest, packs: list[Batch], rows: Callable[[Batch], Tensor]) -> Tensor:
-        """(T,) fp32, a figure of every row at its token, from all ranks."""
+        """(T,) fp32, the scores of the rows at their tokens, from all ranks."""
         with self._autocast():
             figures = [rows(to_device(packed, self.recipe.policy.device)) for packed in packs]
         return torch.stack(distributed.gather(self.ranks, unpack(forest, packs, figures))).sum(0)
@@ -232,7 +232,7 @@ class Learner:
         loss_of: Callable[[Batch], LossOutput],
         learning_rate: float,
     ) -> dict:
-        """Gradient of the packs, clip, guard, update. `sound` is False where it was not finite."""
+        """Gradient, clipping, update. `sound` is False if the loss or gradient was not finite."""
         figures = dict.fromkeys(SUMS, 0.0) | {"ratio_max": 1.0}
         for i, packed in enumerate(packs):
             distributed.begin_batch(model, self.ranks, last=i == len(packs) - 1)
@@ -256,7 +256,7 @@ class Learner:
         return figures
 
     def _skip(self, packs: list[Batch], state: checkpoint.State) -> None:
-        """Count a step that is not finite and dump its batches; stop after too many in a row."""
+        """Count a step that is not finite and save its batches; stop after too many in a row."""
         state.skipped_steps += 1
         state.skipped_in_row += 1
         folder = self.recipe.out_dir / "skipped"
@@ -267,8 +267,8 @@ class Learner:
             save_file(tensors, folder / f"{name}-{i}.safetensors")
         if state.skipped_in_row >= self.recipe.train.max_skipped:
             raise RuntimeError(
-                f"{state.skipped_in_row} steps in a row had a loss or gradient that is not finite; "
-                f"their batches are in {folder}"
+                f"{state.skipped_in_row} steps in a row had a loss or gradient that is not finite, "
+                f"expected fewer than train.max_skipped; their batches are in {folder}"
             )
 
     def _autocast(self):
@@ -278,8 +278,9 @@ class Learner:
 
 
 def summarize(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The figures of an iteration from those of its steps. One that only some steps have (a rule's,
-    the critic's) is the mean over these.
+    """The figures of an iteration, from those of its steps.
+
+    A figure that only some steps have (of a rule or of the critic) is the mean over these steps.
     """
     every = set.intersection(*(set(step) for step in steps))
     total = {key: sum(step[key] for step in steps) for key in every}

@@ -1,7 +1,7 @@
-"""Batch -> LossOutput: one forward of the pack and one fused kernel call.
+"""The loss of a batch: one forward pass over the pack and one fused kernel call.
 
-Metrics are sums over the rows that train (except `ratio_max`), so that they add up over the batches
-of a step.
+Metrics are sums over the trained rows (except `ratio_max`), so that they add up over the batches of
+a step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from spo_kernels import linear_masked_ppo_loss, linear_token_logprobs, policy_ma
 def policy_loss(
     model: PreTrainedModel, batch: Batch, config: PolicyLossConfig, temperature: float
 ) -> LossOutput:
-    """The clipped-ratio loss of a packed batch, a summand of its optimiser step's loss.
+    """The clipped-ratio loss of a packed batch; the losses of a step's batches add up.
 
     Rows that the mask drops never reach the vocabulary projection.
     """
@@ -69,8 +69,10 @@ def _policy_loss(
 def likelihood_loss(
     model: PreTrainedModel, batch: Batch, config: LikelihoodLossConfig, temperature: float
 ) -> LossOutput:
-    """-(1/Z) sum of credit * logprob: NLL where the credit is 1 (RestEM), and the gradient of a
-    loss of whole responses where it is that loss's derivative (see spo/credit/pairs.py).
+    """-(1/Z) sum of credit * logprob.
+
+    With credit 1 it is the NLL (RestEM). If the credit is minus the derivative of a loss of whole
+    responses, the gradient is that of this loss (see spo/credit/pairs.py).
     """
     return LossOutput(*inside(model, _likelihood_loss, batch, temperature))
 
@@ -100,7 +102,7 @@ def _likelihood_loss(
 
 
 def _mismatch(log_ratio: torch.Tensor) -> dict[str, float]:
-    """How far the trained policy is from the one that sampled."""
+    """How far the trained policy is from the sampling policy."""
     log_ratio = log_ratio.double()
     return {
         "mismatch_kl": float((log_ratio.exp() - log_ratio - 1).sum()),

@@ -1,4 +1,4 @@
-"""The policy and its reference; their forward over a packed forest."""
+"""The policy and its reference; their forward pass over a packed forest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def load_policy(config: PolicyConfig, path: str | None = None) -> PreTrainedModel:
-    """A causal model that trains on packed batches, or on rows if `policy.packing` says so.
+    """A causal model that trains on packed batches, or on rows if `policy.packing` is rows.
 
     Args:
         path: a checkpoint's model folder; by default the recipe's start policy.
@@ -31,7 +31,7 @@ def load_policy(config: PolicyConfig, path: str | None = None) -> PreTrainedMode
 
 
 def load_model(auto, config: PolicyConfig, path: str | None = None, **options) -> PreTrainedModel:
-    """`load_policy` for any of transformers' auto classes; `options` go to its config."""
+    """`load_policy` for any of transformers' auto classes; `options` are passed to its config."""
     options |= {"dtype": getattr(torch, config.dtype), "use_safetensors": True}
     if config.packing == "tree":
         options["attn_implementation"] = PREFIX + attention_backend(config)
@@ -39,7 +39,7 @@ def load_model(auto, config: PolicyConfig, path: str | None = None, **options) -
     if config.packing == "tree":
         check_packing(model, config.path)
     elif getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # the others leave the soft cap out
+        model.set_attn_implementation("eager")  # the others ignore the soft cap
     return model
 
 
@@ -54,12 +54,12 @@ def attention_backend(config: PolicyConfig) -> str:
 def check_packing(model: PreTrainedModel, name: str) -> None:
     """Raise ValueError if the model's layers do not keep the branches of a pack apart.
 
-    A root with two leaves is forwarded twice with different first leaves: the second leaf must not
-    notice, and must read as it does in a sequence of its own under the model's own attention. This
-    holds for every layer that mixes tokens through the attention interface alone, and fails for
-    recurrent layers, convolutions, and masks or positions of the model's own.
+    A root with two leaves is forwarded twice, with different first leaves. The second leaf must not
+    change, and must equal the same tokens as one sequence under the model's own attention. This
+    holds if all layers mix tokens only through the attention interface. It fails for recurrent
+    layers, convolutions, and masks or positions of the model's own.
     """
-    advice = "policy.packing=rows trains it one row per node"
+    advice = "policy.packing=rows trains it with one row per node"
     kinds = set(getattr(model.config, "layer_types", None) or ()) - {
         "full_attention",
         "sliding_attention",
@@ -100,7 +100,7 @@ def _implementation(model: PreTrainedModel) -> str:
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Last hidden states (T, D) of a packed batch; of its rows where the model was loaded so."""
+    """Last hidden states (T, D) of a packed batch; of its rows if the model was loaded for rows."""
     if not _implementation(model).startswith(PREFIX):
         return _row_states(model, batch)
     return _pack_states(model, batch.token_ids, batch.position_ids, batch.visible_until)
@@ -120,29 +120,29 @@ def _pack_states(
 
 
 def _row_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Every tree of the pack is a chain: one row each, padded at the end, where no token looks."""
+    """One row per tree of the pack, all of them chains; padded at the end, where no token reads."""
     sizes = [end - start for start, end in tree_spans(batch.visible_until)]
     if not torch.equal(batch.position_ids.cpu(), torch.cat([torch.arange(n) for n in sizes])):
-        raise ValueError("a model of policy.packing=rows needs batches packed as rows, found trees")
+        raise ValueError("policy.packing=rows: expected batches packed as rows, found trees")
     rows = torch.nn.utils.rnn.pad_sequence(list(batch.token_ids.split(sizes)), batch_first=True)
     real = (torch.arange(rows.shape[1]) < torch.tensor(sizes)[:, None]).to(rows.device)
     return model.base_model(input_ids=rows, use_cache=False).last_hidden_state[real]
 
 
 def inside(model: PreTrainedModel, function: Callable[..., T], *arguments: Any) -> T:
-    """`function(model, *arguments)`, with the weights gathered where the model is sharded."""
+    """`function(model, *arguments)`, with the weights gathered if the model is sharded."""
     run = getattr(model, "run_inside", None)  # see spo.learn.distributed.shard
     return function(model, *arguments) if run is None else run(function, *arguments)
 
 
 @torch.no_grad()
 def score(model: PreTrainedModel, batch: Batch, temperature: float) -> Batch:
-    """The batch with `ref_logprobs` of its rows under `model` (the reference)."""
+    """The batch with `ref_logprobs` from `model`, the reference."""
     return dataclasses.replace(batch, ref_logprobs=row_logprobs(model, batch, temperature))
 
 
 def row_logprobs(model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
-    """(N,) fp32, log-probabilities of the batch's rows."""
+    """(N,) fp32, logprobs of the batch's rows."""
     return inside(model, _row_logprobs, batch, temperature)
 
 
@@ -164,7 +164,7 @@ def _row_logprobs(model: PreTrainedModel, batch: Batch, temperature: float) -> T
 def sequence_logprobs(
     model: PreTrainedModel, prefix_ids: list[int], token_ids: list[int], temperature: float
 ) -> list[float]:
-    """Log-probabilities of `token_ids` after `prefix_ids`, as the trainer computes them."""
+    """Logprobs of `token_ids` after `prefix_ids`, as the trainer computes them."""
     ids = torch.tensor(prefix_ids + token_ids)
     size = ids.numel()
     batch = Batch(

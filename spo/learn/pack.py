@@ -1,9 +1,10 @@
 """Forest -> packed batches: every unique token once, in depth-first order.
 
-In that order the descendants of a node are contiguous, so one integer per token, the end of its
-node's subtree, is the whole attention mask. Left out: nodes with nothing to train in or below them,
-and the tail of a node after its last trained token if nothing below it trains. `packing="rows"`
-makes one sequence per node instead, for models that a pack does not suit and for comparison.
+In this order the descendants of a node are contiguous. So one integer per token, the end of its
+node's subtree, is the whole attention mask. Nodes with nothing to train in or below them are left
+out, and so is the end of a node after its last trained token if nothing below it trains.
+`packing="rows"` makes one sequence per node instead, for models that cannot be packed and for
+comparison.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from spo.records import Batch, Forest
 class PackStats:
     """Counts over one optimiser step."""
 
-    kept_tokens: int  # Z: trained tokens that pass the mask, by weight
-    trained_tokens: int  # those of all nodes with an advantage, before the mask
+    kept_tokens: int  # Z: trained tokens that the mask keeps, times their weights
+    trained_tokens: int  # tokens of all nodes with an advantage, before the mask
     packed_tokens: int  # forwarded, over all ranks; padding not counted
     repeated_tokens: int  # of these, prefixes repeated because a tree was split
 
@@ -43,16 +44,17 @@ def pack(
 ) -> tuple[list[Batch], PackStats]:
     """Pack the trained nodes of `trees` (all by default) into batches of one optimiser step.
 
-    Each batch holds at most `tokens_per_batch` tokens unless a single path is longer. A tree over
-    the budget is split at its branches; the shared prefix is repeated, its loss is not.
+    A batch holds at most `tokens_per_batch` tokens, unless a single path is longer. A larger tree
+    is split at its branches; the shared prefix is repeated, its loss is not.
 
     Args:
-        credit: (T,) fp32. A node trains where it has any.
-        prob_threshold: the loss's mask; tokens at or above it need no hidden state. None: all do.
+        credit: (T,) fp32. A node trains if a token of it has credit.
+        prob_threshold: of the loss's mask; tokens at or above it need no hidden state. None: all
+            tokens need one.
         every_token: the loss reads masked tokens too (a KL term over all tokens).
-        packing: tree, or rows: a sequence of its own per trained node, the budget counts padding.
-        share: (rank, ranks) to pack for. Ranks get equal numbers of batches, of about equal tokens
-            in all; `policy_norm` and the stats are those of the whole step on every rank.
+        packing: tree, or rows: one sequence per trained node, and padding counts as tokens.
+        share: (rank, ranks) to pack for. All ranks have the same number of batches and about as
+            many tokens; `policy_norm` and the stats are those of the whole step on every rank.
     """
     plan = _Plan(forest, credit, None if every_token else prob_threshold)
     roots = torch.nonzero(forest.parent < 0)[:, 0].tolist()
@@ -79,9 +81,9 @@ def pack(
 
 
 def unpack(forest: Forest, batches: Sequence[Batch], rows: Sequence[Tensor]) -> Tensor:
-    """(T,) fp32 on the CPU: what each batch gave for its (N,) rows, at the forest's tokens.
+    """(T,) fp32 on the CPU: the numbers of the batches' (N,) rows, at the forest's tokens.
 
-    Tokens without a row are 0. So are those of other ranks: their sum is the whole.
+    Tokens without a row are 0, and so are those of other ranks: the sum over ranks is complete.
     """
     tokens = torch.zeros(forest.token_ids.numel())
     for batch, values in zip(batches, rows, strict=True):
@@ -95,8 +97,8 @@ class _Piece:
     """A path from a root and whole subtrees below its end."""
 
     nodes: list[int]  # depth-first
-    sizes: list[int]  # tokens to forward of each
-    trained: list[int]  # those whose loss this piece carries
+    sizes: list[int]  # tokens to forward in each node
+    trained: list[int]  # nodes whose loss belongs to this piece
 
     @property
     def tokens(self) -> int:
@@ -104,7 +106,7 @@ class _Piece:
 
 
 class _Plan:
-    """Which nodes and tokens of a forest have to be forwarded."""
+    """Which nodes and tokens of a forest must be forwarded."""
 
     def __init__(self, forest: Forest, credit: Tensor, prob_threshold: float | None):
         self.token_ids = forest.token_ids.numpy()
@@ -122,7 +124,7 @@ class _Plan:
         where = np.flatnonzero(active)
         last = np.zeros(forest.num_nodes, dtype=np.int64)
         np.maximum.at(last, self.node_of[where], where + 1 - self.start[self.node_of[where]])
-        self.last = last.tolist()  # tokens up to and with the node's last active one
+        self.last = last.tolist()  # number of tokens up to the node's last active one, inclusive
         self.children: list[list[int]] = [[] for _ in self.parent]
         needed = [last > 0 for last in self.last]
         for node in range(forest.num_nodes - 1, -1, -1):
@@ -131,7 +133,7 @@ class _Plan:
                 self.children[self.parent[node]].append(node)
         for children in self.children:
             children.reverse()
-        self.size = [  # tokens to forward: all, if something below trains
+        self.size = [  # tokens to forward; all of them if something below trains
             0 if not n else full if kids else max(last - 1, 0)
             for n, full, kids, last in zip(needed, self.full, self.children, self.last, strict=True)
         ]
@@ -143,7 +145,7 @@ class _Plan:
         self.trained = trained
 
     def trained_tokens(self, roots: Sequence[int]) -> int:
-        """Tokens of the nodes with an advantage in some trees, those that the mask hides too."""
+        """Tokens of the nodes with an advantage in these trees, masked ones included."""
         chosen = np.zeros(len(self.parent), dtype=bool)
         chosen[list(roots)] = True
         for node, parent in enumerate(self.parent):
@@ -161,7 +163,7 @@ class _Plan:
         return order
 
     def split(self, root: int, budget: int) -> list[_Piece]:
-        """Pieces of one tree that fit the budget where they can."""
+        """Pieces of one tree that fit the budget if possible."""
         if not self.needed[root]:
             return []
         pieces: list[_Piece] = []
@@ -203,20 +205,23 @@ class _Plan:
         return pieces
 
     def loss_rows(self, node: int) -> np.ndarray:
-        """Token indices of the node's loss rows; those after its last active token are dropped,
-        and a row of a node of weight w appears w times (each trajectory counts)."""
+        """Token indices of the node's loss rows.
+
+        Rows after the last active token are dropped. A row of a node of weight w appears w times,
+        because each trajectory counts.
+        """
         start = int(self.start[node])
         return np.repeat(np.arange(start, start + self.last[node]), int(self.weight[node]))
 
     def batch(self, pieces: Sequence[_Piece], policy_norm: float) -> Batch:
         ids, depth, until, hidden, rows = [], [], [], [], []
-        place = 0
+        begin_piece = 0
         for piece in pieces:
             begin: dict[int, int] = {}
             depths: dict[int, int] = {}
             trained = set(piece.trained)
             ends: dict[int, int] = {}
-            at = place
+            at = begin_piece
             for node, size in zip(piece.nodes, piece.sizes, strict=True):
                 begin[node] = at
                 at += size
@@ -238,7 +243,7 @@ class _Plan:
                     before = begin[node] + (where - start) - 1
                     first = begin[parent] + self.full[parent] - 1
                     hidden.append(np.where(where == start, first, before))
-            place = at
+            begin_piece = at
         where = np.concatenate(rows or [_NONE])
         return Batch(
             token_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
@@ -276,7 +281,7 @@ def _deal(pieces: Sequence[_Piece], ranks: int) -> list[list[_Piece]]:
 
 
 def _groups(pieces: Sequence[_Piece], budget: int, packing: str) -> list[list[_Piece]]:
-    """Pieces filled up to the budget: trees in order; rows by length, so that few are padded."""
+    """Pieces grouped up to the budget: trees in order; rows by length, for little padding."""
     rows = packing == "rows"
     if rows:
         pieces = sorted(pieces, key=lambda piece: -piece.tokens)
@@ -294,7 +299,7 @@ def _groups(pieces: Sequence[_Piece], budget: int, packing: str) -> list[list[_P
 
 
 def _idle_batch(policy_norm: float) -> Batch:
-    """One token and no loss: keeps a rank that has no work left in step with the others."""
+    """One token and no loss, for a rank that has fewer batches than the others."""
     return Batch(
         token_ids=torch.zeros(1, dtype=torch.int64),
         position_ids=torch.zeros(1, dtype=torch.int64),

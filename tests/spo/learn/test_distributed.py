@@ -151,7 +151,7 @@ def test_a_sharded_checkpoint_trains_on_in_one_process(one_iteration, tmp_path):
 
 
 def test_bad_launches_get_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match="fsdp needs several processes"):
+    with pytest.raises(ValueError, match="fsdp: expected several processes"):
         join("fsdp", "cpu")
     errors = run(tmp_path / "few", "ddp", 1, "train.prompts=1", fail=True)
     assert "train.prompts: expected at least one per rank, 2 in all" in errors
