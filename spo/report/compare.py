@@ -1,4 +1,4 @@
-"""Runs side by side: Pass@1 before and after, and what that shows."""
+"""Comparison of runs: Pass@1 before and after, and a verdict."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def accuracy_table(results: dict[str, list[dict]]) -> Table:
 
 
 def gain(first: dict, last: dict, kind: str) -> tuple[float, float]:
-    """Change in accuracy and its standard error, the two taken as independent."""
+    """Change in accuracy and its standard error, as if both evaluations were independent."""
     error = (first[f"{kind}_stderr"] ** 2 + last[f"{kind}_stderr"] ** 2) ** 0.5
     return last[kind] - first[kind], error
 
 
 def verdict(results: dict[str, list[dict]]) -> str:
-    """What the table shows, in a sentence per run and one on their difference."""
+    """What the table shows: one sentence per run, then sentences on their differences."""
     sentences = []
     last = {}
     for name, lines in results.items():

@@ -1,8 +1,8 @@
-"""Writes the report: data embedded as JSON, style and scripts inline, nothing fetched.
+"""Writes the report: data embedded as JSON, style and scripts inline, nothing loaded.
 
-Text of prompts and models is never markup: in the page it enters through text nodes only, in the
-embedded JSON every `<` is escaped, and the page's content security policy admits no script, style
-or address but the ones written here.
+Text of prompts and models is never markup. The page shows it through text nodes only, every `<` in
+the embedded JSON is escaped, and the page's content security policy allows only the scripts and
+styles written here, and no address.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from spo.records import PROMPT, Forest
 
 SCRIPTS = ("page", "curves", "map", "reader", "tree")  # in the order they run
-CONTEXT = 4  # tokens decoded before a piece, so that split characters and word starts come out
+CONTEXT = 4  # tokens decoded before a piece, so that split characters and word starts are right
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class RunCurve:
 
 @dataclass(frozen=True)
 class TreeView:
-    """A forest to look at; every root in it becomes one entry of the prompt chooser."""
+    """A forest to show; each root becomes an entry in the list of prompts."""
 
     title: str
     forest: Forest
-    values: Tensor  # (S,) fp32, NaN where there is none
-    advantages: Tensor  # (S,) fp32, NaN where there is none
+    values: Tensor  # (S,) fp32, NaN for none
+    advantages: Tensor  # (S,) fp32, NaN for none
     decode: Callable[[list[int]], str]  # token ids to text
     kept: Tensor | None = None  # (T,) bool, rollout_logprobs < log(prob_threshold): underlined
 
@@ -57,7 +57,7 @@ def write_report(
     Raises ValueError if there is neither a run nor a tree, or a tensor does not fit its forest.
     """
     if not runs and not trees:
-        raise ValueError("runs and trees are both empty: there is nothing to report")
+        raise ValueError("runs and trees: expected at least one run or tree, found none")
     data = {"runs": [_curve(run) for run in runs], "trees": [_tree(tree) for tree in trees]}
     style = _part("report.css")
     script = "\n".join(_part(f"{name}.js") for name in SCRIPTS)
@@ -71,7 +71,7 @@ def write_report(
         "style": style,
         "script": script,
     }
-    # Split once, so that a slot's name inside the data is not taken for a slot.
+    # Split once, so that the name of a slot inside the data is not replaced.
     pieces = _part("template.html").split("%%")
     page = "".join(slots[piece] if i % 2 else piece for i, piece in enumerate(pieces))
     with open(path, "wb") as file:
@@ -91,11 +91,10 @@ def text_pieces(
     marked: list[bool],
     logprobs: list[float],
 ) -> list[str | tuple[str, float]]:
-    """Text of `ids` cut around its marked tokens: plain runs as str, marked as (text, probability).
+    """Text of `ids`, cut around marked tokens: unmarked text as str, marked as (text, probability).
 
-    Tokens are decoded behind the ones `before` them, since a tokenizer may drop the first space or
-    need several tokens for one character; a token that ends inside a character takes the following
-    ones with it.
+    Tokens are decoded after the ones `before` them: a tokenizer may drop the first space, or need
+    several tokens for one character. A token that ends inside a character is merged with the next.
     """
     pieces: list[str | tuple[str, float]] = []
     start = 0
@@ -141,7 +140,7 @@ def _round(value: float, digits: int) -> float:
 
 
 def _curve(run: RunCurve) -> dict:
-    """Columns per stage; a metric that a line lacks is NaN there."""
+    """Columns per stage; NaN if a line lacks the metric."""
     curve: dict = {"name": run.name}
     for stage in ("eval", "train"):
         lines = [line for line in run.metrics if line["stage"] == stage]
@@ -160,7 +159,7 @@ def _tree(view: TreeView) -> dict:
         ("kept", view.kept, forest.token_ids.numel()),
     ):
         if tensor is not None and tuple(tensor.shape) != (length,):
-            raise ValueError(f"{name} must have shape ({length},), found {tuple(tensor.shape)}")
+            raise ValueError(f"{name}: expected shape ({length},), found {tuple(tensor.shape)}")
     cu, parent = forest.cu_tokens.tolist(), forest.parent.tolist()
     ids, logprobs = forest.token_ids.tolist(), forest.rollout_logprobs.tolist()
     kept = view.kept.tolist() if view.kept is not None else [False] * len(ids)

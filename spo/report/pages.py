@@ -21,10 +21,10 @@ from spo.report.html import RunCurve, TreeView, write_report
 
 
 def write_run_page(run: Path, output: Path | None = None) -> Path:
-    """The page of one run folder. Raises ValueError if it is none."""
+    """The page of one run folder. Raises ValueError if it is not a run folder."""
     metrics = run / "metrics.jsonl"
     if not metrics.exists():
-        raise ValueError(f"{run} is not a run folder: it holds no metrics.jsonl")
+        raise ValueError(f"expected a run folder, found no metrics.jsonl in {run}")
     output = output or run / "report.html"
     curves = [RunCurve(run.name, read_metrics(metrics))]
     write_report(output, curves, run_views(run, run.name), title=run.name)
@@ -37,7 +37,7 @@ def write_forest_page(
     overrides: Sequence[str] = (),
     output: Path | None = None,
 ) -> Path:
-    """The page of one forest file; by default with the recipe of the run around it."""
+    """The page of one forest file; the recipe is by default that of the run around it."""
     run = latest_checkpoint(path.parent)
     chosen = load_recipe(recipe, overrides) if recipe or not run else load_saved(run, overrides)
     view = tree_view(path.stem, path, chosen, load_tokenizer(chosen.policy))
@@ -47,7 +47,7 @@ def write_forest_page(
 
 
 def write_comparison_page(results: Mapping[str, list[dict]], out: Path) -> Path:
-    """The page of runs that stand side by side in the folders of `out`."""
+    """One page for several runs, which are in folders of `out`."""
     views = [view for name in results for view in run_views(out / name, name)]
     curves = [RunCurve(name, lines) for name, lines in results.items()]
     output = out / "report.html"
@@ -82,7 +82,7 @@ class _NoModels:
 def tree_view(title: str, path: str | os.PathLike, recipe: Recipe, tokenizer) -> TreeView:
     """A forest file with the values and the credit of a recipe, ready to show.
 
-    A rule that asks a model cannot say its credit here: differences of values stand in its place.
+    A rule that needs a model cannot compute its credit here; differences of values replace it.
     """
     forest = Forest.load(path)
     rule = recipe.credit if isinstance(recipe.credit, Values) else Values()

@@ -1,4 +1,4 @@
-"""Tasks: seeded problems and graders, each a dataclass that is found by name; see `Task`."""
+"""Tasks: seeded problems and their graders. A task is a dataclass, found by name; see `Task`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Problem", "Task", "get_task", "prompts", "prompts_of", "source_of", "task_of"]
 
-PLACE = "{problem}"  # where a template takes the problem; other braces are its own
-ALL_TOO_LONG = 20_000  # prompts in a row over the limit mean that none is under it
+PLACE = "{problem}"  # stands for the problem in a template; other braces are kept
+ALL_TOO_LONG = 20_000  # so many too long prompts in a row mean that all are too long
 OPTIONS = "data.options"  # where a recipe sets the fields of its task
 
 
 def get_task(name: str, settings: Mapping[str, Any] | None = None) -> Task:
-    """The task that a recipe calls `name`, with those settings.
+    """The task that a recipe calls `name`, with these settings.
 
-    Raises ValueError with one sentence where there is none, and for settings that it lacks or that
-    are out of range.
+    Raises ValueError with one sentence if there is no such task, and for settings that it lacks or
+    that are out of range.
     """
     return named.build(named.find("task", name), settings or {}, OPTIONS)
 
@@ -43,7 +43,7 @@ def task_of(recipe: Recipe) -> Task:
 def source_of(recipe: Recipe, task: Task, split: str) -> str | None:
     """The data set of a split: the recipe's, else the task's own; None if problems are generated.
 
-    Raises ValueError where the recipe names one and the task reads none.
+    Raises ValueError if the recipe names one and the task reads none.
     """
     source = recipe.data.train if split == "train" else recipe.data.test
     if "source" in inspect.signature(task.problems).parameters:
@@ -58,8 +58,8 @@ def prompts_of(
 ) -> Iterator[Prompt]:
     """The prompts of a recipe: its problems in its template, each tokenised once.
 
-    Training problems longer than `data.max_prompt_tokens` are left out; test problems never.
-    Raises ValueError on an unknown task or split, on options that the task does not have, and if
+    Training problems longer than `data.max_prompt_tokens` are left out; test problems never are.
+    Raises ValueError for an unknown task or split, for options that the task does not have, and if
     the data cannot be read.
     """
     data, task = recipe.data, task_of(recipe)
@@ -71,11 +71,11 @@ def prompts_of(
 
 
 def _problems(task: str, draw: Callable[[], Iterable[Problem]]) -> Iterator[Problem]:
-    """The problems; whatever a task from outside raises becomes one sentence that names it."""
+    """The problems; any exception of a task from outside becomes one sentence that names it."""
     try:
         for problem in draw():
             if not isinstance(problem, Problem):
-                raise ValueError(f"problems must yield spo.tasks.Problem, found {problem!r:.60}")
+                raise ValueError(f"expected problems to yield Problem, found {problem!r:.60}")
             json.dumps(problem.answer)
             yield problem
     except ValueError as error:
@@ -89,9 +89,9 @@ def _problems(task: str, draw: Callable[[], Iterable[Problem]]) -> Iterator[Prob
 def prompts(
     task: str, split: str, seed: int, tokenizer: PreTrainedTokenizerBase, **settings: object
 ) -> Iterator[Prompt]:
-    """The problems of a task with those settings, each tokenised once.
+    """The problems of a task with these settings, each tokenised once.
 
-    Raises ValueError on an unknown task or split, and on a text outside the vocabulary.
+    Raises ValueError for an unknown task or split, and for a text outside the vocabulary.
     """
     return _prompts(task, get_task(task, settings).problems(split, seed), tokenizer)
 
@@ -103,7 +103,7 @@ def _prompts(
     template: str = PLACE,
     limit: int | None = None,
 ) -> Iterator[Prompt]:
-    from spo.records import Prompt  # imports torch, which the grading worker does without
+    from spo.records import Prompt  # imports torch, which the grading worker does not need
 
     too_long = 0
     for problem in problems:
@@ -112,14 +112,15 @@ def _prompts(
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
             raise ValueError(
-                f"the tokenizer's vocabulary does not cover the {task} problem {problem.text!r}"
+                f"policy.path: the tokenizer's vocabulary does not cover the {task} problem "
+                f"{problem.text!r}"
             )
         if limit is not None and len(ids) > limit:
             too_long += 1
             if too_long >= ALL_TOO_LONG:
                 raise ValueError(
                     f"data.max_prompt_tokens: {too_long} {task} problems in a row have more than "
-                    f"{limit} tokens"
+                    f"{limit} tokens; raise the limit"
                 )
             continue
         too_long = 0

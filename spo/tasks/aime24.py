@@ -24,7 +24,7 @@ class Aime24:
     def problems(self, split: str, seed: int, source: str | None = None) -> Iterator[Problem]:
         """The rows `problem`, `answer` (or a boxed `solution`) of a source; see `read_problems`.
 
-        All files of the source are read: publishers file these problems under either split.
+        All files of the source are read: publishers put these problems into either split.
         """
         source = source or self.sources.get(split)
         read = read_problems(NAME, split, source, _problem, every_file=True)
@@ -33,7 +33,7 @@ class Aime24:
     def grade(self, text: str, answer: object) -> bool:
         """True iff the last box after the thinking holds the integer `answer`; 073 is 73.
 
-        A name may stand before it, `m + n = 73`; every other side of an equation must be 73 too.
+        A name may precede it, `m + n = 73`; every other side of an equation must be 73 too.
         """
         box, right = last_boxed(after_think(text)), exact_number(str(answer))
         if not isinstance(answer, str | int) or right is None:

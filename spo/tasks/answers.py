@@ -1,4 +1,4 @@
-"""Finding the answer in a response: what follows the thinking, the last box, exact numbers."""
+"""Finds the answer in a response: the text after the thinking, the last box, exact numbers."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _MAX_LENGTH = 100  # characters of a number
 
 
 def after_think(text: str) -> str:
-    """What follows the last `</think>`; all of a response that does not think.
+    """The text after the last `</think>`; the whole response if it does not think.
 
-    Empty if thinking was opened and not closed after that: then nothing was answered.
+    Empty if thinking was opened and not closed: then there is no answer.
     """
     answer = text.rpartition(END_THINK)[2]
     return "" if THINK in answer else answer
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last balanced `\\boxed{}` or `\\fbox{}` holds; a box that only holds a box is that.
+    """The content of the last balanced `\\boxed{}` or `\\fbox{}`, or of the only box inside it.
 
-    `\\boxed 7` and `\\boxed\\frac12`, as some published solutions have it, count where no box with
-    braces does. Linear in the text: one pass with a stack, whatever is left open.
+    `\\boxed 7` and `\\boxed\\frac12`, as in some published solutions, count if there is no box with
+    braces. The time is linear in the text: one pass with a stack, even if boxes are left open.
     """
     opened: list[tuple[int, int]] = []  # token and text starts of a box, (-1, -1) for other braces
-    held = covered = (-1, -1)  # the text found, and what the boxes around it span
+    held = covered = (-1, -1)  # span of the text found, and of the boxes around it
     for match in _BOX_TOKEN.finditer(text):
         token = match[0]
         if token == "{":
@@ -57,10 +57,10 @@ def last_boxed(text: str) -> str | None:
 
 
 def exact_number(text: str) -> Fraction | None:
-    """The value of `text` where it is one number in ASCII digits, else None.
+    """The value of `text` if it is one number in ASCII digits, else None.
 
     Thousands separators, dollar and percent signs, LaTeX spaces, bold type and a full stop at the
-    end count for nothing: `-\\$1,234.50.` is -1234.5. Simple fractions `3/4` are numbers too.
+    end are ignored: `-\\$1,234.50.` is -1234.5. Simple fractions such as `3/4` are numbers too.
     """
     if len(text) > _MAX_LENGTH:
         return None

@@ -1,8 +1,8 @@
 """Arithmetic chain: `15 - 9 + 6 * 7` read strictly left to right, every result modulo 20.
 
 The worked solutions are correct but impatient: at every line, with probability `MERGE` and at most
-once, two operations share the line. A policy that imitates them picks the habit up and
-often fails where it merges; reinforcement learning has to teach it to go step by step.
+once, they merge two operations. A policy that imitates them learns this habit, and often fails
+where it merges. Reinforcement learning must teach it to go step by step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from spo.tasks.problem import Problem, answer_span, stream, tag
 
 NAME = "arithmetic"
 MODULUS = 20
-OPERATIONS = (4, 6)  # fewest and most operations of a chain
+OPERATIONS = (4, 6)  # minimum and maximum number of operations of a chain
 MERGE = 0.6
 VOCABULARY = (NAME, "+", "-", "*", "=", *map(str, range(MODULUS)))
 
@@ -28,9 +28,9 @@ _INTEGER = re.compile(r"[0-9]{1,9}")
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Chains of so many operations, 4 to 6 by default.
+    """Chains of `operations` operations, by default 4 to 6.
 
-    The embedded policy has seen 4 to 6: longer chains are what it generalises to, or fails at.
+    The embedded policy was trained on 4 to 6; longer chains test how it generalises.
     """
 
     operations: Annotated[int, Ge(1)] | None = None
@@ -63,7 +63,7 @@ def _apply(left: int, operator: str, right: int) -> int:
 
 
 def solution(problem: Problem, rng: random.Random, merge: float = MERGE, most: int = 1) -> str:
-    """A correct worked solution; each line merges two with probability `merge`, at most `most`."""
+    """A correct worked solution; a line merges with probability `merge`, at most `most` do."""
     _, first, *rest = problem.text.split()
     steps = list(zip(rest[::2], map(int, rest[1::2]), strict=True))
     value, lines = int(first), []

@@ -1,7 +1,7 @@
 """Countdown: reach the target from the given numbers with + - * /, each number used exactly once.
 
-The worked solutions try something, look at the result, and sometimes give up after a wrong attempt:
-a policy that imitates them stops too early; reinforcement learning has to teach it to try again.
+The worked solutions make an attempt, check the result, and sometimes give up after a wrong one. A
+policy that imitates them stops too early. Reinforcement learning must teach it to try again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from spo.tasks.problem import Problem, answer_span, stream, tag
 NAME = "countdown"
 LARGEST = 20  # of the given numbers
 VALUES = 101  # the worked solutions stay within the integers 0..100
-ATTEMPTS = 4  # at most so many in a worked solution
-WRONG, GIVE_UP = 0.4, 0.4  # that an attempt is wrong; that a wrong attempt is the last one
+ATTEMPTS = 4  # maximum number in a worked solution
+WRONG, GIVE_UP = 0.4, 0.4  # probability that an attempt is wrong; that a wrong one is the last
 VOCABULARY = (NAME, "make", "+", "-", "*", "/", "=", "(", ")", "no", *map(str, range(VALUES)))
 
 MAX_LENGTH = 400  # characters of an answer; a bound on the evaluator's time
@@ -36,14 +36,14 @@ Step = tuple[int, str, int, int]  # left, operator, right, result
 
 @dataclass(frozen=True)
 class Countdown:
-    """Problems over so many numbers from 1 to 20, each with a solution."""
+    """Problems with `numbers` numbers from 1 to 20; each has a solution."""
 
     numbers: Annotated[int, Ge(2), Le(4)] = 3
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
         """Distinct problems; see `stream` for the splits.
 
-        The numbers come in descending order, so reordering makes no new problem.
+        The numbers are in descending order, so another order makes no new problem.
         """
         return stream(NAME, split, seed, lambda rng: _draw(rng, self.numbers), lambda p: p.text)
 
@@ -75,12 +75,12 @@ def plans(numbers: tuple[int, ...]) -> tuple[tuple[Step, ...], ...]:
             rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
             for step in _steps(a, b):
                 for tail in plans(tuple(sorted([*rest, step[3]], reverse=True))):
-                    found[(step, *tail)] = None  # a dict keeps the order, so seeds reproduce
+                    found[(step, *tail)] = None  # a dict keeps the order, so that seeds reproduce
     return tuple(found)
 
 
 def _steps(a: int, b: int) -> Iterator[Step]:
-    if a >= b:  # the order of a sum or product makes no new step
+    if a >= b:  # another order of a sum or product is no new step
         if a + b < VALUES:
             yield a, "+", b, a + b
         if a * b < VALUES:
@@ -91,7 +91,7 @@ def _steps(a: int, b: int) -> Iterator[Step]:
 
 
 def _expression(plan: tuple[Step, ...]) -> str:
-    """The plan as one expression; results that are equal are interchangeable."""
+    """The plan as one expression; equal results are interchangeable."""
     ready: dict[int, list[str]] = {}
     expression = ""
     for position, (a, operator, b, value) in enumerate(plan):
@@ -106,7 +106,7 @@ def _expression(plan: tuple[Step, ...]) -> str:
 def solution(
     problem: Problem, rng: random.Random, wrong: float = WRONG, give_up: float = GIVE_UP
 ) -> str:
-    """Attempts, the last of which is the answer; right unless it gave up after a wrong one."""
+    """Attempts; the last is the answer, right unless the solution gave up after a wrong one."""
     target = problem.answer["target"]
     every = plans(tuple(problem.answer["numbers"]))
     right = [plan for plan in every if plan[-1][3] == target]
@@ -150,7 +150,7 @@ def _tokens(expression: str) -> list[str]:
 def evaluate(tokens: list[str]) -> Fraction | None:
     """Exact value of an infix expression; None if it is malformed or divides by zero.
 
-    Two stacks instead of recursion, so that nesting costs no call depth.
+    It uses two stacks instead of recursion, so that deep nesting is no problem.
     """
     values: list[Fraction] = []
     operators: list[str] = []
@@ -167,7 +167,7 @@ def evaluate(tokens: list[str]) -> Fraction | None:
                 return None
             values.append(Fraction(int(token)))
             expect_value = False
-        else:  # a closing bracket or the end: everything back to the opening one is due
+        else:  # a closing bracket or the end: reduce back to the opening bracket
             while operators and operators[-1] != "(":
                 if not _reduce(values, operators.pop()):
                     return None
@@ -179,7 +179,7 @@ def evaluate(tokens: list[str]) -> Fraction | None:
 
 
 def _binds(operators: list[str], token: str) -> bool:
-    """Whether the operator on the stack is due before `token`."""
+    """Whether the operator on the stack must be applied before `token`."""
     return bool(operators) and _PRECEDENCE.get(operators[-1], 0) >= _PRECEDENCE[token]
 
 

@@ -1,9 +1,9 @@
 """Grading in a worker process that can be killed: no response can hang, crash or fool the trainer.
 
-The worker is a fresh interpreter behind two pipes, never a fork, so threads of the parent do not
-matter. It gets the names and settings of the tasks and makes them anew, reads one batch of items at
-a time and answers item by item; the parent kills it when an item takes too long, gives that item no
-reward, and hands the rest to a new worker.
+The worker is a new interpreter behind two pipes, never a fork, so threads of the parent do not
+matter. It receives the names and settings of the tasks and makes the tasks itself. It reads one
+batch of items at a time and answers item by item. The parent kills it if an item takes too long,
+gives that item no reward, and sends the rest to a new worker.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from spo import named
 from spo.tasks import OPTIONS, Task
 
 START_TIMEOUT_S = 120.0  # a task may import torch from a slow disk
-BATCH_ITEMS, BATCH_CHARS = 512, 1 << 20  # most items of a message; it grows no further beyond these
+BATCH_ITEMS, BATCH_CHARS = 512, 1 << 20  # maximum size of a message
 HEADER = 8  # bytes of a message's length, big endian
 
 
@@ -38,19 +38,19 @@ class Graded:
 
     key: int  # as submitted
     reward: float | None  # 1 or 0; None if there is no verdict, which is never a zero
-    reason: str | None = None  # why there is none
+    reason: str | None = None  # why there is no verdict
 
 
 class Grader:
     """Grades responses in the background: `submit`, then `poll` until `pending` is 0.
 
     Args:
-        tasks: what `Prompt.task` may hold -> the task that grades it. The package's own tasks need
-            no mention; one that is not here starts the worker again when it comes up.
-        timeout_s: longest time one item may take before its worker is killed.
-        memory_mb: what grading may map beyond what the worker holds once its tasks are prepared.
+        tasks: value of `Prompt.task` -> the task that grades it. The package's own tasks may be
+            left out; such a task restarts the worker at its first use.
+        timeout_s: maximum time for one item; after it the worker is killed.
+        memory_mb: memory that grading may map, beyond that of the worker with prepared tasks.
 
-    Raises ValueError on limits that are not positive and on settings that JSON cannot hold,
+    Raises ValueError for limits that are not positive and for settings that JSON cannot hold,
     RuntimeError if the worker cannot start.
     """
 
@@ -63,7 +63,7 @@ class Grader:
     ) -> None:
         for name, value in (("timeout_s", timeout_s), ("memory_mb", memory_mb)):
             if not value > 0:
-                raise ValueError(f"{name} must be positive, found {value}")
+                raise ValueError(f"{name}: expected a positive number, found {value}")
         self._timeout_s = timeout_s
         self._memory_mb = memory_mb
         self._tasks = {name: _spec(task) for name, task in (tasks or {}).items()}
@@ -76,15 +76,15 @@ class Grader:
     def submit(self, key: int, task: str, text: str, answer: object) -> None:
         """Queue one response; `answer` is any JSON value. The next `poll` sends it.
 
-        Raises ValueError on an unknown task, TypeError where `text` is no str or `answer` no JSON.
+        Raises ValueError for an unknown task, TypeError if `text` is no str or `answer` no JSON.
         """
         if self._process is None:
             raise RuntimeError("the grader is closed")
         if task not in self._tasks and task not in named.OWN["task"]:
             known = ", ".join(sorted({*named.OWN["task"], *self._tasks}))
-            raise ValueError(f"task must be one of {known}, found {task!r}")
+            raise ValueError(f"task: expected one of {known}, found {task!r}")
         if not isinstance(text, str):
-            raise TypeError(f"text must be a str, found {type(text).__name__}")
+            raise TypeError(f"text: expected a str, found {type(text).__name__}")
         item = json.dumps([task, text, answer])
         if task not in self._tasks:
             self._tasks[task] = (task, {})
@@ -93,11 +93,11 @@ class Grader:
 
     @property
     def pending(self) -> int:
-        """Items that were submitted and that no `poll` has returned yet."""
+        """Number of items that were submitted and that `poll` has not returned yet."""
         return len(self._queue) + len(self._sent) + len(self._graded)
 
     def poll(self, timeout_s: float = 0.0) -> list[Graded]:
-        """Verdicts since the last call, in the order of submission; sends what waits.
+        """Verdicts since the last call, in the order of submission; sends waiting items.
 
         Waits up to `timeout_s` for the first one. Call it regularly: it also enforces the deadline.
         """
@@ -115,7 +115,7 @@ class Grader:
         return graded
 
     def close(self) -> None:
-        """Kill the worker and forget what is pending."""
+        """Kill the worker and forget all pending items."""
         self._kill()
         self._queue.clear()
         self._sent.clear()
@@ -135,9 +135,9 @@ class Grader:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            # The trainer needs the other cores; every thread maps memory of its own, too.
+            # The trainer needs the other cores, and every thread maps memory.
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C is the trainer's; the whole group can be killed
+            start_new_session=True,  # Ctrl-C reaches only the trainer; the group can be killed
         )
         assert process.stdin is not None and process.stdout is not None
         self._stdin: IO[bytes] = process.stdin
@@ -161,7 +161,7 @@ class Grader:
             self._stdout.close()
 
     def _restart(self, reason: str | None) -> None:
-        """A new worker for what was sent; with a reason the first of it is given up."""
+        """Start a new worker for the sent items; with a reason, the first of them fails."""
         self._kill()
         if reason is not None:
             self._graded.append(Graded(self._sent.popleft()[0], None, reason))
@@ -182,12 +182,12 @@ class Grader:
         try:
             while message:
                 message = message[self._stdin.write(message) :]
-        except BrokenPipeError:  # it died while it waited, which is no item's fault
+        except BrokenPipeError:  # it died while it waited, not because of an item
             self._restart(None)
         self._deadline = time.monotonic() + self._timeout_s
 
     def _receive(self, wait_s: float) -> None:
-        """Take what the worker has answered; replace it if it is dead or late."""
+        """Read the worker's answers; replace the worker if it is dead or late."""
         ready, _, _ = select.select([self._stdout], [], [], wait_s)
         if not ready:
             if time.monotonic() >= self._deadline:
@@ -205,7 +205,7 @@ class Grader:
         *lines, self._unread = (self._unread + said).split(b"\n")
         for line in lines:
             verdict = json.loads(line)
-            if isinstance(verdict, str):  # the last words of a worker
+            if isinstance(verdict, str):  # an error that ended the worker
                 self._restart(verdict)
                 return
             key, _ = self._sent.popleft()
@@ -217,21 +217,21 @@ class Grader:
 
 
 def _spec(task: Task) -> tuple[str, dict[str, Any]]:
-    """What a task is called and its settings as JSON, from which the worker makes it anew."""
+    """A task's name and its settings as JSON, from which the worker makes the task."""
     name = named.name_of("task", type(task))
     return name, named.settings_of(task, f"task {name}")
 
 
 def _made(name: str, settings: dict[str, Any]) -> Task:
-    """The task of a `_spec`. The package's own have plain settings, so they need no pydantic."""
+    """The task of a `_spec`. The package's own tasks have plain settings and need no pydantic."""
     kind = named.find("task", name)
     return kind(**settings) if name in named.OWN["task"] else named.build(kind, settings, OPTIONS)
 
 
 def _serve(timeout_s: float, memory_mb: int, specs: dict[str, tuple[str, dict[str, Any]]]) -> None:
-    """The worker: `null` when ready, then a line per item, true or false or [why there is neither].
+    """The worker writes `null` when ready, then a line per item: true, false or [the reason].
 
-    An error that ends it is a line as well, a str.
+    An error that ends the worker is a line with a str.
     """
     answers = os.dup(1)  # what a grader prints must not look like a verdict
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -259,19 +259,19 @@ def _serve(timeout_s: float, memory_mb: int, specs: dict[str, tuple[str, dict[st
             try:
                 verdict = tasks[name].grade(text, answer)
                 if not isinstance(verdict, bool):
-                    raise TypeError(f"grade of {name} must return a bool, found {verdict!r}")
-            except Exception as error:  # of the user's own code; a new worker may cost seconds
+                    raise TypeError(f"expected grade of {name} to return a bool, found {verdict!r}")
+            except Exception as error:  # of the user's code; a new worker would take seconds
                 verdict = [words(type(error), error)]
             say(verdict)
 
 
 def _mapped() -> int:
-    """Bytes of address space that the process holds; libraries such as torch map a lot."""
+    """Bytes of address space of this process; libraries such as torch map a lot."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def _limit_cpu(seconds: float) -> None:
-    """Let the kernel end an endless item even if the parent is gone or does not poll."""
+    """Let the kernel end an endless item, even if the parent is dead or does not poll."""
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     soft = math.ceil(time.process_time() + seconds) + 1
     resource.setrlimit(

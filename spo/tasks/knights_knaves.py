@@ -20,9 +20,9 @@ from spo.tasks.sources import read_problems
 
 NAME = "knights_knaves"
 PEOPLE = ("Ann", "Bob", "Cat", "Dan", "Eve", "Fay", "Gus", "Hal")
-ROLES = ("knave", "knight")  # index 1, true, tells the truth
-ATTEMPTS = 3  # at most so many guesses in a worked solution
-WRONG, GIVE_UP = 0.5, 0.4  # that a guess is wrong; that a wrong guess is the last one
+ROLES = ("knave", "knight")  # index 1 (True) tells the truth
+ATTEMPTS = 3  # maximum number of guesses in a worked solution
+WRONG, GIVE_UP = 0.5, 0.4  # probability that a guess is wrong; that a wrong one is the last
 VOCABULARY = (NAME, *PEOPLE, *ROLES, "says", "is", "and", "or", ".", "true", "false", "yes", "no")
 VOCABULARY += ("none",)
 
@@ -37,15 +37,15 @@ Statement = tuple[str, tuple[Atom, ...]]  # "", "and" or "or"; one or two atoms
 
 @dataclass(frozen=True)
 class KnightsKnaves:
-    """Problems of so many people, each with one solution."""
+    """Problems with `people` people; each has exactly one solution."""
 
     people: Annotated[int, Ge(2), Le(len(PEOPLE))] = 3
 
     def problems(self, split: str, seed: int, source: str | None = None) -> Iterator[Problem]:
         """Distinct problems; see `stream` for the splits.
 
-        With a `source` they are its rows `quiz`, `names`, `solution` (who is a knight) that name
-        so many people; see `read_problems`.
+        With a `source` they are its rows `quiz`, `names`, `solution` (who is a knight) with that
+        number of people; see `read_problems`.
         """
         count = self.people
         if source is None:
@@ -59,7 +59,7 @@ class KnightsKnaves:
     def grade(self, text: str, answer: object) -> bool:
         """True iff the last answer span names exactly the knights, or gives everybody's role.
 
-        "Ann and Bob", "none", "Ann is a knight, Bob is a knave" are read, in any case and order.
+        Accepts "Ann and Bob", "none", "Ann is a knight, Bob is a knave", in any case and order.
         """
         if not isinstance(answer, dict):
             return False
@@ -139,7 +139,7 @@ def _parse(text: str) -> list[Statement]:
 def solution(
     problem: Problem, rng: random.Random, wrong: float = WRONG, give_up: float = GIVE_UP
 ) -> str:
-    """Guess and check; the last guess is the answer, right unless it gave up after a wrong one."""
+    """Guesses and checks; the last guess is the answer, wrong if the solution gives up there."""
     statements = _parse(problem.text)
     (right,) = solve(statements)
     lines, tried, roles = [], {right}, right

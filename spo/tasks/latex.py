@@ -1,7 +1,7 @@
-"""Answers in LaTeX made comparable: spaces, wrappers, units and separators that mean nothing.
+"""Makes LaTeX answers comparable: removes spaces, wrappers, units and separators without meaning.
 
-math-verify reads most LaTeX, and reads some of it too kindly: `6 = 5` as 5, `(1,2)` as the set
-{1, 2}, `1 2` as 3, `13_8` as 13. What is here decides such cases before it is asked.
+math-verify reads most LaTeX, but reads some of it too generously: `6 = 5` as 5, `(1,2)` as the set
+{1, 2}, `1 2` as 3, `13_8` as 13. This module decides such cases before math-verify is called.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ _CLOSES = {"(": ")]", "[": ")]", "\\{": ("\\}",)}
 
 
 def clean(text: str) -> str:
-    """The answer without what changes its look only; words in it become separators or vanish."""
+    """The answer without formatting; words in it become separators or are removed."""
     for pattern, new in _REPLACED:
         text = pattern.sub(new, text)
     text = _SCALE.sub(lambda m: rf"{m[1]} \cdot {SCALES[m[2]]}", text.strip())
@@ -94,7 +94,7 @@ def clean(text: str) -> str:
 
 
 def _inline(match: re.Match) -> str:
-    """Words that begin an item or mean something stay; others are units and go."""
+    """Keep words that begin an item or have a meaning; others are units and are removed."""
     command, words, power = match[1], match[2], match[3] or ""
     symbol = command.startswith("math") and words.strip() in _SYMBOLS
     item = _ITEM.search(match.string[: match.start()])
@@ -111,7 +111,7 @@ def _fraction(match: re.Match) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether all of an answer, not cleaned yet, is letters in `\\text{}`."""
+    """Whether an answer, before `clean`, is only letters in `\\text{}`."""
     match = _TEXT.fullmatch(text.strip())
     return match is not None and match[1].startswith("text") and match[2].strip().isalpha()
 
@@ -123,9 +123,9 @@ def without_unit(text: str) -> str:
 
 
 def exact_decimals(text: str) -> str:
-    """Decimals as fractions: math-verify rounds them, and takes 0.3333333 for a third.
+    """Decimals as fractions: math-verify rounds decimals, and takes 0.3333333 for a third.
 
-    Not in percents, which it knows as numbers only.
+    Percents stay: math-verify only knows them as numbers.
     """
     if "%" in text:
         return text
@@ -133,8 +133,9 @@ def exact_decimals(text: str) -> str:
 
 
 def multiplicities(text: str) -> list[int] | None:
-    """How often each item of a list of numbers stands in it, in ascending order; math-verify takes
-    lists for sets. [1] for one number, also with separators; None for anything else.
+    """How often each number occurs in a list of numbers, in ascending order of the numbers.
+
+    math-verify takes lists for sets. [1] for one number, also with separators; None for other text.
     """
     if exact_number(text) is not None:
         return [1]
@@ -144,12 +145,12 @@ def multiplicities(text: str) -> list[int] | None:
 
 
 def plain(text: str) -> str:
-    """Without spaces, but for those between digits: `1 2` is not 12."""
+    """The text without spaces, except between digits: `1 2` is not 12."""
     return re.sub(r"(?<![0-9])\s|\s(?![0-9])", "", text)
 
 
 def is_words(text: str) -> bool:
-    """Whether an answer is text, or the letter of a choice: compared as written, not as algebra."""
+    """Whether an answer is text or the letter of a choice, which is not compared as algebra."""
     choice = re.fullmatch(r"\(?[A-Z]\)?", text)
     return bool(choice or _WORDS.fullmatch(text) and re.search(r"[A-Za-z]{3}", text))
 
@@ -160,7 +161,7 @@ def words(text: str) -> str:
 
 
 def with_base(text: str, base: str | None = None) -> tuple[str, str] | None:
-    """Digits and base of a numeral such as `1A_{16}`; `base` is assumed where it names none."""
+    """Digits and base of a numeral such as `1A_{16}`; `base` is the base if it names none."""
     match = _BASED.fullmatch(text)
     if match is None or (named := match[2] or base) is None:
         return None
@@ -168,7 +169,7 @@ def with_base(text: str, base: str | None = None) -> tuple[str, str] | None:
 
 
 def in_base_ten(text: str) -> str:
-    """The value of a numeral that names its base; other texts, and digits it cannot have, as is."""
+    """The value of a numeral that names its base; other text and impossible digits as they are."""
     match = _BASED.fullmatch(text)
     if match is None or match[2] is None or not 2 <= int(match[2]) <= 36:
         return text
@@ -182,9 +183,9 @@ def has_relation(text: str) -> bool:
 
 
 def sides(text: str) -> list[str]:
-    """What an equation says about an answer: `x = 2 + 3 = 5` says `2 + 3` and `5`.
+    """The sides of an equation that give an answer: `2 + 3` and `5` of `x = 2 + 3 = 5`.
 
-    Each must be right, so `6 = 5` cannot bet on both. Names go, also those of lists: `x=1, x=2`.
+    Each must be right, so `6 = 5` cannot bet on both. Names are removed, in lists too: `x=1, x=2`.
     """
     text = re.sub(rf"^\s*[a-zA-Z]\s*\\in{_END}", "", _NAMED.sub(r"\1 ", text))
     first, *others = (side.strip() for side in text.split("="))
@@ -216,12 +217,12 @@ def same_brackets(given: str, answer: str) -> bool:
 
 
 def bracketed(given: str, answer: str) -> str:
-    """A bare list `1, 2` in the parentheses of the answer's tuple, so that its order counts."""
+    """A bare list `1, 2` in parentheses if the answer is a tuple, so that its order counts."""
     if _outer(answer) == ("(", ")") and "," in given and _outer(given) is None:
         return f"({given})"
     return given
 
 
 def has_loose_digits(text: str) -> bool:
-    """Whether two numbers stand side by side with nothing between them but a space."""
+    """Whether two numbers are separated by spaces only."""
     return re.search(r"(?<![0-9_^])[0-9]+\s+[0-9]", text) is not None

@@ -1,8 +1,8 @@
 """MATH and MATH500: competition problems; the answer is the expression in the last box.
 
 Two expressions are compared as text and as numbers first, and by math-verify (sympy) if that does
-not decide. The library gets a budget of processor time: what it cannot tell within that is wrong,
-so that a tower of powers costs a second and not a worker.
+not decide. The library has a budget of processor time; an answer that it cannot decide in that time
+is wrong, so that a tower of powers costs a second and not a worker.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _OverBudget(BaseException):
 
 @dataclass(frozen=True)
 class Math:
-    """MATH's 12000 training problems and the 500 that are usually tested, or others like them."""
+    """MATH's 12000 training problems and the usual 500 test problems, or others in this format."""
 
     sources: ClassVar[Mapping[str, str]] = {
         "train": "hiyouga/math12k",
@@ -51,7 +51,7 @@ class Math:
         return problem_stream(NAME, split, seed, read)
 
     def prepare(self) -> None:
-        """Load what `grade` needs; the worker does it before its clock runs."""
+        """Load what `grade` needs; the worker calls it before its deadline starts to count."""
         if importlib.util.find_spec("math_verify") is None:
             raise ImportError(_MISSING)
         for name in ("math_verify", "latex2sympy2_extended"):
@@ -78,8 +78,8 @@ def _problem(row: dict, where: str) -> Problem:
 def equal(given: str, answer: str) -> bool:
     """Whether `given` is the right answer; both in LaTeX, neither in a box.
 
-    Order counts in tuples and intervals, not in sets and lists; units may be left out; an
-    equation `x = 5` may stand for its right side; every other side given must be right as well.
+    Order counts in tuples and intervals, but not in sets and lists. Units may be left out. An
+    equation `x = 5` may replace its right side; every other given side must be right too.
     """
     if len(given) > MAX_LENGTH or _depth(given) > MAX_DEPTH:
         return False
@@ -131,7 +131,7 @@ def _compare(given: str, answer: str) -> bool:
 
 
 def _plain(expression: Any) -> Any:
-    """With symbols known by name alone: the parser takes `i` for real or not by what is near it."""
+    """With symbols that differ only by name: the parser guesses from the context if `i` is real."""
     from sympy import Basic, Symbol
 
     if not isinstance(expression, Basic):
@@ -142,13 +142,13 @@ def _plain(expression: Any) -> Any:
 
 @contextmanager
 def _budget(seconds: float):
-    """Raise _OverBudget in the main thread once so much processor time is spent."""
+    """Raise _OverBudget in the main thread after this much processor time."""
 
     def over(*_):
         raise _OverBudget
 
     before = signal.signal(signal.SIGPROF, over)
-    # Again and again: the first may be raised where the library swallows everything.
+    # It repeats: the first may be raised where the library catches everything.
     signal.setitimer(signal.ITIMER_PROF, seconds, 0.1)
     try:
         yield
@@ -158,7 +158,7 @@ def _budget(seconds: float):
 
 
 def _depth(text: str) -> int:
-    """How deep brackets are nested, closed or not."""
+    """Depth of nested brackets, closed or not."""
     depth = deepest = 0
     for bracket in re.findall(r"[(\[{)\]}]", text):
         depth = depth + 1 if bracket in "([{" else max(depth - 1, 0)

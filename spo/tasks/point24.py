@@ -1,6 +1,6 @@
 """The 24 game: make 24 of four numbers from 1 to 13 with + - * /, each used exactly once.
 
-Unlike countdown's, its problems may need fractions on the way: 5 * (5 - 1 / 5).
+Unlike countdown's, its problems may need fractions as intermediate results: 5 * (5 - 1 / 5).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Point24:
     def grade(self, text: str, answer: object) -> bool:
         """True iff the last box after the thinking, else the last answer span, makes the target.
 
-        It must be an expression that uses each number exactly once. `24 =` may precede it or `= 24`
-        follow it, in LaTeX or not.
+        It must be an expression that uses each number exactly once. It may be in LaTeX, and `24 =`
+        may precede it or `= 24` follow it.
         """
         text = after_think(text)
         expression = last_boxed(text)

@@ -1,4 +1,4 @@
-"""What every task is made of: the problem record, seeded streams of problems, the answer tags."""
+"""Parts that tasks share: the problem record, seeded streams of problems, the answer tags."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from spo.tasks.answers import after_think
 
 TEST_ONE_IN = 4  # one problem in four belongs to the test split
 TEST_SIZE = 1000  # problems of the test stream
-NO_REPEAT = 100_000  # a training stream repeats nothing within so many problems
-ALL_SEEN = 100  # so many repeats in a row mean that the space of problems is used up
+NO_REPEAT = 100_000  # a training stream repeats no problem within this many
+ALL_SEEN = 100  # this many repeats in a row mean that all problems have been seen
 
 OPEN, CLOSE = "<answer>", "</answer>"
 
@@ -33,16 +33,15 @@ def stream(
     draw: Callable[[random.Random], Problem],
     identity: Callable[[Problem], str],
 ) -> Iterator[Problem]:
-    """Distinct problems of one split, lazily: `draw(rng)` filtered by split and by what was seen.
+    """Distinct problems of one split, drawn lazily: `draw(rng)`, filtered by split and repeats.
 
     A hash of `identity(problem)` decides the split, so no training stream can emit a test problem.
-    "train" is endless and depends on `seed`; "test" is one fixed stream of `TEST_SIZE` problems
-    (fewer where there are not so many). A training stream repeats a problem only after
-    `NO_REPEAT` others, or when it has given all there are.
-    Raises ValueError on any other split.
+    "train" is endless and depends on `seed`; "test" is one fixed stream of `TEST_SIZE` problems, or
+    of all if there are fewer. A training stream repeats a problem only after `NO_REPEAT` others, or
+    when it has returned all. Raises ValueError for any other split.
     """
     if split not in ("train", "test"):
-        raise ValueError(f'split must be "train" or "test", found {split!r}')
+        raise ValueError(f'split: expected "train" or "test", found {split!r}')
     return _stream(name, split == "test", seed, draw, identity)
 
 
@@ -91,7 +90,7 @@ def column(row: dict, where: str, *names: str) -> object:
 
 
 def answer_span(text: str) -> str | None:
-    """What the last closed pair of answer tags after the thinking holds, stripped, or None."""
+    """The stripped text in the last closed pair of answer tags after the thinking, or None."""
     text = after_think(text)
     close = text.rfind(CLOSE)
     start = text.rfind(OPEN, 0, max(close, 0))

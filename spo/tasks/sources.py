@@ -1,7 +1,7 @@
-"""Rows of data sets, read by `datasets`: files and folders of this machine, or of the hub.
+"""Rows of data sets, read with `datasets`: files and folders of this machine or of the hub.
 
-Offline, a missing data set is one sentence at once. Of the `datasets` library files alone are asked
-for: which ones, and in which order, is decided here, so that the streams of problems stay the same.
+Offline, a missing data set raises one sentence at once. The `datasets` library only reads files.
+This module decides which files, and in which order, so that streams of problems stay the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from spo.tasks.problem import Problem
 
-READERS = {  # of several kinds in a folder the first is read
+READERS = {  # if a folder holds several kinds, the first of these is read
     ".parquet": "parquet",
     ".arrow": "arrow",  # as `save_to_disk` writes it
     ".jsonl": "json",
@@ -29,8 +29,8 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
 SPLITS |= {name: "validation" for name in ("validation", "valid", "val", "dev")}
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 CARD = "README.md"
-HUB_TIMEOUT_S = 10.0  # of the one question that shows whether the hub can be reached
-MANY = 64  # from so many files on they are opened together, ten times as fast
+HUB_TIMEOUT_S = 10.0  # of the request that shows whether the hub can be reached
+MANY = 64  # this many files or more are opened together, which is ten times as fast
 
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+?))?/?")
 
@@ -46,18 +46,18 @@ def read_problems(
     """The problems of one split, in the order of the source.
 
     Args:
-        source: a file, which is read whole; a folder, of which the files are read whose path
-            names the split (all, if no path names any); or a hub data set `owner/name`, optionally
-            `owner/name@revision` and with a folder, a file or a configuration of it,
-            `owner/name/folder`.
-        problem_of: makes a problem of a row, column name in lower case -> value, and of where the
-            row stands, for errors.
-        every_file: read files of other splits too.
+        source: a file, which is read as a whole; a folder, whose files are read if their path names
+            the split (all files, if no path names a split); or a hub data set `owner/name`,
+            optionally with a revision, `owner/name@revision`, and with a folder, a file or a
+            configuration, `owner/name/folder`.
+        problem_of: makes a problem from a row (lower-case column name -> value) and from the row's
+            location, which it names in errors.
+        every_file: also read files of other splits.
 
     Raises ValueError with one sentence if there is nothing to read or a file is damaged.
     """
     if split not in ("train", "test"):
-        raise ValueError(f'split must be "train" or "test", found {split!r}')
+        raise ValueError(f'split: expected "train" or "test", found {split!r}')
     if source is None:
         raise ValueError(f"{task} has no {split} problems: name a file in data.{split} to use one")
     if importlib.util.find_spec("datasets") is None:
@@ -69,7 +69,7 @@ def read_problems(
 
 
 def state(source: str) -> str:
-    """Whether `source` is "local", "cached" from the hub, or would be a "download"; asks no one."""
+    """Whether `source` is "local", "cached" from the hub, or a "download"; asks no server."""
     if Path(source).exists():
         return "local"
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -132,7 +132,7 @@ def _in_order(path: Path) -> tuple:
 
 
 def _hub_name(source: str) -> tuple[str, str | None, str]:
-    """Repository, revision and path inside it. Raises ValueError where it can be none."""
+    """Repository, revision and path inside it. Raises ValueError if it cannot be a hub name."""
     match = _HUB.fullmatch(source)
     local = Path(source).suffix in READERS and source.count("/") < 2
     if match is None or local or source.startswith((".", "/", "~")):
@@ -148,7 +148,7 @@ def _snapshot(source: str, repo: str, revision: str | None, inside: str) -> Path
     # OSError and those of the transport in use
     unreachable: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
     try:
-        # Asked first, as a download waits for the hub without end.
+        # Asked first: a download would wait for the hub forever.
         HfApi().dataset_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
         return _download(repo, revision, inside)
     except unreachable as error:
@@ -157,8 +157,7 @@ def _snapshot(source: str, repo: str, revision: str | None, inside: str) -> Path
         except LocalEntryNotFoundError:
             raise ValueError(
                 f"data set {source}: no such file or folder here, none in the hub's cache, and the "
-                f"hub does not give it ({_short(error)}); where there is no network, name local "
-                "files"
+                f"hub does not give it ({_short(error)}); without a network, name local files"
             ) from error
 
 
@@ -172,14 +171,14 @@ def _download(repo: str, revision: str | None, inside: str, **options: Any) -> P
 
 
 def _configured(source: str, folder: Path, name: str, split: str | None) -> list[Path]:
-    """The files that a data set's card gives to a configuration."""
+    """The files of a configuration, as the data set's card lists them."""
     from datasets import load_dataset_builder
 
     try:
         with tempfile.TemporaryDirectory() as cache:
             found = load_dataset_builder(str(folder), name, cache_dir=cache).config.data_files or {}
     except (ValueError, OSError) as error:
-        raise ValueError(f"data set {source}: no folder of it and {_short(error)}") from error
+        raise ValueError(f"data set {source}: no folder {name}, and {_short(error)}") from error
     files = [f for key in found if split in (None, SPLITS.get(key)) for f in found[key]]
     if not files:
         raise ValueError(f"data set {source}: no {split} files; it holds {', '.join(found)}")
@@ -190,12 +189,12 @@ def _configured(source: str, folder: Path, name: str, split: str | None) -> list
 
 
 def _rows(paths: Sequence[Path]) -> list[tuple[dict, str]]:
-    """The rows of files of one kind, and where each stands."""
+    """The rows of files of one kind, each with its location."""
     if len(paths) >= MANY:
         try:
             rows = _read(paths)
         except ValueError:
-            rows = []  # one by one it shows which file it is, or columns may differ between them
+            rows = []  # read one by one: to name the bad file, or because columns differ
         if len(rows) == len(paths):
             return list(zip(rows, map(str, paths), strict=True))
     found: list[tuple[dict, str]] = []
@@ -212,12 +211,12 @@ def _read(paths: Sequence[Path]) -> list[dict]:
 
     kind = paths[0].suffix
     if kind not in READERS:
-        raise ValueError(f"data file {paths[0]}: expected {KINDS}")
+        raise ValueError(f"data file {paths[0]}: expected {KINDS}, found {kind or 'no suffix'}")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells the hub of local files too
     try:
-        # The types of columns follow from the first chunk: let it be the whole file.
+        # The first chunk decides the types of columns, so it must be the whole file.
         size = max(path.stat().st_size for path in paths) + 1
         options = {
             "json": {"chunksize": size},
@@ -236,7 +235,7 @@ def _read(paths: Sequence[Path]) -> list[dict]:
                     **options,
                 )
             )
-    except StopIteration:  # the library's answer to an empty JSON file
+    except StopIteration:  # raised by the library for an empty JSON file
         return []
     except OSError as error:
         raise ValueError(f"data file {paths[0]}: cannot be read ({_short(error)})") from error
@@ -247,7 +246,7 @@ def _read(paths: Sequence[Path]) -> list[dict]:
 
 
 def _damaged_line(path: Path) -> str:
-    """The first line that is no JSON; the library counts rows within a block of the file."""
+    """The first line that is not JSON; the library only counts rows within a block of the file."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:

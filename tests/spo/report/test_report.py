@@ -314,11 +314,11 @@ def test_accuracy_table_is_worked_by_hand(tmp_path):
 
 def test_bad_input_is_named(tmp_path):
     _, (view, _) = sample()
-    with pytest.raises(ValueError, match="runs and trees are both empty"):
+    with pytest.raises(ValueError, match="runs and trees: expected at least one"):
         write_report(tmp_path / "report.html")
     for name in ("values", "advantages", "kept"):
         short = dataclasses.replace(view, **{name: getattr(view, name)[1:]})
-        with pytest.raises(ValueError, match=rf"{name} must have shape \(\d+,\), found \(\d+,\)"):
+        with pytest.raises(ValueError, match=rf"{name}: expected shape \(\d+,\), found \(\d+,\)"):
             write_report(tmp_path / "report.html", trees=[short])
 
 

@@ -202,7 +202,7 @@ def test_a_hanging_item_is_killed_and_the_rest_is_graded(unruly, text):
         ("raise", "KeyError: 'lost'"),
         ("memory", "MemoryError: "),
         ("write", "OSError: "),
-        ("nothing", "TypeError: grade of unruly must return a bool, found None"),
+        ("nothing", "TypeError: expected grade of unruly to return a bool, found None"),
     ],
 )
 def test_a_dying_grader_costs_its_own_item_only(unruly, tmp_path, text, reason):
@@ -297,16 +297,16 @@ def test_thousands_a_second():
 
 def test_bad_input_is_refused_at_once():
     with Grader() as grader:
-        with pytest.raises(ValueError, match="task must be one of aime24, .* found 'chess'"):
+        with pytest.raises(ValueError, match="task: expected one of aime24, .* found 'chess'"):
             grader.submit(0, "chess", "", 1)
-        with pytest.raises(TypeError, match="text must be a str, found bytes"):
+        with pytest.raises(TypeError, match="text: expected a str, found bytes"):
             grader.submit(0, "arithmetic", b"", 1)
         with pytest.raises(TypeError, match="JSON"):
             grader.submit(0, "arithmetic", "", {1, 2})
         assert grader.pending == 0
     with pytest.raises(RuntimeError, match="closed"):
         grader.submit(0, "arithmetic", "", 1)
-    with pytest.raises(ValueError, match="timeout_s must be positive, found 0"):
+    with pytest.raises(ValueError, match="timeout_s: expected a positive number, found 0"):
         Grader(timeout_s=0)
 
 

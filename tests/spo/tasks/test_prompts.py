@@ -70,5 +70,5 @@ def test_a_task_from_outside_must_yield_problems(tmp_path, tokenizer):
         "        return False\n"
     )
     config = Recipe(task=f"{tmp_path}/odd.py:Odd")
-    with pytest.raises(ValueError, match=r"odd.py:Odd: problems must yield .*, found \('What is"):
+    with pytest.raises(ValueError, match=r"odd.py:Odd: expected problems .*, found \('What is"):
         next(prompts_of(config, "train", tokenizer))

@@ -104,7 +104,7 @@ def test_a_used_up_space_starts_again_in_training_and_ends_in_testing():
 
 def test_an_unknown_split_task_or_size_is_refused():
     for task in ("arithmetic", "gsm8k"):
-        with pytest.raises(ValueError, match='split must be "train" or "test", found \'dev\''):
+        with pytest.raises(ValueError, match='split: expected "train" or "test", found \'dev\''):
             get_task(task).problems("dev", 0)
     known = "aime24, arithmetic, countdown, gsm8k, knights_knaves, math, point24, .* found 'chess'"
     with pytest.raises(ValueError, match=known):
