@@ -1,4 +1,4 @@
-"""Several users of one engine: each receives only its own samples, whoever drives the steps.
+"""Several users of one engine: each receives only its own samples.
 
 The probe after a weight update and the evaluation use the engine while prompts of the next
 iteration are in flight.
