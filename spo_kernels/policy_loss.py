@@ -184,7 +184,7 @@ def masked_ppo_loss(
 ) -> PolicyLoss:
     """Clipped policy loss over the tokens that the sampling policy was unsure of, plus a KL term.
 
-    SPO's loss with its probability mask (arXiv 2505.23564); without the mask it is PPO's and GRPO's.
+    SPO's loss with its probability mask (arXiv 2505.23564); without the mask, that of PPO and GRPO.
     With M = loss_mask and old_logprob < log(prob_threshold), ratio = exp(logprob - old_logprob)
     clamped to exp(+-log_ratio_clamp), and Z = policy_norm or, if None, the sum of M:
 
