@@ -88,10 +88,11 @@ def sources() -> list[Path]:
 
 
 def sources_hash() -> str:
-    """SHA-256 of the names and the text of the sources."""
+    """SHA-256 of the names and the code of the sources; comments and spaces do not count."""
     hashed = hashlib.sha256()
     for path in sources():
-        hashed.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        code = re.sub(r"//.*|/\*.*?\*/|\\$", "", path.read_text(), flags=re.MULTILINE)
+        hashed.update(" ".join([path.name, *code.split()]).encode() + b"\0")
     return hashed.hexdigest()
 
 

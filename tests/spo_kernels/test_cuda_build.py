@@ -105,3 +105,13 @@ def test_json_holds_every_row(tmp_path):
     assert len(written["sources"]) == 64 and written["date"] and written.keys() == COMMITTED.keys()
     extension.write_bytes(b"no note")
     assert script["compiler"](extension) is None
+
+
+def test_comments_are_no_part_of_the_sources_hash(tmp_path, monkeypatch):
+    source = tmp_path / "a.cu"
+    monkeypatch.setitem(script["sources_hash"].__globals__, "sources", lambda: [source])
+    hashes = []
+    for code in ("int x = 1;", "// one\nint x  = 1;  /* two */ \\\n", "int x = 2;"):
+        source.write_text(code)
+        hashes.append(script["sources_hash"]())
+    assert hashes[0] == hashes[1] != hashes[2]
