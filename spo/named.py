@@ -7,6 +7,7 @@ the work. The package's own classes are loaded in the same way as those from out
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -119,7 +120,7 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str, chosen: str = 
 
     `chosen` names in errors the setting that chose the class, such as `shape.kind=tree`.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
     from pydantic.errors import PydanticUserError
 
     known = [f.name for f in dataclasses.fields(kind) if f.init]  # type: ignore[arg-type]
@@ -133,7 +134,7 @@ def build(kind: type[T], settings: Mapping[str, Any], where: str, chosen: str = 
     hints = _hints(kind)
     values = {k: _strict(v, hints.get(k, Any), f"{where}.{k}") for k, v in settings.items()}
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return _checker(kind).validate_python(values)
     except ValidationError as error:
         raise ValueError(_sentence(error, where)) from error
     except (PydanticUserError, NameError) as error:
@@ -149,15 +150,22 @@ def settings_of(instance: Any, where: str) -> dict[str, Any]:
 
     Raises ValueError if they cannot be written.
     """
-    from pydantic import TypeAdapter
     from pydantic_core import PydanticSerializationError
 
     try:
-        settings = TypeAdapter(type(instance)).dump_python(instance, mode="json")
+        settings = _checker(type(instance)).dump_python(instance, mode="json")
     except (PydanticSerializationError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{where}: its settings cannot be saved ({reason})") from error
     return {f.name: settings[f.name] for f in dataclasses.fields(instance) if f.init}
+
+
+@functools.lru_cache(maxsize=128)
+def _checker(kind: type) -> Any:
+    """pydantic's checker of a dataclass, which takes a millisecond to make."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def _hints(kind: type) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def test_it_grows_what_it_says():
 def test_the_dry_run_counts_with_it():
     text = describe(load_recipe(RECIPE))
     assert "4 prompts, 36 responses to grade" in text
-    assert f"{4 * (12 + 3 * (40 + 34 + 28)):,} tokens sampled" in text
+    assert f"{4 * (12 + 3 * (40 + 34 + 28)):,} sampled tokens" in text
 
 
 @pytest.mark.parametrize(
