@@ -92,14 +92,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if engine == "hf":  # it shares every token of a prefix: nothing to align
             case.ways = [way for way in case.ways if way != "aligned"]
         try:
-            record = run_case(name, case, engine, name in SWEPT)
+            title = name if engine == "vllm" else f"{name}, embedded engine"
+            record = run_case(title, case, engine, name in SWEPT)
         except ValueError as error:
             print(f"rollout_tree: {error}", file=sys.stderr)
             return 1
         if given.json:  # cases measured apart from each other stand in one file
             found = json.loads(given.json.read_text()) if given.json.exists() else {}
             given.json.parent.mkdir(parents=True, exist_ok=True)
-            given.json.write_text(json.dumps(found | {name: record}) + "\n")
+            given.json.write_text(json.dumps(found | {title: record}) + "\n")
         if given.plot:
             from benchmarks.rollouts.occupancy import write_plot
 

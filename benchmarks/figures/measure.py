@@ -47,6 +47,7 @@ SHORT = {
         "3",
     ),
     "rollout_tree": [*ROLLOUT, "--plot", "docs/rollout"],
+    "rollout_tree_hf": [*ROLLOUT, "--engine", "hf"],
     "demo": [SCRIPT, "compare", "demo-tree", "demo-grpo"],
 }
 LONG = {  # hours; the last three keep their own ledgers in results/evidence/
@@ -55,7 +56,10 @@ LONG = {  # hours; the last three keep their own ledgers in results/evidence/
     "ablations": module("evidence.ablations"),
     "estimators": module("evidence.estimators"),
 }
-FILES = {"rollouts": "rollout_tree"}  # results that stand in another's file
+FILES = {
+    "rollouts": "rollout_tree",
+    "rollout_tree_hf": "rollout_tree",
+}  # results that stand in another's file
 LEDGERS = ("methods", "ablations")
 
 
@@ -87,7 +91,7 @@ def run(name: str) -> None:
     path = place / f"{FILES.get(name, name)}.json"
     with tempfile.TemporaryDirectory() as scratch:
         new = Path(scratch) / path.name
-        if path.exists() and name in ("rollout_tree", "rollouts", "estimators"):
+        if path.exists() and path.stem in ("rollout_tree", "estimators"):
             shutil.copy(path, new)  # these keep what they do not measure
         subprocess.run([*command, "--json", str(new)], cwd=ROOT, check=True)
         record = json.loads(new.read_text())
