@@ -88,7 +88,7 @@ def test_every_room_has_its_place():
 
 def test_the_rooms_stand_in_the_order_of_imports():
     rank = runpy.run_path(str(ROOT / "tests" / "spo" / "test_imports.py"))["RANK"]
-    (table,) = re.findall(r"\| room \|.*?\n\n", PAGE, re.DOTALL)
+    (table,) = re.findall(r"\| files \|.*?\n\n", PAGE, re.DOTALL)
     named = [name.removesuffix(".py") for name in re.findall(r"`spo/(\w+(?:\.py)?)[`/]", table)]
     rooms = [room for room in dict.fromkeys(named) if room in rank]
     assert set(rooms) == set(rank)
