@@ -2,7 +2,8 @@
 
 import pytest
 
-from spo_kernels.testing import DEVICE
+from spo_kernels.dispatch import unavailable
+from spo_kernels.testing import DEVICE, FAST
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -12,3 +13,11 @@ def default_device():
         return
     with DEVICE:
         yield
+
+
+@pytest.fixture(scope="module", params=["reference", FAST])
+def backend(request):
+    """A backend of the op that the module's OP names."""
+    if reason := unavailable(request.module.OP, request.param):
+        pytest.skip(reason)
+    return request.param

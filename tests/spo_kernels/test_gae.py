@@ -8,19 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import needs_fast
 
 from spo_kernels import gae
 from spo_kernels.dispatch import choose, unavailable
 from spo_kernels.testing import DEVICE, FAST
 
+OP = "gae"
 ULP = 2.0**-23
-
-
-@pytest.fixture(scope="module", params=["reference", FAST])
-def backend(request):
-    if reason := unavailable("gae", request.param):
-        pytest.skip(reason)
-    return request.param
 
 
 # Two tokens, none, one.
@@ -128,7 +123,7 @@ def test_random_packs_against_plain_python(backend, pack):
     torch.testing.assert_close(returns.double(), want + values, rtol=ULP, atol=1e-12)
 
 
-@pytest.mark.skipif(bool(unavailable("gae", FAST)), reason=unavailable("gae", FAST))
+@needs_fast(OP)
 def test_long_sequences_agree_with_the_reference_in_fp64():
     generator = torch.Generator(DEVICE).manual_seed(0)
     lengths = torch.tensor([0, 20_000, 0, 1, 0, 7, 9000, 0])

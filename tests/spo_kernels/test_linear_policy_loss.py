@@ -7,10 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import (
+    DTYPES,
+    INTERPRETED,
+    assert_compiles,
+    assert_figures_as_good,
+    backends_of,
+    needs_fast,
+)
 from torch import tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import spo_kernels
 from spo_kernels import (
     head,
     linear_masked_ppo_loss,
@@ -22,11 +29,7 @@ from spo_kernels import (
 )
 from spo_kernels.testing import DEVICE, FAST, assert_as_good_as_torch, loss_inputs, poison
 
-needs_native = pytest.mark.skipif(
-    spo_kernels.backends()["policy_loss"][FAST] != "available",
-    reason="the native extension is not built",
-)
-BACKENDS = [pytest.param(FAST, marks=needs_native), "reference"]
+needs_native, BACKENDS = needs_fast("policy_loss"), backends_of("policy_loss")
 
 
 def make(rows, vocab, width, dtype=torch.float32, *, states=None, kept=0.4, seed=0, **options):
@@ -68,12 +71,7 @@ def compare(tensors, arguments, **options):
     same, same_grads = evaluate(tensors, arguments, "reference", **options)
     oracle, oracle_grads = evaluate(tensors, arguments, None, dtype=torch.float64, **options)
     got, grads = evaluate(tensors, arguments, FAST, **options)
-    for name in ("loss", "policy_loss", "kl", "clipfrac", "ratio_mean", "logprobs", "entropy"):
-        triple = [getattr(record, name) for record in (got, same, oracle)]
-        if triple[0] is not None:
-            summed = 1.0 if triple[0].ndim == 0 else 0.0
-            assert_as_good_as_torch(name, *triple, scale=summed)
-    assert got.num_kept == oracle.num_kept
+    assert_figures_as_good(got, same, oracle)
     for name, grad in grads.items():
         assert grad.dtype == tensors[name].dtype
         assert_as_good_as_torch("d" + name, grad, same_grads[name], oracle_grads[name])
@@ -81,7 +79,7 @@ def compare(tensors, arguments, **options):
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "vocab", "width"), [(1, 7, 3), (33, 1003, 17), (65, 32000, 64), (3, 151936, 16)]
 )
@@ -283,7 +281,10 @@ def test_bf16_gradient_of_fp32_logits(vocab):
         policy_loss.run_rows(FAST, inputs.logits, out, tokens, False)[0] for out in (wide, narrow)
     ]
     assert torch.equal(*sums) and wide.count_nonzero() > 0
-    assert torch.equal(narrow, wide.bfloat16())
+    if INTERPRETED:  # it truncates
+        assert ((narrow.float() - wide).abs() <= wide.abs() * 2**-7 + 1e-38).all()
+    else:
+        assert torch.equal(narrow, wide.bfloat16())
 
 
 @needs_native
@@ -396,15 +397,9 @@ def test_compiles_into_one_graph(room):
 
     def step(hidden, weight, bias):
         out = linear_masked_ppo_loss(hidden.tanh(), weight, bias=bias, **arguments)
-        return out.loss * 0.5
+        return (out.loss * 0.5,)
 
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaves = [x.clone().requires_grad_() for x in tensors.values()]
-        loss = function(*leaves)
-        loss.backward()
-        results.append([loss.detach(), *(x.grad for x in leaves)])
-    torch.testing.assert_close(results[1], results[0])
+    assert_compiles(step, *tensors.values())
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import (
+    DTYPES,
+    assert_compiles,
+    backends_of,
+    needs_fast,
+    not_on_cpu,
+    slow_if_interpreted,
+)
 from torch import tensor
 
 import spo_kernels
-from spo_kernels import linear_token_logprobs, token_logprobs
+from spo_kernels import linear_token_logprobs, logprobs, token_logprobs
 from spo_kernels.testing import DEVICE, FAST, assert_as_good_as_torch, poison
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_native = pytest.mark.skipif(
-    spo_kernels.backends()["logprobs"][FAST] != "available",
-    reason="the native extension is not built",
-)
-BACKENDS = [pytest.param(FAST, marks=needs_native), "reference"]
+needs_native, BACKENDS = needs_fast("logprobs"), backends_of("logprobs")
 
 
 def make(rows, vocab, dtype=torch.float32, width=6, seed=0):
@@ -79,7 +82,8 @@ def test_by_hand(backend):
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize(
     ("rows", "vocab"),
-    [(0, 5), (1, 7), (65_537, 3), (33, 1003), (5, 32000), (4, 50257), (2, 129920), (2, 151936)],
+    [(0, 5), (1, 7), (33, 1003), (5, 32000), (4, 50257), (2, 129920), (2, 151936)]
+    + [pytest.param(65_537, 3, marks=slow_if_interpreted)],
 )
 def test_against_oracle(dtype, entropy, rows, vocab):
     _, logits, ids, weights = make(rows, vocab, dtype)
@@ -121,7 +125,7 @@ def test_impossible_choice(backend):
 def test_masked_rows_hold_nan(backend):
     tensors, logits, ids, weights = make(20, 90)
     mask = torch.arange(20) % 3 == 0
-    options = {"loss_mask": mask, "entropy": True}
+    options = {"loss_mask": mask, "entropy": True, "temperature": torch.linspace(0.5, 2, 20)}
     want, want_grads = evaluate(
         token_logprobs, {"logits": logits}, ids, weights, backend, **options
     )
@@ -136,6 +140,18 @@ def test_masked_rows_hold_nan(backend):
     _, grads = evaluate(linear_token_logprobs, tensors, ids, weights, backend, **options)
     assert all(grad.isfinite().all() for grad in grads.values())
     assert (grads["hidden"][~mask] == 0).all()
+
+
+@not_on_cpu
+@needs_native
+def test_unknown_ids_are_not_read():
+    """Where Python cannot look first, under graph capture: NaN, and no wild read."""
+    _, logits, ids, _ = make(5, 100)
+    ids[1], ids[2], ids[3] = -1, 100, 2**45
+    results = {name: torch.zeros(5) for name in ("logprobs", "row_max", "row_logsum")}
+    options = {"temperature": torch.ones(1), "entropy": None}
+    logprobs.run_rows("logprobs", FAST, logits, ids, **options, **results)
+    assert results["logprobs"].isnan().tolist() == [False, True, True, True, False]
 
 
 @needs_native
@@ -258,15 +274,10 @@ def test_compiles_into_one_graph():
 
     def step(logits, hidden, weight, bias):
         logprobs, entropy = token_logprobs(logits * 2, ids, entropy=True)
-        return (logprobs - entropy + linear_token_logprobs(hidden, weight, ids, bias=bias)).sum()
+        by_states = linear_token_logprobs(hidden, weight, ids, bias=bias)
+        return ((logprobs - entropy + by_states).sum(),)
 
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaves = [x.clone().requires_grad_() for x in (logits, *tensors.values())]
-        loss = function(*leaves)
-        loss.backward()
-        results.append([loss.detach(), *(x.grad for x in leaves)])
-    torch.testing.assert_close(results[1], results[0])
+    assert_compiles(step, logits, *tensors.values())
 
 
 @pytest.mark.parametrize(

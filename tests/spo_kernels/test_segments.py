@@ -8,19 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import needs_fast
 
 from spo_kernels import cutpoint_segments, segment_advantages
-from spo_kernels.dispatch import unavailable
 from spo_kernels.testing import DEVICE, FAST
 
+OP = "segments"
 SURE, UNSURE = math.log(0.95), math.log(0.5)  # on either side of the default threshold
-
-
-@pytest.fixture(scope="module", params=["reference", FAST])
-def backend(request):
-    if reason := unavailable("segments", request.param):
-        pytest.skip(reason)
-    return request.param
 
 
 def pack(sequences: list[str]):
@@ -118,7 +112,7 @@ def test_random_packs_against_plain_python(backend, sequences, interval):
     assert cut(sequences, interval, backend) == [spell(tokens, interval) for tokens in sequences]
 
 
-@pytest.mark.skipif(bool(unavailable("segments", FAST)), reason=unavailable("segments", FAST))
+@needs_fast(OP)
 def test_a_million_tokens_agree_with_the_reference():
     generator = torch.Generator(DEVICE).manual_seed(0)
     logprobs = torch.rand(1_000_000, generator=generator).log()

@@ -8,21 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import needs_fast
 from torch import Tensor
 
 from spo_kernels import tree_advantages, tree_stats, tree_values
 from spo_kernels.dispatch import unavailable
 from spo_kernels.testing import DEVICE, FAST
 
+OP = "tree"
 NAN = math.nan
 ULP = 2.0**-23  # one rounding of an fp32 result, relative
-
-
-@pytest.fixture(scope="module", params=["reference", FAST])
-def backend(request):
-    if reason := unavailable("tree", request.param):
-        pytest.skip(reason)
-    return request.param
 
 
 def forest(parent: list[int], rewards: list[float], in_value: list[int], dtype=torch.float32):
@@ -333,7 +328,7 @@ def random_forest(size: int, reach: int, seed: int):
     return parent.int(), rewards.masked_fill(inner, NAN), in_value
 
 
-@pytest.mark.skipif(bool(unavailable("tree", FAST)), reason=unavailable("tree", FAST))
+@needs_fast(OP)
 @pytest.mark.parametrize("size, reach", [(1_000_000, 1_000_000), (1_000_000, 30), (9999, 1)])
 def test_a_million_nodes_agree_with_the_reference(size, reach):
     parent, rewards, in_value = random_forest(size, reach, seed=size + reach)
