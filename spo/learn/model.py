@@ -17,6 +17,7 @@ from spo.records import Batch
 from spo_kernels import linear_token_logprobs
 
 T = TypeVar("T")
+ALIGNMENT = 64  # bytes, as PyTorch allocates on the CPU
 
 
 def load_policy(config: PolicyConfig, path: str | None = None) -> PreTrainedModel:
@@ -36,6 +37,9 @@ def load_model(auto, config: PolicyConfig, path: str | None = None, **options) -
     if config.packing == "tree":
         options["attn_implementation"] = PREFIX + attention_backend(config)
     model = load_pretrained(auto, config, path, **options).to(config.device).train()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % ALIGNMENT:  # a mapped file: products round otherwise there
+            tensor.data = tensor.data.clone()
     if config.packing == "tree":
         check_packing(model, config.path)
     elif getattr(model.config, "attn_logit_softcapping", None):
