@@ -156,6 +156,15 @@ def test_settings_that_contradict_cannot_be_written():
         (["shape.widths=[6,6]"], ["one length per level"]),
         (["sampling.max_new_tokens=60"], ["segment_tokens", "60"]),
         (["shape.kind=comb"], ["shape.kind", "star, tree, chain", "'comb'"]),
+        (["credit.type=pairs", "shape.kind=star", "credit.positive=-1"], ["credit.positive", "-1"]),
+        (["credit.type=gae", "shape.kind=star", "credit.lam=1.5"], ["credit.lam", "1.5"]),
+        (
+            ["credit.type=gae", "shape.kind=star", "credit.critic.value_clip=0"],
+            ["critic.value_clip", "0"],
+        ),
+        (["train.restart=true", "train.parallel=fsdp"], ["train.restart", "ddp"]),
+        (["shape.kind=star", "sampling.stages=[[0.5,999]]"], ["sampling.stages", "999", "64"]),
+        (["sampling.stages=[[0.5,30],[0.4,40]]"], ["sampling.stages", "rising"]),
         (["shape=3"], ["shape", "group"]),
         (["name=3"], ["name", "3"]),
     ):
