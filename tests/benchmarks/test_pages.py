@@ -37,10 +37,11 @@ def rows_of(path):
     [p for p in sorted(RESULTS.glob("*/*.json*")) if p.name != "suite.json"],
     ids=lambda p: f"{p.parent.name}/{p.name}",
 )
-def test_every_result_names_machine_date_and_commit(path):
+def test_every_result_names_machine_date_commit_and_sources(path):
     for row in rows_of(path):
         assert row["device"] and re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"]), row
         assert re.fullmatch(r"[0-9a-f]{7,}\+?", row["commit"])
+        assert re.fullmatch(r"[0-9a-f]{12}\+?", row["sources"])
         kind = path.parent.name.removeprefix("cpu").removeprefix("-")
         assert row["kind"] == kind or path.parent == results.EVIDENCE
 
