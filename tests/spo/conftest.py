@@ -10,7 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from sampling import policy
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from spo.tasks.grading import Grader
 
 EOS = 1
 
@@ -36,3 +39,15 @@ def tiny_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def plain(tiny_model):
+    """The tiny policy itself."""
+    return policy(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader() as running:
+        yield running

@@ -5,30 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from sampling import assert_frequencies, drain, plain_logprobs, shaken, weights
 
 from spo.engines.hf import HFEngine, uniform
 from spo.engines.make import make_engine
 from spo.records import LENGTH, STOP, Request
-
-
-def drain(engine, count):
-    done = []
-    while len(done) < count:
-        done += engine.poll()
-    return sorted(done, key=lambda c: (c.key, c.index))
-
-
-def plain_logprobs(model, prefix, token_ids, temperature=1.0):
-    ids = torch.tensor([[*prefix, *token_ids]])
-    with torch.no_grad():
-        logits = model(ids).logits[0, len(prefix) - 1 : -1].float() / temperature
-    return torch.log_softmax(logits, -1).gather(-1, ids[0, len(prefix) :, None])[:, 0]
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_model):
-    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
 
 
 def requests(temperature=1.0):
@@ -103,12 +84,8 @@ def test_new_weights_forget_cached_prefixes(tiny_model, plain):
     engine = HFEngine(tiny_model)
     engine.submit(Request(0, (5, 9, 3, 8), 1, 6, (), 1))
     (before,) = drain(engine, 1)
-    torch.manual_seed(3)
-    changed = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in changed.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    engine.load_weights(((n, p.detach()) for n, p in changed.named_parameters()), 4)
+    changed = shaken(tiny_model, 0.1, seed=3)
+    engine.load_weights(weights(changed), 4)
     prefix = (5, 9, 3, 8, *before.token_ids)
     engine.submit(Request(1, prefix, 1, 6, (), 1))
     (after,) = drain(engine, 1)
@@ -122,13 +99,12 @@ def test_new_weights_forget_cached_prefixes(tiny_model, plain):
 def test_token_frequencies_are_the_policy_s(tiny_model, plain):
     engine = HFEngine(tiny_model, max_num_seqs=500)
     engine.submit(Request(0, (5, 9, 3), 4000, 1, (), 11))
-    counts = np.bincount([c.token_ids[0] for c in drain(engine, 4000)], minlength=48)
+    counts = torch.zeros(48)
+    for done in drain(engine, 4000):
+        counts[done.token_ids[0]] += 1
     with torch.no_grad():
-        p = torch.softmax(plain(torch.tensor([[5, 9, 3]])).logits[0, -1].double(), -1).numpy()
-    likely = p > 1e-3  # chi-square needs expected counts of a few
-    chi2 = ((counts - 4000 * p) ** 2 / (4000 * p))[likely].sum()
-    freedom = likely.sum()
-    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
+        logits = plain(torch.tensor([[5, 9, 3]])).logits[0, -1]
+    assert_frequencies(counts, logits.double().softmax(-1))
 
 
 def test_noise_is_uniform_and_depends_on_both_counters():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from sampling import canonical, drain, shaken, weights
 
 from spo.engines.hf import HFEngine
 from spo.engines.pool import EnginePool
@@ -10,7 +10,6 @@ from spo.grow.rollout import RolloutOptions
 from spo.grow.shapes import TreeShape
 from spo.grow.stream import grow
 from spo.records import Prompt, Request
-from spo.tasks.grading import Grader
 
 PROMPTS = [Prompt((5, 9, 3 + i, 8)[: 3 + i % 2], 7, "arithmetic") for i in range(6)]
 OPTIONS = RolloutOptions(stop_token_ids=(1, 2), seed=3)
@@ -29,22 +28,11 @@ class Mortal(HFEngine):
         return super().poll()
 
 
-@pytest.fixture(scope="module")
-def grader():
-    with Grader() as running:
-        yield running
-
-
 def pool_of(tiny_model, *lives):
     engines = [Mortal(tiny_model, max_num_seqs=8, num_cached=64) for _ in lives]
     for engine, steps in zip(engines, lives, strict=True):
         engine.steps_left = steps
     return EnginePool(engines)
-
-
-def canonical(forest):
-    leaves = forest.is_leaf.nonzero()[:, 0].tolist()
-    return {(int(forest.prompt[n]), tuple(forest.path_ids(n))) for n in leaves}
 
 
 def run(engine, grader):
@@ -90,18 +78,12 @@ def test_without_engines_the_rollout_stops(tiny_model, grader):
 
 def test_every_engine_gets_new_weights(tiny_model):
     pool = pool_of(tiny_model, 10**6, 10**6)
-    changed = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in changed.parameters():
-            parameter.mul_(1.1)
-    pool.load_weights(((n, p.detach()) for n, p in changed.named_parameters()), 3)
+    changed = shaken(tiny_model, 0.1)
+    pool.load_weights(weights(changed), 3)
     assert pool.version == 3
     for key in (0, 1):
         pool.submit(Request(key, (5, 9 + key, 3), 8, 4, (), 1))
-    done = []
-    while len(done) < 16:
-        done += pool.poll()
-    assert {c.first_version for c in done} == {3}
+    assert {c.first_version for c in drain(pool, 16)} == {3}
     for member in pool.members:
         assert member.engine.counters()["generated"] == 32  # both had work
         for name, parameter in member.engine.model.named_parameters():

@@ -14,7 +14,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from sampling import (
+    canonical,
+    check_update_reaches,
+    drain,
+    plain_logprobs,
+    policy,
+    shaken,
+    spent_on_a_shared_prefix,
+    weights,
+    worst_difference,
+)
+from transformers import PreTrainedTokenizerFast
 
 import spo
 from spo.engines.make import make_engine
@@ -25,7 +36,6 @@ from spo.grow.shapes import TreeShape
 from spo.grow.stream import grow
 from spo.records import LENGTH, SEGMENT, STOP, Request
 from spo.tasks import prompts
-from spo.tasks.grading import Grader
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,14 +48,6 @@ EOS, SEATS, CONTEXT = 1, 32, 256
 START_S = 120.0
 TREE = TreeShape((4, 3, 2), (8, 8), 40)
 OPTIONS = RolloutOptions(stop_token_ids=(EOS,), seed=3)
-
-
-def drain(engine, count):
-    done, deadline = [], time.monotonic() + 60
-    while len(done) < count:
-        done += engine.poll()
-        assert time.monotonic() < deadline, f"{len(done)} of {count} samples"
-    return sorted(done, key=lambda c: (c.key, c.index))
 
 
 def serve(port, log):
@@ -128,50 +130,13 @@ def engine(servers):
 
 @pytest.fixture(scope="module")
 def plain():
-    return AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def changed():
-    model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.03 * torch.randn_like(parameter))
-    return model
+    return policy(POLICY)
 
 
 @pytest.fixture(scope="module")
 def problems():
     tokenizer = PreTrainedTokenizerFast.from_pretrained(POLICY)
     return list(islice(prompts("arithmetic", "test", 0, tokenizer), 8))
-
-
-@pytest.fixture(scope="module")
-def grader():
-    with Grader() as running:
-        yield running
-
-
-def weights(model):
-    return ((name, p.detach()) for name, p in model.named_parameters())
-
-
-def plain_logprobs(model, prefix, token_ids, temperature):
-    ids = torch.tensor([[*prefix, *token_ids]])
-    with torch.no_grad():
-        logits = model(ids).logits[0, len(prefix) - 1 : -1].float() / temperature
-    return torch.log_softmax(logits, -1).gather(-1, ids[0, len(prefix) :, None])[:, 0]
-
-
-def worst_difference(engine, model, temperature=0.7):
-    prefix = tuple(2 + (7 * i) % 45 for i in range(16))
-    engine.submit(Request(0, prefix, 8, 12, (EOS,), 5, temperature))
-    return max(
-        float((torch.tensor(c.logprobs) - plain_logprobs(model, prefix, c.token_ids, temperature))
-        .abs().max())
-        for c in drain(engine, 8)
-    )  # fmt: skip
 
 
 def test_logprobs_are_those_of_the_policy_at_the_sampling_temperature(engine, plain):
@@ -197,13 +162,7 @@ def test_seeds_repeat_and_stops_stop(engine):
 
 
 def test_full_blocks_of_a_prefix_are_computed_once(engine):
-    prefix = tuple(2 + (5 * i + 1) % 45 for i in range(65))  # two full blocks of 32 and one token
-    before = engine.counters()
-    engine.submit(Request(0, prefix, 1, 4, (), 1))
-    drain(engine, 1)
-    engine.submit(Request(1, prefix, 3, 4, (), 2))
-    drain(engine, 3)
-    spent = {name: value - before[name] for name, value in engine.counters().items()}
+    spent = spent_on_a_shared_prefix(engine)
     assert spent["prefill"] == 65 + 3 and spent["cached"] == 3 * 64
     assert spent["generated"] == 4 * 4 and spent["running"] == 4 * 4
     assert spent["forwarded"] == 65 + 3 + 4 * 3
@@ -221,7 +180,8 @@ def wait_until_all_run(engine):
     pytest.fail("the server never ran full")
 
 
-def test_samples_in_flight_go_on_with_new_weights(engine, plain, changed):
+def test_samples_in_flight_go_on_with_new_weights(engine, plain):
+    changed = shaken(POLICY, 0.03)
     before, version, length = engine.counters(), engine.version, 210
     prefix = tuple(2 + (3 * i) % 45 for i in range(40))
     engine.submit(Request(0, prefix, SEATS + 2, length, (), 1))
@@ -233,8 +193,8 @@ def test_samples_in_flight_go_on_with_new_weights(engine, plain, changed):
     changing = 0
     for c in done:
         sampled = torch.tensor(c.logprobs)
-        old = (sampled - plain_logprobs(plain, prefix, c.token_ids, 1.0)).abs() < 1e-3
-        new = (sampled - plain_logprobs(changed, prefix, c.token_ids, 1.0)).abs() < 1e-3
+        old = (sampled - plain_logprobs(plain, prefix, c.token_ids)).abs() < 1e-3
+        new = (sampled - plain_logprobs(changed, prefix, c.token_ids)).abs() < 1e-3
         first = int(old.long().cumprod(0).sum()) if c.first_version == version else 0
         assert new[first:].all()
         changing += c.first_version == version and not old.all() and not new.all()
@@ -244,17 +204,8 @@ def test_samples_in_flight_go_on_with_new_weights(engine, plain, changed):
 
 
 @pytest.mark.parametrize("part", ["embed_tokens", "norm", "q_proj", "o_proj", "down_proj"])
-def test_a_weight_update_reaches_every_parameter(engine, plain, changed, part):
-    partly = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in partly.named_parameters():
-            if part in name:
-                parameter.copy_(changed.get_parameter(name))
-    engine.load_weights(weights(partly), engine.version + 1)
-    assert worst_difference(engine, partly) < 1e-3
-    assert worst_difference(engine, plain) > 1e-2  # so that the check above can fail
-    engine.load_weights(weights(plain), engine.version + 1)
-    assert worst_difference(engine, plain) < 1e-4
+def test_a_weight_update_reaches_every_parameter(engine, plain, part):
+    check_update_reaches(engine, plain, shaken(POLICY, 0.03, part=part))
 
 
 def test_a_dropped_sample_leaves_the_server(servers, engine):
@@ -288,11 +239,6 @@ def assert_whole(forest, shape):
         inner = level == 0 or forest.finish[node] == SEGMENT
         assert children == (shape.widths[level] if inner else 0)
         assert level == len(shape.widths) or forest.finish[node] != LENGTH
-
-
-def canonical(forest):
-    leaves = forest.is_leaf.nonzero()[:, 0].tolist()
-    return sorted((int(forest.prompt[n]), tuple(forest.path_ids(n))) for n in leaves)
 
 
 def test_a_server_killed_while_a_forest_grows(servers, problems, plain, grader):

@@ -8,6 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from sampling import drain
 
 from spo.config.recipe import load_recipe
 from spo.engines.make import make_engine
@@ -16,14 +18,6 @@ from spo.engines.remote import GENERATE, RemoteEngine
 from spo.records import Request
 
 EOS = 1
-
-
-def drain(engine, count):
-    done, deadline = [], time.monotonic() + 10
-    while len(done) < count:
-        done += engine.poll()
-        assert time.monotonic() < deadline, f"{len(done)} of {count} samples"
-    return sorted(done, key=lambda c: (c.key, c.index))
 
 
 class Fake:
@@ -217,20 +211,46 @@ def test_close_ends_the_threads(fake):
     silence.set()
 
 
+class Served:
+    """The weights of a server as vLLM's endpoints change them: out of order is an error."""
+
+    def __init__(self):
+        self.paused, self.stale, self.weights, self.label = False, False, None, "0"
+
+    def change(self, path, body):
+        if path == "/pause?mode=keep":
+            self.paused = True
+        elif path == "/collective_rpc":
+            assert self.paused, "between two steps of a sample"
+            self.weights, self.stale = load_file(body["args"][0]), True
+        elif path == "/reset_prefix_cache?reset_running_requests=true":
+            assert self.paused
+            self.stale = False
+        elif path == "/update_weight_version":
+            assert not self.stale, "prefixes of the old weights would count as new"
+            self.label = body["new_version"]
+        elif path == "/resume":
+            assert self.label != "0" and not self.stale
+            self.paused = False
+        return 200, {"success": True, "results": [None]}
+
+
 def test_weights_are_replaced_between_two_steps(fake):
-    engine = RemoteEngine(fake.address)
-    asked = len(fake.asked)
+    engine, served = RemoteEngine(fake.address), Served()
+    answer, files = fake.answer, []
+
+    def change(path, body):
+        if (body or {}).get("method", "spo_load_weights") != "spo_load_weights":
+            return answer(path, body)
+        files.extend((body or {}).get("args", []))
+        return served.change(path, body)
+
+    fake.answer = change
     engine.load_weights([("weight", torch.ones(2))], 3)
-    calls = fake.asked[asked:]
-    assert [path.partition("?")[0] for path, _ in calls] == [
-        "/pause",
-        "/collective_rpc",
-        "/reset_prefix_cache",
-        "/update_weight_version",
-        "/resume",
-    ]
-    assert calls[0][0].endswith("mode=keep") and calls[3][1] == {"new_version": "3"}
-    assert not os.path.exists(calls[1][1]["args"][0]) and engine.version == 3
+    assert served.weights["weight"].tolist() == [1, 1] and not served.paused
+    assert served.label == "3" and engine.version == 3
+    assert len(files) == 1 and not os.path.exists(files[0])
+    fake.answer = answer
     fake.replies["/reset_prefix_cache?reset_running_requests=true"] = (200, {"success": False})
     with pytest.raises(RuntimeError, match="refused to reset its prefix cache"):
         engine.load_weights([("weight", torch.ones(2))], 4)

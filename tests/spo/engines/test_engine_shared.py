@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from sampling import drain, plain_logprobs, shaken, weights, worst_error
 
 from spo.engines.hf import HFEngine
 from spo.engines.slot_attention import SlotView, merge, partial_attention, slot_attention
@@ -11,25 +11,6 @@ from spo.engines.slots import Slots
 from spo.records import Request
 
 PROMPT = (5, 9, 3, 8, 20, 31, 7, 2, 11, 40)
-
-
-@pytest.fixture(scope="module")
-def plain(tiny_model):
-    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-
-
-def drain(engine, count):
-    done = []
-    while len(done) < count:
-        done += engine.poll()
-    return sorted(done, key=lambda c: (c.key, c.index))
-
-
-def plain_logprobs(model, prefix, token_ids):
-    ids = torch.tensor([[*prefix, *token_ids]])
-    with torch.no_grad():
-        logits = model(ids).logits[0, len(prefix) - 1 : -1].float()
-    return torch.log_softmax(logits, -1).gather(-1, ids[0, len(prefix) :, None])[:, 0]
 
 
 def grow_three_levels(engine, cut=None):
@@ -46,13 +27,6 @@ def grow_three_levels(engine, cut=None):
         pairs += [(asked[c.key], c) for c in done]
         level = [(*asked[c.key], *c.token_ids) for c in done if c.key < len(level)]
     return pairs
-
-
-def worst_error(pairs, model):
-    return max(
-        float((torch.tensor(c.logprobs) - plain_logprobs(model, p, c.token_ids)).abs().max())
-        for p, c in pairs
-    )
 
 
 @pytest.mark.parametrize("rows", [5, 64])
@@ -109,16 +83,12 @@ def test_segments_that_are_read_are_not_evicted(tiny_model, plain):
 
 
 def test_samples_in_flight_go_on_with_new_weights(tiny_model, plain):
-    torch.manual_seed(3)
-    changed = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in changed.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    changed = shaken(tiny_model, 0.1, seed=3)
     engine = HFEngine(tiny_model, max_num_seqs=4, min_shared=3)
     engine.submit(Request(0, PROMPT, 6, 8, (), 1))  # four run, two wait
     for _ in range(3):
         engine.poll()
-    engine.load_weights(((n, p.detach()) for n, p in changed.named_parameters()), 1)
+    engine.load_weights(weights(changed), 1)
     done = drain(engine, 6)
     assert [(c.first_version, c.last_version) for c in done] == [(0, 1)] * 4 + [(1, 1)] * 2
     for c in done:

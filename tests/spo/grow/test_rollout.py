@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sampling import canonical, rewarded
 
 from spo.engines.hf import HFEngine
 from spo.grow.chain import ChainShape, cutpoint_partition
@@ -13,30 +14,14 @@ from spo.grow.rollout import Rollout, RolloutOptions, path_seed
 from spo.grow.shapes import TreeShape, star
 from spo.grow.stream import Stream, grow
 from spo.records import FOREST_FORMAT, LENGTH, PROMPT, SEGMENT, STOP, Forest, Prompt
-from spo.tasks.grading import Grader
 
 PROMPTS = [Prompt((5, 9, 3 + i), 7, "arithmetic") for i in range(5)]
 OPTIONS = RolloutOptions(stop_token_ids=(1, 2, 3, 4, 5, 6), seed=3)
 
 
-@pytest.fixture(scope="module")
-def grader():
-    with Grader() as running:
-        yield running
-
-
 @pytest.fixture
 def engine(tiny_model):
     return HFEngine(tiny_model, max_num_seqs=16)
-
-
-def decode(ids):
-    return " ".join(map(str, ids))
-
-
-def rewarded(ids):
-    """Text that the arithmetic grader accepts for answer 7 if the first token is even."""
-    return "<answer> 7 </answer>" if ids[0] % 2 == 0 else "<answer> 8 </answer>"
 
 
 def run(engine, grader, shape, options=OPTIONS, prompts=PROMPTS, text=rewarded):
@@ -49,15 +34,6 @@ def same(a: Forest, b: Forest) -> bool:
         torch.equal(x.nan_to_num(-9), y.nan_to_num(-9)) if isinstance(x, torch.Tensor) else x == y
         for x, y in ((getattr(a, n), getattr(b, n)) for n in fields)
     )
-
-
-def canonical(forest: Forest) -> set:
-    """Trees as sets of (prompt, path of token ids, reward): free of node order."""
-    return {
-        (int(forest.prompt[n]), tuple(forest.path_ids(n)), float(forest.rewards[n]))
-        for n in range(forest.num_nodes)
-        if forest.rewards[n] == forest.rewards[n]
-    }
 
 
 TREE = TreeShape((3, 2, 2), (3, 3), 12)
@@ -152,7 +128,7 @@ def test_costs_are_counted(engine, grader):
     assert stats.recomputed == 0  # every prefix was computed once
     assert stats.engine["prefill"] == stats.prefill_bound
     assert 0 < stats.engine["step_seconds"] < stats.seconds
-    assert stats.loop_seconds > 0 and stats.idle_seconds >= 0
+    assert 0 < stats.loop_seconds <= stats.seconds
     small = HFEngine(engine.model.name_or_path, max_num_seqs=4, num_cached=1)
     _, stats = run(small, grader, TREE)
     assert stats.recomputed > 0  # parents were forgotten before their children came

@@ -4,7 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from sampling import (
+    canonical,
+    check_first_tokens,
+    drain,
+    plain_logprobs,
+    rewarded,
+    shaken,
+    weights,
+)
 
 from spo.engines.hf import HFEngine
 from spo.engines.lanes import Lane
@@ -12,35 +20,16 @@ from spo.engines.pool import EnginePool
 from spo.grow.rollout import Rollout, RolloutOptions
 from spo.grow.shapes import TreeShape, star
 from spo.grow.stream import Stream, grow
-from spo.records import LENGTH, STOP, Prompt, Request
-from spo.tasks.grading import Grader
+from spo.records import Prompt, Request
 
 PROMPTS = [Prompt((5, 9, 3 + i), 7, "arithmetic") for i in range(12)]
 OPTIONS = RolloutOptions(stop_token_ids=(1, 2, 3, 4, 5, 6), seed=3)
 TREE = TreeShape((3, 2, 2), (3, 3), 40)
 
 
-@pytest.fixture(scope="module")
-def grader():
-    with Grader() as running:
-        yield running
-
-
 @pytest.fixture
 def engine(tiny_model):
     return HFEngine(tiny_model, max_num_seqs=16)
-
-
-def rewarded(ids):
-    return "<answer> 7 </answer>" if ids[0] % 2 == 0 else "<answer> 8 </answer>"
-
-
-def canonical(forest):
-    return {
-        (int(forest.prompt[n]), tuple(forest.path_ids(n)), float(forest.rewards[n]))
-        for n in range(forest.num_nodes)
-        if forest.rewards[n] == forest.rewards[n]
-    }
 
 
 def overlapping(engine, grader, depth, after=lambda: None):
@@ -78,8 +67,7 @@ def test_streaming_fills_the_engine(tiny_model, grader):
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_ages_are_recorded_and_bounded(engine, grader, depth):
     def update():
-        named = ((n, p.detach()) for n, p in engine.model.named_parameters())
-        engine.load_weights(named, engine.version + 1)
+        engine.load_weights(weights(engine.model), engine.version + 1)
 
     grown = overlapping(engine, grader, depth, update)
     for iteration, (forest, stats) in enumerate(grown):
@@ -90,30 +78,24 @@ def test_ages_are_recorded_and_bounded(engine, grader, depth):
     assert max(stats.max_age for _, stats in grown) == depth
 
 
-def test_tokens_keep_the_logprobs_of_the_weights_that_sampled_them(engine, tiny_model, grader):
-    models = [AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()]
+def test_tokens_keep_the_logprobs_of_the_weights_that_sampled_them(
+    engine, tiny_model, grader, plain
+):
+    models = [plain]
 
     def update():
-        models.append(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval())
-        torch.manual_seed(len(models))
-        with torch.no_grad():
-            for parameter in models[-1].parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        named = ((n, p.detach()) for n, p in models[-1].named_parameters())
-        engine.load_weights(named, engine.version + 1)
+        models.append(shaken(tiny_model, 0.05, seed=1 + len(models)))
+        engine.load_weights(weights(models[-1]), engine.version + 1)
 
     checked = 0
     for forest, _ in overlapping(engine, grader, 1, update):
         for node in (forest.parent >= 0).nonzero()[:, 0].tolist():
             tokens = forest.tokens(node)
-            ids = torch.tensor([forest.path_ids(node)])
+            prefix = forest.path_ids(node)[: -len(tokens)]
             found = forest.rollout_logprobs[forest.cu_tokens[node] : forest.cu_tokens[node + 1]]
             born, errors = int(forest.born[node]), []
             for model in models[born : born + 2]:  # an update may have come in its middle
-                with torch.no_grad():
-                    logits = torch.log_softmax(model(ids).logits[0, :-1].float(), -1)
-                expected = logits.gather(-1, ids[0, 1:, None])[-len(tokens) :, 0]
-                errors.append((found - expected).abs())
+                errors.append((found - plain_logprobs(model, prefix, tokens)).abs())
             assert float(torch.stack(errors).amin(0).max()) < 2e-5
             assert float(errors[0][0]) < 2e-5
             checked += born < len(models) - 1
@@ -127,10 +109,7 @@ def test_lanes_see_their_own_samples_only(engine, grader):
     first, _ = next(stream)
     assert len(engine.running) > 0  # the next iteration is under way
     other.submit(Request(0, (5, 9, 3), 2, 4, (), 1))
-    done = []
-    while len(done) < 2:
-        done += other.poll()
-    assert [(c.key, c.index) for c in sorted(done, key=lambda c: c.index)] == [(0, 0), (0, 1)]
+    assert [(c.key, c.index) for c in drain(other, 2)] == [(0, 0), (0, 1)]
     evaluated, _ = grow(PROMPTS[:2], other, star(1, 12), grader, rewarded, OPTIONS)
     assert evaluated.num_nodes == 4
     second, _ = next(stream)
@@ -140,27 +119,13 @@ def test_lanes_see_their_own_samples_only(engine, grader):
     assert canonical(second) == canonical(alone)
 
 
-def test_token_frequencies_of_a_forest_are_those_of_independent_samples(tiny_model, grader):
+def test_token_frequencies_of_a_forest_are_those_of_independent_samples(tiny_model, grader, plain):
     """First tokens of the branches of one fixed prefix, in a tree and one by one."""
     engine = HFEngine(tiny_model, max_num_seqs=256, num_cached=64, min_shared=2)
-    shape = TreeShape((2, 1500), (4,), 6)
     options = dataclasses.replace(OPTIONS, stop_token_ids=())
+    shape = TreeShape((2, 1500), (4,), 6)
     forest, _ = grow(PROMPTS[:1], engine, shape, grader, rewarded, options)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-    parents = (forest.parent == 0).nonzero()[:, 0].tolist()
-    for parent in parents:
-        children = (forest.parent == parent).nonzero()[:, 0].tolist()
-        counts = torch.zeros(48)
-        for child in children:
-            counts[forest.tokens(child)[0]] += 1
-            assert forest.finish[child] in (LENGTH, STOP)
-        with torch.no_grad():
-            logits = model(torch.tensor([forest.path_ids(parent)])).logits[0, -1]
-        expected = 1500 * torch.softmax(logits.double(), -1)
-        likely = expected > 1.5  # chi-square needs expected counts of a few
-        chi2 = float(((counts - expected) ** 2 / expected)[likely].sum())
-        freedom = int(likely.sum())
-        assert len(children) == 1500 and chi2 < freedom + 5 * (2 * freedom) ** 0.5
+    check_first_tokens(forest, plain, 1500)
 
 
 def test_aborted_samples_leave_the_engine(engine, grader):

@@ -1,0 +1,114 @@
+"""What tests of engines and of forests do with either: drain, recompute, compare."""
+
+import time
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from spo.records import Request
+
+
+def policy(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def shaken(folder, scale, seed=1, part=""):
+    """The policy with noise on those of its weights whose names hold `part`."""
+    model = policy(folder)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part in name:
+                parameter.add_(scale * torch.randn_like(parameter))
+    return model
+
+
+def weights(model):
+    return ((name, p.detach()) for name, p in model.named_parameters())
+
+
+def drain(engine, count, seconds=60):
+    done, deadline = [], time.monotonic() + seconds
+    while len(done) < count:
+        done += engine.poll()
+        assert time.monotonic() < deadline, f"{len(done)} of {count} samples"
+    return sorted(done, key=lambda c: (c.key, c.index))
+
+
+def plain_logprobs(model, prefix, token_ids, temperature=1.0):
+    """Of the tokens behind a prefix, by one forward of transformers."""
+    ids = torch.tensor([[*prefix, *token_ids]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(prefix) - 1 : -1].float() / temperature
+    return torch.log_softmax(logits, -1).gather(-1, ids[0, len(prefix) :, None])[:, 0]
+
+
+def worst_error(pairs, model, temperature=1.0):
+    """Over (prefix, completion) pairs."""
+    return max(
+        float((torch.tensor(c.logprobs) - plain_logprobs(model, p, c.token_ids, temperature))
+        .abs().max())
+        for p, c in pairs
+    )  # fmt: skip
+
+
+def worst_difference(engine, model, temperature=0.7):
+    """Between the logprobs that an engine samples with and the model's."""
+    prefix = tuple(2 + (7 * i) % 45 for i in range(16))
+    engine.submit(Request(0, prefix, 8, 12, (1,), 5, temperature))
+    return worst_error([(prefix, c) for c in drain(engine, 8)], model, temperature)
+
+
+def check_update_reaches(engine, plain, changed):
+    """The engine samples from the changed weights, then from the plain ones again."""
+    engine.load_weights(weights(changed), engine.version + 1)
+    assert worst_difference(engine, changed) < 1e-3
+    assert worst_difference(engine, plain) > 1e-2  # so that the check above can fail
+    engine.load_weights(weights(plain), engine.version + 1)
+    assert worst_difference(engine, plain) < 1e-4
+
+
+def spent_on_a_shared_prefix(engine):
+    """Counters of one sample and then three behind two full blocks of 32 tokens and one token."""
+    prefix, before = tuple(2 + (5 * i + 1) % 45 for i in range(65)), engine.counters()
+    for key, n in enumerate((1, 3)):
+        engine.submit(Request(key, prefix, n, 4, (), 1 + key))
+        drain(engine, n)
+    return {name: value - before[name] for name, value in engine.counters().items()}
+
+
+def canonical(forest):
+    """Its graded paths with prompt and reward: free of node order, and nothing stands twice."""
+    graded = (~forest.rewards.isnan()).nonzero()[:, 0].tolist()
+    rows = [(int(forest.prompt[n]), tuple(forest.path_ids(n))) for n in graded]
+    return sorted((*row, float(forest.rewards[n])) for row, n in zip(rows, graded, strict=True))
+
+
+def rewarded(ids):
+    """Text that the arithmetic grader accepts for answer 7 if the first token is even."""
+    return "<answer> 7 </answer>" if ids[0] % 2 == 0 else "<answer> 8 </answer>"
+
+
+def check_first_tokens(forest, model, count):
+    """`count` branches behind each of the prompt's children: their first tokens are distributed as
+    independent samples are, and have the model's logprobs."""
+    for parent in (forest.parent == 0).nonzero()[:, 0].tolist():
+        children = (forest.parent == parent).nonzero()[:, 0].tolist()
+        with torch.no_grad():
+            logits = model(torch.tensor([forest.path_ids(parent)])).logits[0, -1].float()
+        logprobs, counts = logits.log_softmax(-1), torch.zeros(logits.numel())
+        for child in children:
+            (token, *_), start = forest.tokens(child), int(forest.cu_tokens[child])
+            counts[token] += 1
+            assert abs(float(forest.rollout_logprobs[start] - logprobs[token])) < 1e-4
+        assert len(children) == count
+        assert_frequencies(counts, logprobs.double().exp())
+
+
+def assert_frequencies(counts, probabilities):
+    """Chi-square within five standard deviations."""
+    expected = counts.sum() * probabilities
+    likely = expected > 1.5  # it needs expected counts of a few
+    chi2 = float(((counts - expected) ** 2 / expected)[likely].sum())
+    freedom = int(likely.sum())
+    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
