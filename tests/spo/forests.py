@@ -5,7 +5,9 @@ import math
 import torch
 from transformers import AutoModelForCausalLM
 
-from spo.records import PROMPT, SEGMENT, Forest, Prompt
+from spo.grow.assemble import assemble
+from spo.grow.shapes import Node, Tree
+from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Forest, Prompt
 
 RHO = 0.9
 
@@ -45,6 +47,19 @@ def random_forest(seed, trees=2, nodes=9, longest=5, weights=False):
     advantages = torch.randn(len(parent), generator=g)
     advantages[torch.rand(len(parent), generator=g) < 0.2] = 0.0
     return forest, torch.where(forest.trained, advantages, 0.0)
+
+
+def stars(*prompts):
+    """One star per prompt, of (token_ids, reward) responses; a NaN reward does not train."""
+    trees = []
+    for index, leaves in enumerate(prompts):
+        trees.append(Tree(index, Prompt((2, 3 + index), "1", "arithmetic")))
+        for ids, reward in leaves:
+            known = reward == reward
+            finish = STOP if known else LENGTH
+            logprobs = (-1.0,) * len(ids)
+            trees[-1].nodes.append(Node(0, ids, logprobs, known, known, finish, 0, reward))
+    return assemble(trees, 1.0)
 
 
 class Norm(torch.nn.Module):

@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+from sentences import one_sentence
 
 from spo import named
 
@@ -89,11 +90,8 @@ def test_a_module_on_the_path_or_in_the_current_folder(folder, monkeypatch):
 def test_what_cannot_be_found_is_one_sentence(folder, name, words):
     (folder / "broken.py").write_text("1 / 0\n")
     (folder / "wrong.py").write_text("raise ValueError('not today')\n")
-    with pytest.raises(ValueError) as error:
+    with one_sentence(words):
         named.find("credit.type", name, folder)
-    for word in words:
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_a_broken_file_is_read_again_once_it_is_mended(folder):
@@ -122,11 +120,8 @@ def test_settings_are_converted_and_checked(folder):
 )
 def test_bad_settings_are_named(folder, settings, words):
     rule = named.find("credit.type", "rule.py:Rule", folder)
-    with pytest.raises(ValueError) as error:
+    with one_sentence(words):
         named.build(rule, settings, "credit")
-    for word in words:
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_types_that_cannot_be_checked_are_said():

@@ -5,6 +5,7 @@ import inspect
 from pathlib import Path
 
 import pytest
+from sentences import one_sentence
 
 from spo import named
 from spo.config.critic import CriticConfig
@@ -72,6 +73,35 @@ def test_saved_recipe_reads_back(tmp_path):
         (["sampling.temperature=.inf"], ["sampling.temperature", "inf"]),
         (["train.seed=99999999999"], ["train.seed", "99999999999"]),
         (["sampling.stages=[[0.5,60]]"], ["sampling.stages", "60", "shape.segment_tokens"]),
+        # A rule fixes its loss, a shape its settings; a recipe can name no others.
+        (["credit.type=pairs", "shape.kind=star", "loss.kl_coef=0.1"], ["loss.kl_coef", "pairs"]),
+        (["credit.type=correct", "shape.kind=star", "loss.prob_threshold=0.9"], ["correct"]),
+        (["credit.beta=0.2"], ["credit.beta", "baseline"]),
+        (["credit.type=gae", "shape.kind=star", "credit.baseline=loo"], ["baseline", "gamma"]),
+        (
+            ["credit.type=gae", "shape.kind=star", "credit.critic.rate=1"],
+            ["critic.rate", "value_clip"],
+        ),
+        (["shape.kind=star", "shape.widths=[2]"], ["shape.widths", "group_size"]),
+        (["loss.kind=dpo"], ["loss.kind", "clip_eps_low"]),
+        (["credit.type=gae"], ["gae", "shape.kind=star"]),
+        (["credit.type=pairs", "shape.kind=chain"], ["pairs", "shape.kind=star"]),
+        (["credit.type=correct", "shape.kind=star", "train.replay_nodes=4"], ["replay_nodes", "4"]),
+        (["shape.kind=chain", "credit.scale=std"], ["credit.scale=std", "siblings"]),
+        (["shape.widths=[6,6]"], ["one length per level"]),
+        (["sampling.max_new_tokens=60"], ["segment_tokens", "60"]),
+        (["shape.kind=comb"], ["shape.kind", "star, tree, chain", "'comb'"]),
+        (["credit.type=pairs", "shape.kind=star", "credit.positive=-1"], ["credit.positive", "-1"]),
+        (["credit.type=gae", "shape.kind=star", "credit.lam=1.5"], ["credit.lam", "1.5"]),
+        (
+            ["credit.type=gae", "shape.kind=star", "credit.critic.value_clip=0"],
+            ["critic.value_clip", "0"],
+        ),
+        (["train.restart=true", "train.parallel=fsdp"], ["train.restart", "ddp"]),
+        (["shape.kind=star", "sampling.stages=[[0.5,999]]"], ["sampling.stages", "999", "64"]),
+        (["sampling.stages=[[0.5,30],[0.4,40]]"], ["sampling.stages", "rising"]),
+        (["shape=3"], ["shape", "group"]),
+        (["name=3"], ["name", "3"]),
         (["iterations"], ["key=value"]),
         (["name.x=3"], ["name"]),
     ],
@@ -79,11 +109,8 @@ def test_saved_recipe_reads_back(tmp_path):
 def test_bad_settings_are_named(overrides, words, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("name: here\n")
-    with pytest.raises(ValueError) as error:
+    with one_sentence(words):
         load_recipe(recipe, overrides)
-    for word in words:
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_missing_and_broken_recipes(tmp_path):
@@ -134,44 +161,6 @@ def test_off_is_a_word_where_words_are_expected():
     with pytest.raises(ValueError, match="credit.whiten.*found True"):
         load_recipe(None, ["credit.whiten=on"])
     assert load_recipe(None, ["eval.sampled=off"]).eval.sampled is False
-
-
-def test_settings_that_contradict_cannot_be_written():
-    """A rule fixes its loss, a shape its settings; a recipe can name no others."""
-    for overrides, words in (
-        (["credit.type=pairs", "shape.kind=star", "loss.kl_coef=0.1"], ["loss.kl_coef", "pairs"]),
-        (["credit.type=correct", "shape.kind=star", "loss.prob_threshold=0.9"], ["correct"]),
-        (["credit.beta=0.2"], ["credit.beta", "baseline"]),
-        (["credit.type=gae", "shape.kind=star", "credit.baseline=loo"], ["baseline", "gamma"]),
-        (
-            ["credit.type=gae", "shape.kind=star", "credit.critic.rate=1"],
-            ["critic.rate", "value_clip"],
-        ),
-        (["shape.kind=star", "shape.widths=[2]"], ["shape.widths", "group_size"]),
-        (["loss.kind=dpo"], ["loss.kind", "clip_eps_low"]),
-        (["credit.type=gae"], ["gae", "shape.kind=star"]),
-        (["credit.type=pairs", "shape.kind=chain"], ["pairs", "shape.kind=star"]),
-        (["credit.type=correct", "shape.kind=star", "train.replay_nodes=4"], ["replay_nodes", "4"]),
-        (["shape.kind=chain", "credit.scale=std"], ["credit.scale=std", "siblings"]),
-        (["shape.widths=[6,6]"], ["one length per level"]),
-        (["sampling.max_new_tokens=60"], ["segment_tokens", "60"]),
-        (["shape.kind=comb"], ["shape.kind", "star, tree, chain", "'comb'"]),
-        (["credit.type=pairs", "shape.kind=star", "credit.positive=-1"], ["credit.positive", "-1"]),
-        (["credit.type=gae", "shape.kind=star", "credit.lam=1.5"], ["credit.lam", "1.5"]),
-        (
-            ["credit.type=gae", "shape.kind=star", "credit.critic.value_clip=0"],
-            ["critic.value_clip", "0"],
-        ),
-        (["train.restart=true", "train.parallel=fsdp"], ["train.restart", "ddp"]),
-        (["shape.kind=star", "sampling.stages=[[0.5,999]]"], ["sampling.stages", "999", "64"]),
-        (["sampling.stages=[[0.5,30],[0.4,40]]"], ["sampling.stages", "rising"]),
-        (["shape=3"], ["shape", "group"]),
-        (["name=3"], ["name", "3"]),
-    ):
-        with pytest.raises(ValueError) as error:
-            load_recipe(None, overrides)
-        for word in words:
-            assert word in str(error.value), (overrides, str(error.value))
 
 
 def test_a_recipe_is_found_by_name_from_any_folder(tmp_path, monkeypatch):

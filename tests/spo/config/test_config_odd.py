@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import yaml
+from sentences import one_sentence
 
 import spo
 from spo.config.recipe import load_recipe, save_recipe
@@ -117,10 +118,8 @@ def test_settings_of_any_type_are_saved_and_read_back(rule, tmp_path):
     ],
 )
 def test_a_rule_that_cannot_work_is_refused_at_load(rule, code, overrides, words):
-    with pytest.raises(ValueError) as error:
+    with one_sentence(words):
         rule(code, *overrides)
-    assert all(word in str(error.value) for word in words), str(error.value)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -135,9 +134,8 @@ def test_a_rule_that_cannot_work_is_refused_at_load(rule, code, overrides, words
     ],
 )
 def test_a_shape_that_cannot_work_is_refused_at_load(rule, body, words):
-    with pytest.raises(ValueError) as error:
+    with one_sentence(words):
         rule(f"@dataclass(frozen=True)\nclass Mine(ShapeConfig):\n{body}", key="shape.kind")
-    assert all(word in str(error.value) for word in words), str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -167,10 +165,8 @@ def test_a_shape_that_cannot_work_is_refused_at_load(rule, body, words):
 )
 def test_odd_yaml_is_refused_at_load(tmp_path, text, words):
     (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(ValueError) as error:
+    with one_sentence(words):
         load_recipe(tmp_path / "r.yaml")
-    assert all(word in str(error.value) for word in words), str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_a_folder_named_like_a_recipe_does_not_hide_it(tmp_path, monkeypatch):
@@ -186,7 +182,6 @@ def test_recipes_made_in_python_are_checked_before_any_work(tmp_path):
         (dataclasses.replace(made, credit=Gae()), ["credit.type=gae", "shape.kind=star"]),
         (dataclasses.replace(made, train=TrainConfig(prompts=-5)), ["train.prompts", "-5"]),
     ):
-        with pytest.raises(ValueError) as error:
+        with one_sentence(words):
             spo.train(recipe)
-        assert all(word in str(error.value) for word in words)
     assert not (tmp_path / "run").exists()

@@ -133,10 +133,6 @@ def test_chain_root_value_weighs_trajectories():
     check(grown, [0, -0.25, 0.5, 0, -0.5, 0, 0, 0, 0])
 
 
-def test_chain_root_value_none():
-    check(chain(), [0, 0, 0.5, 0, -0.5, 0, 0, 0, 0], root_value="none")
-
-
 def test_chain_root_value_mc():
     probes = [node(0, 1.0, trained=False), node(0, 1.0, trained=False)]
     check(chain(more=probes), [0, -0.5, 0.5, 0, -0.5, *[0] * 6], root_value="none")

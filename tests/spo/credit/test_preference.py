@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from forests import stars
 from transformers import AutoModelForCausalLM
 
 from spo.config.loss import LikelihoodLossConfig
@@ -12,27 +13,11 @@ from spo.config.policy import PolicyConfig
 from spo.credit.correct import Correct
 from spo.credit.nodes import of_nodes, of_tokens
 from spo.credit.pairs import Pairs, node_sums, pair_credit, pair_loss, pair_nodes
-from spo.grow.assemble import assemble
-from spo.grow.shapes import Node, Tree
 from spo.learn.loss import likelihood_loss
 from spo.learn.model import load_policy, row_logprobs
 from spo.learn.pack import pack, unpack
-from spo.records import LENGTH, STOP, Prompt
 
 NAN = float("nan")
-
-
-def stars(*prompts):
-    """One star per prompt, of (token_ids, reward) responses; a NaN reward does not train."""
-    trees = []
-    for index, leaves in enumerate(prompts):
-        trees.append(Tree(index, Prompt((2, 3 + index), "1", "arithmetic")))
-        for ids, reward in leaves:
-            known = reward == reward
-            finish = STOP if known else LENGTH
-            logprobs = (-1.0,) * len(ids)
-            trees[-1].nodes.append(Node(0, ids, logprobs, known, known, finish, 0, reward))
-    return assemble(trees, 1.0)
 
 
 def marks(forest, rule):

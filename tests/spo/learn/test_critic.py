@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
+from forests import stars
 
 from spo.config.policy import PolicyConfig
 from spo.credit.gae import token_credit
 from spo.credit.nodes import of_tokens
-from spo.grow.assemble import assemble
-from spo.grow.shapes import Node, Tree
 from spo.learn.critic import (
     clipped_errors,
     explained_variance,
@@ -19,24 +18,12 @@ from spo.learn.critic import (
     value_loss,
 )
 from spo.learn.pack import pack, unpack
-from spo.records import LENGTH, STOP, Prompt
 
 NAN = float("nan")
 
 
-def star(*leaves, prompt=(2, 3)):
-    """One prompt with (token_ids, reward) responses; a NaN reward does not train."""
-    tree = Tree(0, Prompt(prompt, "1", "arithmetic"))
-    for ids, reward in leaves:
-        known = reward == reward
-        finish = STOP if known else LENGTH
-        logprobs = (-1.0,) * len(ids)
-        tree.nodes.append(Node(0, ids, logprobs, known, known, finish, 0, reward))
-    return assemble([tree], 1.0)
-
-
 # prompt of 2 tokens, a right response of 3, one left out of 1, a wrong one of 2
-STAR = star(((4, 5, 6), 1.0), ((7,), NAN), ((8, 9), 0.0))
+STAR = stars([((4, 5, 6), 1.0), ((7,), NAN), ((8, 9), 0.0)])
 VALUES = torch.tensor([9.0, 9.0, 0.5, 0.25, 0.75, 9.0, 0.5, 0.25])
 
 
@@ -109,9 +96,9 @@ def test_a_value_is_that_of_the_state_before_the_token(critic):
         values = values_of(critic, STAR, 100)
         torch.testing.assert_close(values_of(critic, STAR, 4), values, atol=1e-5, rtol=1e-5)
         assert values[2] == values[6] and not values[[0, 1, 5]].any()  # both follow the prompt
-        other_end = star(((4, 5, 7), 1.0), ((7,), NAN), ((8, 10), 0.0))
+        other_end = stars([((4, 5, 7), 1.0), ((7,), NAN), ((8, 10), 0.0)])
         torch.testing.assert_close(values_of(critic, other_end, 100), values)
-        changed = values_of(critic, star(((5, 5, 6), 1.0), ((7,), NAN), ((8, 9), 0.0)), 100)
+        changed = values_of(critic, stars([((5, 5, 6), 1.0), ((7,), NAN), ((8, 9), 0.0)]), 100)
         assert (changed != values).tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
     finally:
         torch.nn.init.zeros_(head)

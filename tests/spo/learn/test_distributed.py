@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from spo.config.policy import PolicyConfig
 from spo.config.recipe import load_recipe
+from spo.learn import distributed
 from spo.learn.checkpoint import latest_checkpoint, load_state
-from spo.learn.distributed import join
+from spo.learn.distributed import Ranks, join
 from spo.learn.model import load_policy
 from spo.loop import train
 from spo.metrics import read_metrics
@@ -96,12 +97,12 @@ SMALL = [
 ]
 
 
-def run(out, mode, iterations, *more, fail=False):
+def run(out, mode, iterations, *more):
     recipe = out / "recipe.yaml"
     out.mkdir(parents=True, exist_ok=True)
     recipe.write_text("name: test\n")
     settings = [f"train.parallel={mode}", f"train.iterations={iterations}", f"out={out}"]
-    return torchrun("-m", "spo", "train", recipe, *SMALL, *settings, *more, fail=fail)
+    torchrun("-m", "spo", "train", recipe, *SMALL, *settings, *more)
 
 
 def weights(out):
@@ -150,9 +151,13 @@ def test_a_sharded_checkpoint_trains_on_in_one_process(one_iteration, tmp_path):
     assert load_policy(PolicyConfig(path=str(latest_checkpoint(out) / "policy")))
 
 
-def test_bad_launches_get_a_sentence(tmp_path):
+def test_bad_launches_get_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="fsdp: expected several processes"):
         join("fsdp", "cpu")
-    errors = run(tmp_path / "few", "ddp", 1, "train.prompts=1", fail=True)
-    assert "train.prompts: expected at least one per rank, 2 in all" in errors
+    monkeypatch.setattr(distributed, "join", lambda *_: Ranks(1, 2, sharded=True))
+    with pytest.raises(ValueError, match="train.prompts: expected at least one per rank, 2 in all"):
+        train(load_recipe(None, [*SMALL, f"out={tmp_path}", "train.prompts=1"]))
+    chain = ["shape={kind: chain, rescore: true}", f"out={tmp_path}"]
+    with pytest.raises(ValueError, match="shape.rescore=true works with train.parallel=ddp"):
+        train(load_recipe(None, chain))
     assert torch.distributed.is_available() and not torch.distributed.is_initialized()

@@ -12,6 +12,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from sentences import one_sentence
 
 from spo.tasks import get_task, sources
 from spo.tasks.sources import read_problems
@@ -242,9 +243,8 @@ def test_a_training_stream_shuffles_all_problems_again_and_again(tmp_path):
 )
 def test_damaged_files_are_named(tmp_path, name, text, words):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError) as error:
+    with one_sentence(words):
         read("gsm8k", "test", tmp_path / name)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
 def test_the_row_of_a_bad_answer_is_named(tmp_path):
