@@ -1,12 +1,20 @@
-"""What docs/extend.md shows is run as it stands."""
+"""What README and docs show is run as it stands; what they name exists."""
 
+import math
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
-from spo import load_recipe, train
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from spo import cli, load_recipe, train
 from spo.tasks import task_of
 
-PAGE = Path(__file__).parents[1] / "docs" / "extend.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALL = [
     "engine={name: hf, max_num_seqs: 32, max_model_len: 96}",
     "sampling.max_new_tokens=40",
@@ -16,14 +24,17 @@ SMALL = [
 ]
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+def blocks(page, language=""):
+    text = (ROOT / page).read_text()
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [code for kind, code in found if kind == language]
 
 
 def test_your_own_task_rule_and_shape(tmp_path):
-    for name, code in zip(("doubles", "signs", "fork"), blocks("python"), strict=True):
+    page = "docs/extend.md"
+    for name, code in zip(("doubles", "signs", "fork"), blocks(page, "python"), strict=True):
         (tmp_path / f"{name}.py").write_text(code)
-    for name, text in zip(("task", "rule", "shape"), blocks("yaml"), strict=True):
+    for name, text in zip(("task", "rule", "shape"), blocks(page, "yaml"), strict=True):
         (tmp_path / f"{name}.yaml").write_text(text)
     recipe = load_recipe(tmp_path / "task.yaml")
     assert recipe.task == f"{tmp_path / 'doubles.py'}:Doubles"
@@ -36,3 +47,104 @@ def test_your_own_task_rule_and_shape(tmp_path):
         (trained,) = (line for line in lines if line["stage"] == "train")
         assert trained["skipped_steps"] == 0
         assert trained["mean_abs_advantage"] > 0 or name == "task"  # too easy, or too hard
+
+
+def test_the_readme_s_three_snippets_give_one_loss_and_one_gradient():
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, **size, **heads, initializer_range=0.5))
+    input_ids = torch.randint(64, (3, 12))
+    ids = input_ids[:, 1:]
+    logits = model(input_ids).logits[:, :-1]
+    logprobs = logits.detach().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    given = {
+        "torch": torch,
+        "math": math,
+        "model": model,
+        "input_ids": input_ids,
+        "ids": ids,
+        "old_logprobs": logprobs + 0.2 * torch.randn_like(logprobs).clamp(max=0),
+        "adv": torch.randn(3, 11),
+        "loss_mask": torch.rand(3, 11) < 0.8,
+        "temperature": 1.0,
+        "eps": 0.2,
+    }
+    found = []
+    for code in blocks("README.md", "python"):
+        model.zero_grad()
+        names = given | {"logits": model(input_ids).logits[:, :-1]}
+        exec(code, names)
+        loss = names["out"].loss if "out" in names else names["loss"]
+        found.append((loss.detach(), model.lm_head.weight.grad.clone()))
+    eager, fused, from_hidden = found
+    assert eager[0] != 0 and eager[1].abs().max() > 1e-3
+    for loss, gradient in (fused, from_hidden):
+        torch.testing.assert_close(loss, eager[0])
+        torch.testing.assert_close(gradient, eager[1], rtol=1e-3, atol=1e-6)
+
+
+def commands():
+    for page in PAGES:
+        lines = [line for block in blocks(page) for line in block.splitlines()]
+        text = page.read_text()
+        lines += re.findall(r"`((?:spo \S+|make|python|pip|pytest|torchrun) [^`\n]+)`", text)
+        lines += re.findall(r"^ {4}((?:make|torchrun) .*)", text, re.MULTILINE)
+        for line in lines:
+            if page.name != "LOG.md" and "vllm" not in line:
+                yield pytest.param(line, id=f"{page.name}: {line.split('#')[0].strip()}")
+
+
+SHOWN = list(commands())
+TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_a_command_that_is_shown_would_run(line):
+    """Recipes load with the settings shown, options are known, files and targets exist."""
+    words = [
+        word
+        for word in shlex.split(line.replace("[train.parallel=fsdp]", ""), comments=True)
+        if "…" not in word
+    ]
+    if "spo" in words and words[0] in ("spo", "torchrun"):
+        words = words[words.index("spo") + 1 :]
+        arguments, rest = cli._parser().parse_known_args(words)
+        assert not [word for word in rest if word.startswith("-")]
+        settings = [word for word in words if "=" in word and not word.startswith("-")]
+        names = getattr(arguments, "recipes", None) or [getattr(arguments, "recipe", None)]
+        for name in map(str, filter(None, names)):
+            if "=" not in name and name != "recipe.yaml":
+                load_recipe(name, settings)
+    elif words[0] == "make":
+        assert [word for word in words[1:] if "=" not in word][0] in TARGETS
+    elif words[0] in ("python", "pytest"):
+        target = words[words.index("-m") + 1].replace(".", "/") if "-m" in words else words[1]
+        assert (ROOT / target).exists() or (ROOT / f"{target}.py").exists()
+    elif words[0] == "pip":
+        extras = re.findall(r"\[(.*?)\]", line.split("&&")[0])
+        known = (ROOT / "pyproject.toml").read_text()
+        assert all(f"\n{name} = [" in known for extra in extras for name in extra.split(","))
+
+
+def test_commands_are_found():
+    assert len(SHOWN) > 25 and any("spo compare" in p.values[0] for p in SHOWN)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_paths_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert "://" in target or (page.parent / target).exists(), target
+    for name in re.findall(
+        r"`((?:benchmarks|csrc|docs|examples|spo|spo_kernels|tests|tools)/[^`\s]*)`", text
+    ):
+        pattern = re.sub(r"<\w+>|\{[\w,]+\}", "*", name)
+        assert list(ROOT.glob(pattern.rstrip("/"))), name
+
+
+def test_no_command_leaves_its_repository():
+    """Nothing here names a path of one machine."""
+    listed = subprocess.check_output(["git", "ls-files", "*.md"], cwd=ROOT, text=True).split()
+    for name in listed:
+        assert not re.search(r"/(?:work|home|root|mnt)/", (ROOT / name).read_text()), name

@@ -158,6 +158,6 @@ def test_bad_launches_get_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="train.prompts: expected at least one per rank, 2 in all"):
         train(load_recipe(None, [*SMALL, f"out={tmp_path}", "train.prompts=1"]))
     chain = ["shape={kind: chain, rescore: true}", f"out={tmp_path}"]
-    with pytest.raises(ValueError, match="shape.rescore=true works with train.parallel=ddp"):
+    with pytest.raises(ValueError, match="shape.rescore=true: expected train.parallel=ddp"):
         train(load_recipe(None, chain))
     assert torch.distributed.is_available() and not torch.distributed.is_initialized()
