@@ -39,7 +39,7 @@ def environment(measures: str, device: str = "cpu") -> dict[str, str | int]:
 
     return {
         "device": device_name(device),
-        "kind": kind_of(device),
+        "device_kind": kind_of(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "spo_kernels": version("spo-kernels").split(" ", 1)[1],
@@ -118,7 +118,7 @@ def mark(record: Mapping[str, Any], measures: str) -> str:
 def where(records: Sequence[Mapping[str, Any]], measures: str) -> str:
     """Machine, commit and date of some results, and the mark where one of them is old."""
     first = records[0]
-    kind = f" ({first['kind']})" if first["kind"] else ""
+    kind = f" ({first['device_kind']})" if first["device_kind"] else ""
     threads = (
         f", {first['threads']} thread{'s' * (first['threads'] > 1)}" if "threads" in first else ""
     )

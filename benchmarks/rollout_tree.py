@@ -40,9 +40,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # it also runs where nothing is installed
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-START = time.monotonic()
-
-
 def engine_name(wanted: str) -> str:
     """vLLM where it is installed; else the embedded engine, and a line that says so."""
     if wanted != "auto":
@@ -55,6 +52,7 @@ def engine_name(wanted: str) -> str:
 
 def run_case(name: str, case: argparse.Namespace, engine: str, swept: bool) -> dict:
     """Measure one case and print each run as it ends."""
+    start = time.monotonic()
     from benchmarks.rollouts import tables
     from benchmarks.rollouts.cases import describe
     from benchmarks.rollouts.measure import measure
@@ -70,7 +68,7 @@ def run_case(name: str, case: argparse.Namespace, engine: str, swept: bool) -> d
 
     record = measure(case, engine, watch, ready) | {"swept": swept}
     print(f"\n{tables.summary(record)}", flush=True)
-    say(f"Measured with {tables.where(record)}, in {time.monotonic() - START:.0f} s.")
+    say(f"Measured with {tables.where(record)}, in {time.monotonic() - start:.0f} s.")
     return record
 
 
@@ -147,7 +145,7 @@ def parse(argv: Sequence[str] | None, settings: dict) -> argparse.Namespace:
     if arguments.ways and "depth" not in arguments.ways:
         parser.error("--ways: depth is what the others are compared with; name it too")
     if settings:
-        arguments.until = START + 60 * arguments.minutes
+        arguments.until = time.monotonic() + 60 * arguments.minutes
         for name in OUTPUT:
             delattr(arguments, name)
     return arguments

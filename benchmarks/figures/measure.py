@@ -70,7 +70,7 @@ def changes(before: object, after: object) -> list[str]:
         found = {}
         for row in rows if isinstance(rows, list) else ():
             if row.get("role") == "ours" or row.get("way") == "packed":
-                found[row["kind"], row["shape"]] = row.get("ms") or row["seconds"]
+                found[row["device_kind"], row["shape"]] = row.get("ms") or row["seconds"]
         return found
 
     old = times(before)

@@ -131,13 +131,13 @@ def rounds_of(case: argparse.Namespace, engine, prompts: list[Prompt], watch: Wa
     run_once(ways[-1], engine, case, prompts, seed=-1)
     for repeat in range(case.repeats):
         begin = time.monotonic()
-        if begin + round_s > case.until:
+        if repeat and begin + round_s > case.until:
             break
         order = list(ways)
         random.Random(repeat).shuffle(order)
         for way in order:
             start = time.monotonic()
-            if repeat == 0 and start + run_s > case.until:
+            if runs and repeat == 0 and start + run_s > case.until:
                 break
             result = run_once(way, engine, case, prompts, seed=repeat)
             if repeat:  # one trace is drawn

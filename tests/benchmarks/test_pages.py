@@ -43,14 +43,14 @@ def test_every_result_names_machine_date_commit_and_sources(path):
         assert re.fullmatch(r"[0-9a-f]{7,}\+?", row["commit"])
         assert re.fullmatch(r"[0-9a-f]{12}\+?", row["sources"])
         kind = path.parent.name.removeprefix("cpu").removeprefix("-")
-        assert row["kind"] == kind or path.parent == results.EVIDENCE
+        assert row["device_kind"] == kind or path.parent == results.EVIDENCE
 
 
 def test_a_page_marks_what_was_measured_on_other_sources(tmp_path, monkeypatch):
     rows = json.loads((RESULTS / "cpu-amx" / "train_step.json").read_text())
     now = provenance.environment("training code")
-    (tmp_path / now["kind"]).mkdir()
-    path = tmp_path / now["kind"] / "train_step.json"
+    (tmp_path / now["device_kind"]).mkdir()
+    path = tmp_path / now["device_kind"] / "train_step.json"
     monkeypatch.setattr(results.devices, "__defaults__", (tmp_path,))
     monkeypatch.setattr(results.read, "__defaults__", (tmp_path,))
     path.write_text(json.dumps([row | now for row in rows]))
@@ -100,7 +100,7 @@ def test_the_kind_of_a_cpu_is_its_best_unit(monkeypatch, flags, kind):
 
 def test_times_are_compared_on_one_kind_only():
     def row(kind, ms, role="ours"):
-        return {"kind": kind, "shape": "s", "role": role, "ms": ms}
+        return {"device_kind": kind, "shape": "s", "role": role, "ms": ms}
 
     before = [row("amx", 10.0), row("amx", 1.0, "floor")]
     assert measure.changes(before, [row("amx", 12.0)]) == ["s: 1.20 of the time committed for amx"]
