@@ -5,11 +5,37 @@ import math
 import torch
 from transformers import AutoModelForCausalLM
 
+from spo.credit.nodes import of_tokens
 from spo.grow.assemble import assemble
 from spo.grow.shapes import Node, Tree
+from spo.learn.pack import pack
 from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Forest, Prompt
 
 RHO = 0.9
+
+
+def forest_of(parent, sizes, **fields):
+    """One tree of nodes with these parents and lengths; what is not given is the same for all."""
+    n = len(parent)
+    plain = {
+        "token_ids": torch.arange(2, 2 + sum(sizes), dtype=torch.int32),
+        "rewards": torch.full((n,), math.nan),
+        "in_value": torch.ones(n, dtype=torch.bool),
+        "finish": torch.full((n,), STOP, dtype=torch.int8),
+        "weight": torch.ones(n, dtype=torch.int32),
+        "prompt": torch.zeros(n, dtype=torch.int32),
+        "born": torch.zeros(n, dtype=torch.int32),
+        "prompts": (Prompt((), None, "arithmetic"),),
+    }
+    cu_tokens = torch.tensor([0, *sizes]).cumsum(0)
+    parent = torch.tensor(parent, dtype=torch.int32)
+    return Forest(cu_tokens=cu_tokens, parent=parent, **plain | fields)
+
+
+def packed(forest, advantages, budget, threshold=RHO, **options):
+    """Batches and figures of a forest with (S,) advantages."""
+    credit = of_tokens(forest, advantages)
+    return pack(forest, credit, prob_threshold=threshold, tokens_per_batch=budget, **options)
 
 
 def random_forest(seed, trees=2, nodes=9, longest=5, weights=False):
@@ -30,18 +56,16 @@ def random_forest(seed, trees=2, nodes=9, longest=5, weights=False):
     total = sum(sizes)
     roots = torch.tensor(parent) < 0
     logprobs = math.log(RHO) + 0.2 * torch.randn(total, generator=g).float()
-    forest = Forest(
+    forest = forest_of(
+        parent,
+        sizes,
         token_ids=torch.randint(2, 48, (total,), generator=g, dtype=torch.int32),
         rollout_logprobs=logprobs.clamp(max=-1e-3),
-        cu_tokens=torch.tensor([0, *sizes]).cumsum(0),
-        parent=torch.tensor(parent, dtype=torch.int32),
-        rewards=torch.full((len(parent),), math.nan),
         in_value=~roots,
         trained=~roots & (torch.rand(len(parent), generator=g) < 0.7),
         finish=torch.tensor(finish, dtype=torch.int8),
         weight=torch.tensor([1 + draw(3) if weights else 1 for _ in parent], dtype=torch.int32),
         prompt=torch.tensor(prompt, dtype=torch.int32),
-        born=torch.zeros(len(parent), dtype=torch.int32),
         prompts=tuple(Prompt((), None, "arithmetic") for _ in range(trees)),
     )
     advantages = torch.randn(len(parent), generator=g)

@@ -5,7 +5,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM
 
-from spo.records import Request
+from spo.records import STOP, Request
 
 
 def policy(folder, dtype=torch.float32):
@@ -66,6 +66,24 @@ def check_update_reaches(engine, plain, changed):
     assert worst_difference(engine, plain) > 1e-2  # so that the check above can fail
     engine.load_weights(weights(plain), engine.version + 1)
     assert worst_difference(engine, plain) < 1e-4
+
+
+def check_seeds_and_stops(engine):
+    """The same seeds give the same samples, and a stop token is a sample's last."""
+    stops = tuple(range(20, 40))
+    runs = []
+    for _ in range(2):
+        engine.submit(Request(0, (5, 9, 3), 4, 20, stops, 3, 2.0))
+        runs.append(drain(engine, 4))
+    assert [c.token_ids for c in runs[0]] == [c.token_ids for c in runs[1]]
+    engine.submit(Request(0, (5, 9, 3), 2, 20, stops, 5, 2.0))  # sample i is seeded with seed + i
+    assert [c.token_ids for c in drain(engine, 2)] == [c.token_ids for c in runs[0][2:]]
+    assert len({c.token_ids for c in runs[0]}) == 4
+    assert {c.finish for c in runs[0]} >= {STOP}
+    for c in runs[0]:
+        assert (c.finish == STOP) == (c.token_ids[-1] in stops)
+        assert c.finish == STOP or len(c.token_ids) == 20
+        assert not set(c.token_ids[:-1]) & set(stops)
 
 
 def spent_on_a_shared_prefix(engine):

@@ -48,11 +48,7 @@ def run(*arguments):
         (["policy.path=/no/such/model"], ["policy.path", "/no/such/model"]),
         (["policy.path=nobody/nothing"], ["policy.path", "nobody/nothing"]),
         (["task=chess"], ["task", "chess", "arithmetic"]),
-        (["engine.max_model_len=24"], ["engine.max_model_len", "32", "24"]),
         (["engine.max_model_len=40"], ["prompt of", "context of 40"]),
-        (["sampling.top_p=0.95"], ["top_p: expected 1"]),
-        (["shape.segment_tokens=[8,8]"], ["segment_tokens"]),
-        (["engine.name=none"], ["engine.name"]),
     ],
 )
 def test_bad_input_is_one_sentence_and_an_exit_code(recipe, tmp_path, capsys, overrides, words):

@@ -56,7 +56,6 @@ def compare(inputs, *, oracle_inputs=None, factor=1.0, **options):
 
 # Two tokens of a vocabulary of two with equal logits: every logprob is log(1/2).
 HAND = {
-    "logits": torch.zeros(3, 2),
     "token_ids": tensor([0, 1, 0]),
     "old_logprobs": tensor([math.log(0.5), math.log(0.25), math.log(0.95)]),
     "advantages": tensor([1.0, 2.0, 5.0]),
@@ -65,15 +64,8 @@ HAND = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_by_hand(backend):
-    logits = HAND["logits"].clone().requires_grad_()
-    out = masked_ppo_loss(
-        logits,
-        HAND["token_ids"],
-        HAND["old_logprobs"],
-        HAND["advantages"],
-        backend=backend,
-        entropy=True,
-    )
+    logits = torch.zeros(3, 2, requires_grad=True)
+    out = masked_ppo_loss(logits, **HAND, backend=backend, entropy=True)
     out.loss.backward()
     # Ratios 1 and 2, the second clipped to 1.2; the third token was sampled at p >= 0.9.
     assert out.loss.item() == pytest.approx(-(1.0 + 2.4) / 2)

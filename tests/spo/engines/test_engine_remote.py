@@ -16,6 +16,7 @@ import pytest
 import torch
 from sampling import (
     canonical,
+    check_seeds_and_stops,
     check_update_reaches,
     drain,
     plain_logprobs,
@@ -34,7 +35,7 @@ from spo.engines.served import EXTENSION
 from spo.grow.rollout import RolloutOptions
 from spo.grow.shapes import TreeShape
 from spo.grow.stream import grow
-from spo.records import LENGTH, SEGMENT, STOP, Request
+from spo.records import LENGTH, SEGMENT, Request
 from spo.tasks import prompts
 
 pytestmark = [
@@ -145,20 +146,7 @@ def test_logprobs_are_those_of_the_policy_at_the_sampling_temperature(engine, pl
 
 
 def test_seeds_repeat_and_stops_stop(engine):
-    stops = tuple(range(20, 40))
-    runs = []
-    for _ in range(2):
-        engine.submit(Request(0, (5, 9, 3), 4, 20, stops, 3, 2.0))
-        runs.append(drain(engine, 4))
-    assert [c.token_ids for c in runs[0]] == [c.token_ids for c in runs[1]]
-    engine.submit(Request(0, (5, 9, 3), 2, 20, stops, 5, 2.0))  # sample i is seeded with seed + i
-    assert [c.token_ids for c in drain(engine, 2)] == [c.token_ids for c in runs[0][2:]]
-    assert len({c.token_ids for c in runs[0]}) == 4
-    assert {c.finish for c in runs[0]} >= {STOP}
-    for c in runs[0]:
-        assert (c.finish == STOP) == (c.token_ids[-1] in stops)
-        assert c.finish == STOP or len(c.token_ids) == 20
-        assert not set(c.token_ids[:-1]) & set(stops)
+    check_seeds_and_stops(engine)
 
 
 def test_full_blocks_of_a_prefix_are_computed_once(engine):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sampling import (
     check_first_tokens,
+    check_seeds_and_stops,
     check_update_reaches,
     drain,
     plain_logprobs,
@@ -86,14 +87,7 @@ def test_full_blocks_of_a_prefix_are_computed_once(engine):
 
 
 def test_seeds_repeat_and_stops_stop(engine):
-    runs = []
-    for _ in range(2):
-        engine.submit(Request(0, (5, 9, 3), 4, 20, (7, 8, 9, 10, 11, 12), 3))
-        runs.append([c.token_ids for c in drain(engine, 4)])
-    assert runs[0] == runs[1] and len(set(runs[0])) > 1
-    for ids in runs[0]:
-        assert len(ids) == 20 or ids[-1] in (7, 8, 9, 10, 11, 12)
-        assert not set(ids[:-1]) & {7, 8, 9, 10, 11, 12}
+    check_seeds_and_stops(engine)
 
 
 def test_only_the_request_s_tokens_stop(engine):

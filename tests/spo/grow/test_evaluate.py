@@ -12,7 +12,6 @@ from spo.grow.rollout import RolloutOptions
 from spo.grow.tokenizer import load_tokenizer
 from spo.records import LENGTH, STOP, Completion
 from spo.tasks import prompts
-from spo.tasks.grading import Grader
 from spo.tasks.problem import tag
 
 LIMITS = (8, 14, 20, 40)
@@ -24,18 +23,17 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_shorter_limit_needs_no_rollout_of_its_own(tokenizer, temperature):
+def test_a_shorter_limit_needs_no_rollout_of_its_own(tokenizer, grader, temperature):
     problems = list(islice(prompts("arithmetic", "test", 0, tokenizer), 24))
     engine = HFEngine(str(EMBEDDED), max_num_seqs=64, max_model_len=96)
     options = RolloutOptions((tokenizer.eos_token_id,), temperature=temperature, seed=3)
     samples = 1 if temperature == 0 else 3
-    with Grader() as grader:
 
-        def measure(limits):
-            return accuracies(problems, engine, grader, tokenizer.decode, options, limits, samples)
+    def measure(limits):
+        return accuracies(problems, engine, grader, tokenizer.decode, options, limits, samples)
 
-        together = measure(LIMITS)
-        assert together == [measure((limit,))[0] for limit in LIMITS]
+    together = measure(LIMITS)
+    assert together == [measure((limit,))[0] for limit in LIMITS]
     engine.close()
     solved = [found.pass_at_1 for found in together]
     assert solved == sorted(solved) and solved[0] < solved[-1]
@@ -64,7 +62,7 @@ class Scripted:
         return {}
 
 
-def test_by_hand(tokenizer):
+def test_by_hand(tokenizer, grader):
     problems = list(islice(prompts("arithmetic", "test", 0, tokenizer), 3))
     texts = {10 + i: tag(str(p.answer)) for i, p in enumerate(problems)}  # token -> right answer
     responses = [
@@ -73,27 +71,17 @@ def test_by_hand(tokenizer):
         *[((10, 1), STOP), ((5, 5, 5, 1), STOP)],  # another problem's answer, none at all
     ]
     options = RolloutOptions((1,), temperature=0.5, truncated="penalty")
-    with Grader() as grader:
-        thinking = [dataclasses.replace(p, opening="<think>") for p in problems]
-        (unclosed,) = accuracies(
-            thinking,
-            Scripted(list(responses)),
-            grader,
-            lambda ids: " ".join(texts.get(i, "") for i in ids),
-            options,
-            (4,),
-            samples=2,
-        )
-        assert unclosed.pass_at_1 == 0  # the prompt has opened what no response closes
-        short, whole = accuracies(
-            problems,
-            Scripted(list(responses)),
-            grader,
-            lambda ids: " ".join(texts.get(i, "") for i in ids),
-            options,
-            (2, 4),
-            samples=2,
-        )
+
+    def decode(ids):
+        return " ".join(texts.get(i, "") for i in ids)
+
+    def measured(prompts, *limits):
+        engine = Scripted(list(responses))
+        return accuracies(prompts, engine, grader, decode, options, limits, samples=2)
+
+    (unclosed,) = measured([dataclasses.replace(p, opening="<think>") for p in problems], 4)
+    assert unclosed.pass_at_1 == 0  # the prompt has opened what no response closes
+    short, whole = measured(problems, 2, 4)
     # per problem: 1/2, 1, 0 and, cut after two tokens, 1/2, 0, 0
     assert (whole.pass_at_1, whole.stderr) == pytest.approx((0.5, 0.5 / 3**0.5))
     assert (short.pass_at_1, short.stderr) == pytest.approx((1 / 6, 1 / 6))

@@ -5,16 +5,14 @@ import math
 
 import pytest
 import torch
-from forests import RHO, load_fp64, random_forest
+from forests import RHO, forest_of, load_fp64, packed, random_forest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spo.config.loss import PolicyLossConfig
-from spo.credit.nodes import of_tokens
 from spo.learn.attention import BACKENDS
 from spo.learn.loss import policy_loss
 from spo.learn.pack import pack
-from spo.records import STOP, Forest, Prompt
 
 
 def row_loss(model, forest, advantages, threshold):
@@ -64,9 +62,8 @@ def check(models, kind, forest, advantages, threshold, budget, ranks=1):
         expected = sum(p.sum() for p in plain.parameters()) * 0.0
     wanted = gradients(plain, expected)
     packing = "rows" if kind == "rows" else "tree"
-    options = {"prob_threshold": threshold, "tokens_per_batch": budget, "packing": packing}
     shares = [
-        pack(forest, of_tokens(forest, advantages), **options, share=(rank, ranks))
+        packed(forest, advantages, budget, threshold, packing=packing, share=(rank, ranks))
         for rank in range(ranks)
     ]
     assert len({(len(batches), stats) for batches, stats in shares}) == 1
@@ -121,28 +118,18 @@ def test_rows_are_cut_and_counted(models):
 
 def test_ranks_get_equal_work():
     forest, advantages = random_forest(4, trees=12, nodes=8)
-    options = {"prob_threshold": RHO, "tokens_per_batch": 40}
-    shares = [
-        pack(forest, of_tokens(forest, advantages), **options, share=(rank, 2))[0]
-        for rank in range(2)
-    ]
+    shares = [packed(forest, advantages, 40, share=(rank, 2))[0] for rank in range(2)]
     tokens = [sum(b.token_ids.numel() for b in batches if b.targets.numel()) for batches in shares]
     assert len(shares[0]) == len(shares[1])
     assert abs(tokens[0] - tokens[1]) <= 20  # the smallest piece dealt last
-    assert sum(tokens) == pack(forest, of_tokens(forest, advantages), **options)[1].packed_tokens
+    assert sum(tokens) == packed(forest, advantages, 40)[1].packed_tokens
 
 
 def test_one_large_tree_is_split_between_ranks():
     forest, advantages = random_forest(6, trees=1, nodes=40)
-    options = {"prob_threshold": RHO, "tokens_per_batch": 10**6}
-    whole = pack(forest, of_tokens(forest, advantages), **options)[1].packed_tokens
-    tokens = [
-        sum(
-            b.token_ids.numel()
-            for b in pack(forest, of_tokens(forest, advantages), **options, share=(rank, 2))[0]
-        )
-        for rank in range(2)
-    ]
+    whole = packed(forest, advantages, 10**6)[1].packed_tokens
+    shares = [packed(forest, advantages, 10**6, share=(rank, 2))[0] for rank in range(2)]
+    tokens = [sum(b.token_ids.numel() for b in batches) for batches in shares]
     assert max(tokens) < 0.75 * whole < whole < sum(tokens)
 
 
@@ -156,21 +143,8 @@ def test_a_whole_tree_is_forwarded_once(models):
 
 
 def tiny(sizes, parent, logprobs, trained):
-    n = len(parent)
-    return Forest(
-        token_ids=torch.arange(2, 2 + sum(sizes), dtype=torch.int32),
-        rollout_logprobs=torch.tensor(logprobs),
-        cu_tokens=torch.tensor([0, *sizes]).cumsum(0),
-        parent=torch.tensor(parent, dtype=torch.int32),
-        rewards=torch.full((n,), math.nan),
-        in_value=torch.ones(n, dtype=torch.bool),
-        trained=torch.tensor(trained),
-        finish=torch.full((n,), STOP, dtype=torch.int8),
-        weight=torch.ones(n, dtype=torch.int32),
-        prompt=torch.zeros(n, dtype=torch.int32),
-        born=torch.zeros(n, dtype=torch.int32),
-        prompts=(Prompt((), None, "arithmetic"),),
-    )
+    fields = {"rollout_logprobs": torch.tensor(logprobs), "trained": torch.tensor(trained)}
+    return forest_of(parent, sizes, **fields)
 
 
 def test_layout_by_hand():
@@ -183,9 +157,7 @@ def test_layout_by_hand():
         [False, True, True, True, False],
     )
     advantages = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.0])
-    (batch,), stats = pack(
-        forest, of_tokens(forest, advantages), prob_threshold=0.9, tokens_per_batch=100
-    )
+    (batch,), stats = packed(forest, advantages, 100)
     # B's last active token is its second: only its first is an input. C is predicted from A.
     assert batch.token_ids.tolist() == [2, 3, 4, 5, 6]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4]
@@ -219,14 +191,10 @@ def test_nothing_to_train():
 
 def test_norm_is_that_of_the_step_not_of_the_batch():
     forest, advantages = random_forest(8, trees=4)
-    whole, stats = pack(
-        forest, of_tokens(forest, advantages), prob_threshold=RHO, tokens_per_batch=20
-    )
+    whole, stats = packed(forest, advantages, 20)
     assert len(whole) > 2
     assert {b.policy_norm for b in whole} == {float(stats.kept_tokens)}
-    some, part = pack(
-        forest, of_tokens(forest, advantages), prob_threshold=RHO, tokens_per_batch=20, trees=[1, 3]
-    )
+    some, part = packed(forest, advantages, 20, trees=[1, 3])
     assert 0 < part.kept_tokens < stats.kept_tokens
     assert sum(int(b.old_logprobs.lt(math.log(RHO)).sum()) for b in some) == part.kept_tokens
 
@@ -236,18 +204,10 @@ def test_masked_logprobs_cost_no_input_tokens():
     high = dataclasses.replace(
         forest, rollout_logprobs=torch.full_like(forest.rollout_logprobs, -0.01)
     )
-    batches, stats = pack(
-        high, of_tokens(high, advantages), prob_threshold=RHO, tokens_per_batch=100
-    )
+    batches, stats = packed(high, advantages, 100)
     assert batches == []
     sizes = forest.cu_tokens.diff() * forest.weight  # nodes without any kept token count too
     all_of_them = forest.trained & (advantages.abs() > 1e-6)
     assert stats.trained_tokens == int(sizes[all_of_them].sum()) > stats.kept_tokens == 0
-    batches, stats = pack(
-        high,
-        of_tokens(high, advantages),
-        prob_threshold=RHO,
-        tokens_per_batch=100,
-        every_token=True,
-    )
+    batches, stats = packed(high, advantages, 100, every_token=True)
     assert batches and stats.kept_tokens == 0

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from forests import random_forest
+from forests import packed, random_forest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,12 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from spo.config.loss import PolicyLossConfig
 from spo.config.policy import EMBEDDED, PolicyConfig
 from spo.config.recipe import load_recipe
-from spo.credit.nodes import of_tokens
 from spo.learn.attention import BACKENDS
 from spo.learn.flex import BLOCK, BUCKETS, block_mask, padded_length
 from spo.learn.loss import policy_loss
 from spo.learn.model import hidden_states, load_policy
-from spo.learn.pack import pack
 from spo.loop import train
 from spo.records import Forest
 
@@ -81,6 +79,12 @@ def with_backend(name, until):
     return lambda q, k, v: attend(q, k, v, make_plan(until), 0.25)
 
 
+def equals_one_softmax(name, until, tensors, tolerance=1e-12):
+    expected = run(whole_mask(until), *tensors)
+    for mine, theirs in zip(run(with_backend(name, until), *tensors), expected, strict=True):
+        assert (mine - theirs).abs().max() <= tolerance * (1 + theirs.abs().max())
+
+
 @pytest.mark.parametrize("name", ["dense", "grouped"])
 @settings(max_examples=20, deadline=None)
 @given(
@@ -90,10 +94,7 @@ def with_backend(name, until):
 )
 def test_backends_equal_one_masked_softmax(name, seed, longest, heads):
     until = random_pack(seed, longest=longest)
-    tensors = random_tensors(until, torch.float64, seed, *heads)
-    expected = run(whole_mask(until), *tensors)
-    for mine, theirs in zip(run(with_backend(name, until), *tensors), expected, strict=True):
-        assert (mine - theirs).abs().max() <= 1e-12 * (1 + theirs.abs().max())
+    equals_one_softmax(name, until, random_tensors(until, torch.float64, seed, *heads))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,10 +112,7 @@ def test_grouped_is_as_exact_as_one_softmax_of_its_type(dtype):
 def test_far_logits_are_merged_without_overflow():
     until = random_pack(2)
     query, key, value, grad = random_tensors(until, torch.float64)
-    tensors = (200 * query, key, value, grad)
-    expected = run(whole_mask(until), *tensors)
-    for mine, theirs in zip(run(with_backend("grouped", until), *tensors), expected, strict=True):
-        assert (mine - theirs).abs().max() <= 1e-9 * (1 + theirs.abs().max())
+    equals_one_softmax("grouped", until, (200 * query, key, value, grad), 1e-9)
 
 
 @settings(max_examples=15, deadline=None)
@@ -199,10 +197,7 @@ def test_varlen_gathers_every_path(monkeypatch, seed):
     stand_in.flash_attn_varlen_func = bottom_right_causal
     monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
     until = random_pack(seed)
-    tensors = random_tensors(until, torch.float64)
-    expected = run(whole_mask(until), *tensors)
-    for mine, theirs in zip(run(with_backend("varlen", until), *tensors), expected, strict=True):
-        assert (mine - theirs).abs().max() <= 1e-12 * (1 + theirs.abs().max())
+    equals_one_softmax("varlen", until, random_tensors(until, torch.float64))
 
 
 def test_varlen_without_the_package_is_a_sentence(monkeypatch):
@@ -253,13 +248,7 @@ def packed_and_rows(folder, forest, advantages, budget, autocast=False):
     found = []
     for packing in ("tree", "rows"):
         model = load_policy(PolicyConfig(path=folder, packing=packing))
-        batches, _ = pack(
-            forest,
-            of_tokens(forest, advantages),
-            prob_threshold=0.9,
-            tokens_per_batch=budget,
-            packing=packing,
-        )
+        batches, _ = packed(forest, advantages, budget, packing=packing)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             found.append(gradient(model, batches))
     return found
@@ -341,14 +330,7 @@ def test_models_that_cannot_be_packed_are_refused(folder_of, kind):
     folder = folder_of(kind, **more)
     with pytest.raises(ValueError, match=f"{reason}.*policy.packing=rows"):
         load_policy(PolicyConfig(path=folder))
-    forest, advantages = random_forest(2)
-    batches, _ = pack(
-        forest,
-        of_tokens(forest, advantages),
-        prob_threshold=0.9,
-        tokens_per_batch=100,
-        packing="rows",
-    )
+    batches, _ = packed(*random_forest(2), 100, packing="rows")
     model = load_policy(PolicyConfig(path=folder, packing="rows"))
     assert kind != "gemma2" or model.config._attn_implementation == "eager"
     found = gradient(model.eval(), batches)
@@ -357,10 +339,7 @@ def test_models_that_cannot_be_packed_are_refused(folder_of, kind):
 
 def test_a_window_shorter_than_a_path_is_refused(folder_of):
     model = load_policy(PolicyConfig(path=folder_of("mistral", sliding_window=8)))
-    forest, advantages = random_forest(2)
-    (batch,), _ = pack(
-        forest, of_tokens(forest, advantages), prob_threshold=0.9, tokens_per_batch=1000
-    )
+    (batch,), _ = packed(*random_forest(2), 1000)
     longest = int(batch.position_ids.max()) + 1
     assert longest > 8
     with pytest.raises(ValueError, match=f"window of 8 tokens is shorter than a path of {longest}"):
@@ -369,10 +348,7 @@ def test_a_window_shorter_than_a_path_is_refused(folder_of):
 
 def test_rows_refuse_trees_and_packs_need_a_layout(folder_of):
     folder = folder_of("qwen2")
-    forest, advantages = random_forest(2)
-    (batch,), _ = pack(
-        forest, of_tokens(forest, advantages), prob_threshold=0.9, tokens_per_batch=1000
-    )
+    (batch,), _ = packed(*random_forest(2), 1000)
     with pytest.raises(ValueError, match="packed as rows, found trees"):
         hidden_states(load_policy(PolicyConfig(path=folder, packing="rows")), batch)
     with pytest.raises(ValueError, match="call spo.learn.model.hidden_states"):
