@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from spo.cli import main
+from spo.metrics import read_metrics
 from spo.records import Forest
 from spo.report.compare import verdict
 
@@ -68,7 +69,7 @@ def test_a_model_without_a_tokenizer_is_refused(recipe, tmp_path, tiny_model, ca
 def test_train_eval_view(recipe, trained, tmp_path, capsys):
     out = trained
     page = (out / "report.html").read_text()
-    assert "test" in page and "first iteration" in page
+    assert "first iteration" in page
     result = tmp_path / "eval.json"
     code = run(
         "eval", recipe, *SMALL, "--checkpoint", out, "--samples", 2,
@@ -78,7 +79,9 @@ def test_train_eval_view(recipe, trained, tmp_path, capsys):
     saved = json.loads(result.read_text())
     rows = [(r["max_new_tokens"], r["temperature"], r["samples"]) for r in saved["results"]]
     assert rows == [(12, 0, 1), (32, 0, 1), (12, 1, 2), (32, 1, 2)]
-    assert all(0 <= r["pass_at_1"] <= 1 and r["problems"] == 4 for r in saved["results"])
+    assert all(r["problems"] == 4 for r in saved["results"])
+    short, whole, *_ = (r["pass_at_1"] for r in saved["results"])
+    assert short <= whole == read_metrics(out / "metrics.jsonl")[-1]["greedy"]
     assert "greedy" in capsys.readouterr().out
     one = ("eval", recipe, *SMALL, "eval.problems=1", "--samples", 2, "--json", result)
     assert run(*one, "--temperature", "0") == 0
@@ -89,7 +92,7 @@ def test_train_eval_view(recipe, trained, tmp_path, capsys):
     assert run(*one, "--temperature", "-1") == 2
     assert "temperature: expected" in capsys.readouterr().err
     assert run("view", out, "-o", tmp_path / "again.html") == 0
-    assert (tmp_path / "again.html").stat().st_size > 1000
+    assert (tmp_path / "again.html").read_text() == page
     assert run("train", recipe, *SMALL, f"out={out}") == 2
     assert "--resume" in capsys.readouterr().err
 
@@ -169,8 +172,8 @@ def test_damaged_weights_are_one_sentence(recipe, trained, tmp_path, capsys):
     shutil.copytree(trained, out)
     (weights,) = out.glob("checkpoints/*/policy/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert run("eval", recipe, *SMALL, "--checkpoint", out) in (1, 2)
+    assert run("eval", recipe, *SMALL, "--checkpoint", out) == 1
     (optimizer,) = out.glob("checkpoints/*/optimizer.pt")
     optimizer.write_bytes(b"\x80\x04nonsense")
-    assert run("train", recipe, *SMALL, f"out={out}", "--resume") in (1, 2)
+    assert run("train", recipe, *SMALL, f"out={out}", "--resume") == 2
     assert capsys.readouterr().err.count("spo: ") == 2

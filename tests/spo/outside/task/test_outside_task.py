@@ -63,6 +63,6 @@ def test_a_recipe_with_it_describes_itself_and_trains(tmp_path, monkeypatch):
     lines = describe(config).splitlines()
     assert "  train   generated" in lines
     (line,) = (line for line in train(config) if line["stage"] == "train")
-    assert line["tokens_per_s"] > 0 and line["invalid_gradings"] == 0
+    assert line["invalid_gradings"] == 0
     with pytest.raises(ValueError, match=r"data.train: task .*task.py:Sorting reads no data set"):
         describe(recipe("data.train=openai/gsm8k"))
