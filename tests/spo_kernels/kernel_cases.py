@@ -12,7 +12,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INTERPRETED = FAST == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 FIGURES = ("loss", "policy_loss", "kl", "clipfrac", "ratio_mean", "logprobs", "entropy")
 slow_if_interpreted = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter takes minutes")
-not_on_cpu = pytest.mark.skipif(FAST == "cpu", reason="there every id is looked at beforehand")
 
 
 def needs_fast(op):

@@ -13,7 +13,6 @@ from kernel_cases import (
     assert_figures_as_good,
     backends_of,
     needs_fast,
-    not_on_cpu,
     slow_if_interpreted,
 )
 from torch import tensor
@@ -364,7 +363,6 @@ def test_rows_that_lie_far_apart():
     assert torch.equal(far, near) and (near[-1] != 0).any()
 
 
-@not_on_cpu
 @needs_native
 def test_unknown_ids_are_not_read():
     """Where Python cannot look first, under graph capture: NaN, and no wild read."""
