@@ -12,8 +12,9 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from forests import forest_of
 
-from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Forest, Prompt
+from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Prompt
 from spo.report import RunCurve, TreeView, write_report
 from spo.report.html import embed_json, text_pieces
 
@@ -52,7 +53,7 @@ class Grower:
 
     def __init__(self, seed=0):
         self.random = torch.Generator().manual_seed(seed)
-        self.words, self.rows, self.ids, self.logprobs, self.cu = Words(), [], [], [], [0]
+        self.words, self.rows, self.ids, self.logprobs, self.sizes = Words(), [], [], [], []
         self.prompts = []
 
     def uniform(self):
@@ -66,10 +67,10 @@ class Grower:
         sure = [finish == PROMPT or self.uniform() > 0.2 for _ in ids]
         self.logprobs += [0.0 if s else math.log(0.05 + 0.8 * self.uniform()) for s in sure]
         self.ids += ids
-        self.cu.append(len(self.ids))
+        self.sizes.append(len(ids))
         born = -1 if finish == PROMPT else 3
         prompt = len(self.prompts) - 1
-        self.rows.append((parent, reward, in_value, trained, finish, 1, prompt, born))
+        self.rows.append((parent, reward, in_value, trained, finish, prompt, born))
         return len(self.rows) - 1
 
     def text(self, steps):
@@ -103,19 +104,16 @@ class Grower:
             self.leaf(node, in_value=False)
 
     def view(self, title, decode=None):
-        parent, rewards, in_value, trained, finish, weight, prompt, born = zip(
-            *self.rows, strict=True
-        )
-        forest = Forest(
+        parent, rewards, in_value, trained, finish, prompt, born = zip(*self.rows, strict=True)
+        forest = forest_of(
+            parent,
+            self.sizes,
             token_ids=torch.tensor(self.ids, dtype=torch.int32),
             rollout_logprobs=torch.tensor(self.logprobs),
-            cu_tokens=torch.tensor(self.cu),
-            parent=torch.tensor(parent, dtype=torch.int32),
             rewards=torch.tensor(rewards),
             in_value=torch.tensor(in_value),
             trained=torch.tensor(trained),
             finish=torch.tensor(finish, dtype=torch.int8),
-            weight=torch.tensor(weight, dtype=torch.int32),
             prompt=torch.tensor(prompt, dtype=torch.int32),
             born=torch.tensor(born, dtype=torch.int32),
             prompts=tuple(self.prompts),
@@ -135,36 +133,21 @@ class Grower:
         return TreeView(title, forest, torch.tensor(values), torch.tensor(advantages), decode, kept)
 
 
-def curve(name, start, gain, speed, seed):
-    noise = torch.Generator().manual_seed(seed)
+def curve(name, gain):
+    """61 iterations and 13 evaluations; one figure is missing once."""
     lines = []
     for i in range(61):
-        at = {"iteration": i, "seconds": 40.0 * i * speed, "generated_tokens": 90_000 * i}
-        done = 1 - math.exp(-i / 20)
-        jitter = torch.randn(4, generator=noise).tolist()
+        at = {"iteration": i, "seconds": 40.0 * i, "generated_tokens": 90_000 * i}
+        score = 0.4 + gain * (1 - math.exp(-i / 20))
         if i % 5 == 0:
-            greedy = start + gain * done + 0.006 * jitter[0]
-            lines.append(
-                {
-                    **at,
-                    "stage": "eval",
-                    "greedy": greedy,
-                    "sampled": greedy - 0.03,
-                    "problems": 1319,
-                }
-                | {"greedy_stderr": 0.0137, "sampled_stderr": 0.007}
-            )
+            lines.append({**at, "stage": "eval", "greedy": score, "sampled": score - 0.03})
+            lines[-1] |= {"problems": 1319, "greedy_stderr": 0.0137, "sampled_stderr": 0.007}
         lines.append(
-            {**at, "stage": "train", "kept_share": 0.2 - 0.05 * done + 0.005 * jitter[1]}
-            | {"zero_advantage_share": 0.3 + 0.1 * done + 0.02 * jitter[2], "clipfrac": 0.01}
-            | {"reward_mean": start + gain * done + 0.03 * jitter[3], "entropy": 0.4 - 0.1 * done}
-            | {"grad_norm": 1 + 0.2 * jitter[1] if i != 7 else NAN, "lr": 1e-6 * (1 - i / 61)}
-            | {
-                "loss": 0.01 * jitter[2],
-                "time_rollout": 30.0,
-                "tokens_per_s": 2200 + 90 * jitter[0],
-            }
+            {**at, "stage": "train", "reward_mean": score, "kept_share": 0.2, "loss": 0.01}
         )
+        lines[-1] |= {"zero_advantage_share": 0.3, "clipfrac": 0.01, "entropy": 0.4, "lr": 1e-6}
+        lines[-1] |= {"grad_norm": NAN if i == 7 else 1.0, "time_rollout": 30.0}
+        lines[-1] |= {"tokens_per_s": 2200.0}
     return RunCurve(name, lines)
 
 
@@ -189,7 +172,7 @@ def sample():
     trees.tree((6, 4, 2))
     trees.tree((3, 2))
     chains.chain(3, 4, 9)
-    runs = [curve("SPO", 0.4, 0.16, 1.6, 1), curve("GRPO", 0.4, 0.05, 1.0, 2)]
+    runs = [curve("SPO", 0.16), curve("GRPO", 0.05)]
     return runs, [trees.view("trees"), chains.view("chains")]
 
 
@@ -198,7 +181,7 @@ def hostile(path, odd="\ud800 \0 "):
     root = grower.add(-1, HOSTILE, finish=PROMPT)
     for reward in (0.0, 1.0):
         grower.add(root, HOSTILE + f" {odd}%%data%%", finish=STOP, reward=reward)
-    runs = [RunCurve(HOSTILE, curve("", 0.4, 0.1, 1.0, 1).metrics)]
+    runs = [RunCurve(HOSTILE, curve("", 0.1).metrics)]
     write_report(path, runs, [grower.view(HOSTILE)], HOSTILE, [HOSTILE + odd + "%%script%%"])
     return path.read_text(encoding="utf-8")
 
