@@ -3,9 +3,33 @@
 import time
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from spo.records import STOP, Request
+
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "head_dim": 32,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+
+
+def tiny_policy(folder, kind, **more):
+    """Save a policy of a kind with random weights, large enough for uneven distributions.
+
+    Two layers, grouped-query attention, 48 tokens; heads of 32, since vLLM on CPU knows no smaller.
+    """
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(SIZES | more))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
 
 
 def policy(folder, dtype=torch.float32):

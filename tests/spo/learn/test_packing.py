@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from forests import packed, random_forest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from sampling import tiny_policy
 
 from spo.config.loss import PolicyLossConfig
 from spo.config.policy import EMBEDDED, PolicyConfig
@@ -207,32 +207,11 @@ def test_varlen_without_the_package_is_a_sentence(monkeypatch):
         with_backend("varlen", until)(*random_tensors(until, torch.float32)[:3])
 
 
-SIZES = {
-    "vocab_size": 48,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 64,
-    "max_position_embeddings": 128,
-    "head_dim": 32,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-
-
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
     """Folder of a tiny random model of a kind."""
 
-    def make(kind, **more):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | more)))
-        folder = tmp_path_factory.mktemp(kind)
-        model.save_pretrained(folder)
-        return str(folder)
-
-    return make
+    return lambda kind, **more: tiny_policy(tmp_path_factory.mktemp(kind), kind, **more)
 
 
 def gradient(model, batches):
