@@ -40,6 +40,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # it also runs where nothing is installed
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+
 def engine_name(wanted: str) -> str:
     """vLLM where it is installed; else the embedded engine, and a line that says so."""
     if wanted != "auto":

@@ -35,7 +35,7 @@ LONG = SMALL | FILL | {"widths": [8], "segment": 384, "iterations": 8}
 DEFAULT = "4-4-4, short"  # what runs without arguments, in under three minutes
 CASES: dict[str, dict] = {  # what differs from the defaults of the command line
     DEFAULT: LARGE
-    | {"widths": [4, 4, 4], "segment": 64, "repeats": 3, "minutes": 2.0}
+    | {"widths": [4, 4, 4], "segment": 64, "minutes": 2.0}
     | {"ways": ["naive", "level", "group", "depth", "aligned"]},
     "6-6-6": LARGE,
     "stream": SMALL | FILL | {"widths": [4, 2, 2], "iterations": 8},

@@ -48,7 +48,9 @@ def summary(record: dict) -> str:
     rows += [line(way, {key: median(runs, way, key) for key in COLUMNS}) for way in ways]
     rows += ["", *(f"{way:<10} {NAMES[way]}" for way in ways), ""]
     if "predicted_gain" in record:
-        rows.append(f"predicted from the costs per token: {record['predicted_gain']:.2f}x")
+        rows.append(
+            f"gain of caching to expect from the costs per token: {record['predicted_gain']:.2f}x"
+        )
     return "\n".join([*rows, *verdicts(runs, ways)])
 
 

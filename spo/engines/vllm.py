@@ -89,6 +89,7 @@ class VLLMEngine:
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
                 scheduling_policy="priority",
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
                 seed=seed,
             )
         )
