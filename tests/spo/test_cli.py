@@ -1,6 +1,7 @@
 """The command line as a user types it."""
 
 import json
+import runpy
 import shutil
 
 import pytest
@@ -64,6 +65,15 @@ def test_bad_input_is_one_sentence_and_an_exit_code(recipe, tmp_path, capsys, ov
 def test_a_model_without_a_tokenizer_is_refused(recipe, tmp_path, tiny_model, capsys):
     code = run("train", recipe, *SMALL, f"policy.path={tiny_model}", f"out={tmp_path / 'run'}")
     assert code == 2 and "holds no tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:'spo.cli' found in sys.modules")
+def test_it_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["spo", "train", "no-such-recipe.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("spo.cli", run_name="__main__")
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "cannot be read" in error and "Traceback" not in error
 
 
 def test_train_eval_view(recipe, trained, tmp_path, capsys):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from spo.config.recipe import load_recipe
 from spo.credit.values import Values
 from spo.engines.hf import HFEngine
 from spo.learn.checkpoint import latest_checkpoint, load_state
+from spo.learn.learner import Learner
 from spo.learn.loss import LOSSES
 from spo.loop import train
 from spo.metrics import read_metrics
@@ -186,9 +188,13 @@ def test_ctrl_c_leaves_a_run_that_resumes(reference, tmp_path, monkeypatch, caps
 
     (tmp_path / "recipe.yaml").write_text("name: test\n")
     out = tmp_path / "run"
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, name, counted)
-        code = main(["train", str(tmp_path / "recipe.yaml"), *SMALL, *REPLAY, f"out={out}"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, counted)
+            code = main(["train", str(tmp_path / "recipe.yaml"), *SMALL, *REPLAY, f"out={out}"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130 and "--resume" in capsys.readouterr().err.splitlines()[-1]
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["iter-000001"]
     goes_on_as(reference, out)
@@ -283,6 +289,15 @@ def test_a_constant_norm_divides_by_what_no_sample_decides(tmp_path):
     for key in ("loss", "grad_norm"):
         expected = lines["tokens"][key] * kept / (4 * 40)
         assert lines["constant"][key] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_rate_rises_and_falls_by_hand():
+    """Ten steps, of which two warm up."""
+    ten = ["train={iterations: 5, minibatches: 2, prompts: 4, warmup_share: 0.2}"]
+    for decay, expected in (("linear", [0.5, 1, 1, 0.5, 0.125]), ("constant", [0.5, 1, 1, 1, 1])):
+        recipe = load_recipe(None, [*ten, f"train.decay={decay}"])
+        rates = [Learner.rate(SimpleNamespace(recipe=recipe), step) for step in (0, 1, 2, 6, 9)]
+        assert rates == pytest.approx(expected)
 
 
 def test_stale_weights_are_noticed(tmp_path):

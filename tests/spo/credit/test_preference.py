@@ -49,6 +49,11 @@ def test_pairs_use_every_response_once():
         pair_nodes(MIXED, torch.tensor([0.0, 1, 1, -1, *[0] * 8]))
 
 
+def test_a_step_without_pairs_trains_nothing():
+    step = Pairs().before_step(MIXED, Pairs().assign(MIXED), [1], None)
+    assert not step.tokens.any() and step.figures == {}
+
+
 def test_sums_per_node():
     forest = stars([((4, 5), 1.0), ((6,), 0.0)])
     sums = node_sums(forest, torch.tensor([0.0, 0.0, -1.0, -2.0, -4.0]))
