@@ -34,6 +34,7 @@ import os
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def say(text: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.rollouts.cases import CASES, DEFAULT, SWEPT
 
+    warnings.simplefilter("ignore", FutureWarning)  # vLLM's, about PyTorch, between the rows
     given = parse(argv, {})
     chosen = given.case or (list(CASES) if given.full else [DEFAULT])
     points = {name: CASES[name] for name in chosen if name in CASES}

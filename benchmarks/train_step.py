@@ -276,7 +276,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--tokens-per-batch", type=int, default=4096)
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each way of each shape")
+    parser.add_argument("--seconds", type=float, default=50.0, help="for each way of each shape")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import ROOT
-from benchmarks.figures import evidence, kernels, results, steps
+from benchmarks.figures import evidence, headline, kernels, results, steps
 from benchmarks.provenance import where
 from benchmarks.rollouts import tables
 from spo.report.compare import verdict
@@ -30,8 +30,8 @@ def demo() -> str:
             f"| {name} | {' | '.join(cells)} | {last['generated_tokens'] / 1000:.0f}k "
             f"| {last['seconds']:.0f} |"
         )
-    words = f"{verdict(record['runs'])} The task saturates and ranks no methods."
-    return "\n".join([*rows, "", f"{words} Measured on {where([record], 'trainer')}."])
+    place = where([record], "trainer")
+    return "\n".join([*rows, "", f"{verdict(record['runs'])} Measured on {place}."])
 
 
 def rollouts() -> str:
@@ -57,10 +57,12 @@ def bodies() -> dict[tuple[Path, str], str]:
     docs = ROOT / "docs"
     paper = docs / "paper.md"
     return {
+        (ROOT / "README.md", "figures"): headline.body(),
         (docs / "rollout.md", "rollouts"): rollouts(),
         (docs / "rollout.md", "shared prefix"): steps.shared_prefix(),
         (docs / "packing.md", "training step"): steps.training_step(),
         (docs / "kernels.md", "kernels"): kernels.everything(),
+        (paper, "demo"): demo(),
         (paper, "methods"): evidence.methods("arithmetic"),
         (paper, "methods, long"): evidence.methods("long-arithmetic"),
         (paper, "ablations"): evidence.ablations(),
