@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,8 @@ ROUNDS = 15
 
 
 def git(*arguments: str) -> str:
-    return subprocess.check_output(["git", "-C", str(ROOT), *arguments], text=True).strip()
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
 
 
 def default_base() -> str:
@@ -46,33 +48,37 @@ def default_base() -> str:
 
 def build(commit: str) -> Path:
     """The tree of a commit with its extension, from an earlier run where there was one."""
-    folder = ROOT / "build" / f"bench-check-{git('rev-parse', '--short', f'{commit}^{{commit}}')}"
+    try:
+        short = git("rev-parse", "--short", "--verify", f"{commit}^{{commit}}")
+    except (OSError, subprocess.CalledProcessError):
+        raise RuntimeError(f"BASE: expected a commit of this repository, found {commit}") from None
+    folder = ROOT / "build" / f"bench-check-{short}"
     if not list((folder / "spo_kernels").glob("_C*.so")):
         archive = subprocess.check_output(["git", "-C", str(ROOT), "archive", commit])
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             tar.extractall(folder, filter="data")
         print(f"building {commit} in {folder.relative_to(ROOT)}", flush=True)
-        subprocess.run(
+        built = subprocess.run(
             [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
             cwd=folder,
             env=os.environ | {"SPO_CUDA_ARCHS": "80"},  # not measured here: the fewest
-            stdout=subprocess.DEVNULL,
-            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
+        if built.returncode:
+            raise RuntimeError(f"{commit} does not build here:\n{built.stdout[-3000:]}")
     return folder
 
 
 class Side:
-    """A process that runs the workloads on the packages below `root`."""
+    """A process that runs the workloads, found below `workloads`, on the packages below `root`."""
 
-    def __init__(self, root: Path, names: Sequence[str]):
-        # Its own workloads where it has some: they know its interfaces.
-        own = (root / "benchmarks" / "workloads.py").exists()
-        path = [root] if own else [root, ROOT]
+    def __init__(self, root: Path, names: Sequence[str], workloads: Path):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.workloads"],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))},
-            cwd=root,
+            env=os.environ | {"PYTHONPATH": str(root)},
+            cwd=workloads,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -105,9 +111,11 @@ Times = dict[str, list[tuple[float, float]]]  # workload -> (base, this) of ever
 def measure(base: Path, this: Path, names: Sequence[str], rounds: int) -> Times:
     """Rounds of all workloads, in which the sides take turns in being first."""
     sides: list[Side] = []
+    scratch = tempfile.TemporaryDirectory()
+    (Path(scratch.name) / "benchmarks").symlink_to(ROOT / "benchmarks")  # one for both
     try:
         for root in (base, this):
-            sides.append(Side(root, names))
+            sides.append(Side(root, names, Path(scratch.name)))
         times: Times = {name: [] for name in names}
         for index in range(rounds):
             for name in names:
@@ -119,6 +127,7 @@ def measure(base: Path, this: Path, names: Sequence[str], rounds: int) -> Times:
     finally:
         for side in sides:
             side.close()
+        scratch.cleanup()
 
 
 def ratio(pairs: Sequence[tuple[float, float]]) -> float:
@@ -149,10 +158,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("base", nargs="?", help="a commit")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args(argv)
-    base = arguments.base or default_base()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, found {arguments.rounds}")
     try:
+        base = arguments.base or default_base()
         return int(bool(compare(build(base), ROOT, rounds=arguments.rounds)))
-    except (RuntimeError, subprocess.CalledProcessError) as error:
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         print(f"bench-check: {error}", file=sys.stderr)
         return 2
 

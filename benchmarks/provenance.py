@@ -14,12 +14,13 @@ from typing import Any
 
 from benchmarks import ROOT
 
-KERNELS = ("csrc/*.h", "csrc/*.cpp", "csrc/cpu/*", "spo_kernels/*.py")
+BUILD = ("CMakeLists.txt", "setup.py")
+KERNELS = (*BUILD, "csrc/*.h", "csrc/*.cpp", "csrc/cpu/*.h", "csrc/cpu/*.cpp", "spo_kernels/*.py")
 ROLLOUT = ("spo/records.py", "spo/engines/*.py", "spo/grow/*.py")
 # What a result measures -> the files that decide it, as patterns below the repository.
 SOURCES: dict[str, tuple[str, ...]] = {
     "kernels": KERNELS,
-    "CUDA kernels": (*KERNELS, "csrc/cuda/*", "spo_kernels/triton/*.py"),
+    "CUDA kernels": (*KERNELS, "csrc/cuda/*.cu", "csrc/cuda/*.cuh", "spo_kernels/triton/*.py"),
     "training code": (*KERNELS, "spo/records.py", "spo/learn/*.py"),
     "rollout code": ROLLOUT,
     "trainer": (*KERNELS, "spo/**/*.py", "spo/recipes/*.yaml", "spo/assets/policy/*"),
@@ -115,8 +116,11 @@ def mark(record: Mapping[str, Any], measures: str) -> str:
     return f"measured before the {measures} of {commit(*SOURCES[measures])}"
 
 
-def where(records: Sequence[Mapping[str, Any]], measures: str) -> str:
-    """Machine, commit and date of some results, and the mark where one of them is old."""
+def where(records: Sequence[Mapping[str, Any]], measures: str = "") -> str:
+    """Machine, commits and dates of some results, and the marks of those that are old.
+
+    Records say themselves what they measure, but for old ones: there `measures` does.
+    """
     first = records[0]
     kind = f" ({first['device_kind']})" if first["device_kind"] else ""
     threads = (
@@ -127,8 +131,8 @@ def where(records: Sequence[Mapping[str, Any]], measures: str) -> str:
     commits = list(dict.fromkeys(r["commit"] for r in records))
     made += [f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"]
     made += [" and ".join(sorted({r["date"] for r in records}))]
-    marks = list(filter(None, (mark(r, measures) for r in records)))
-    return ", ".join(made) + (f"; {marks[0]}" if marks else "")
+    marks = dict.fromkeys(mark(r, measures or r["measures"]) for r in records)
+    return "; ".join([", ".join(made), *filter(None, marks)])
 
 
 @functools.cache

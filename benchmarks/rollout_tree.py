@@ -74,6 +74,32 @@ def run_case(name: str, case: argparse.Namespace, engine: str, swept: bool) -> d
     return record
 
 
+def saved(path: Path) -> dict:
+    """The cases of an earlier run; ValueError where the file holds something else."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text() or "{}")
+    if not isinstance(found, dict):
+        raise ValueError(f"found a {type(found).__name__} in {path}")
+    return found
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {text}")
+    return int(text)
+
+
+def count(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
+def share(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 0 and below 1, found {text}")
+    return float(text)
+
+
 def say(text: str) -> None:
     """A paragraph in lines of 80 characters."""
     print(textwrap.fill(text, 80), flush=True)
@@ -88,6 +114,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     points = {name: CASES[name] for name in chosen if name in CASES}
     points |= SWEPT if "sweep" in chosen else {}
     engine = engine_name(given.engine)
+    try:
+        if given.json:
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+            saved(given.json)
+    except (OSError, ValueError) as error:
+        print(f"rollout_tree: --json: expected a file of results, {error}", file=sys.stderr)
+        return 1
     for name, settings in points.items():
         case = parse(argv, settings)
         if engine == "hf":  # it shares every token of a prefix: nothing to align
@@ -99,14 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"rollout_tree: {error}", file=sys.stderr)
             return 1
         if given.json:  # cases measured apart from each other stand in one file
-            found = json.loads(given.json.read_text()) if given.json.exists() else {}
-            given.json.parent.mkdir(parents=True, exist_ok=True)
-            given.json.write_text(json.dumps(found | {title: record}) + "\n")
+            found = saved(given.json) | {title: record}
+            given.json.write_text(json.dumps(found) + "\n")
         if given.plot:
             from benchmarks.rollouts.occupancy import write_plot
+            from benchmarks.rollouts.tables import ways_of
 
             path = given.plot / f"occupancy-{name.replace(', ', '-').replace(' ', '-')}.svg"
-            write_plot(path, record["runs"], record["ways"], case.max_num_seqs)
+            write_plot(path, record["runs"], ways_of(record), case.max_num_seqs)
     return 0
 
 
@@ -119,34 +152,41 @@ def parse(argv: Sequence[str] | None, settings: dict) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     names = [*CASES, "sweep"]
-    parser.add_argument("--full", action="store_true", help="every case, about an hour")
-    parser.add_argument("--case", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--full", action="store_true", help="every case, about an hour")
+    some.add_argument("--case", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--engine", choices=("auto", "vllm", "hf"), default="auto")
     parser.add_argument("--quick", action="store_true", help="tiny trees: does it run at all?")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no round after that")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--widths", type=int, nargs="+", default=[6, 6, 6])
-    parser.add_argument("--chain", type=int, nargs=2, metavar=("GROUP", "PROBES"))
-    parser.add_argument("--prompt", type=int, nargs="+", default=[100, 160], help="lowest, highest")
-    parser.add_argument("--segment", type=int, default=128, help="tokens per segment")
-    parser.add_argument("--spread", type=float, default=0.0, help="samples end up to this early")
-    parser.add_argument("--trees", type=int, default=1, help="per iteration")
-    parser.add_argument("--iterations", type=int, default=0, help="of the streams; 0: none")
-    parser.add_argument("--max-num-seqs", type=int, default=64, help="slots of the engine")
-    parser.add_argument("--block-size", type=int, default=32)
-    parser.add_argument("--cache-mib", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=16384)
+    parser.add_argument("--widths", type=positive, nargs="+", default=[6, 6, 6])
+    parser.add_argument("--chain", type=positive, nargs=2, metavar=("GROUP", "PROBES"))
+    parser.add_argument(
+        "--prompt", type=positive, nargs="+", default=[100, 160], help="lowest, highest"
+    )
+    parser.add_argument("--segment", type=positive, default=128, help="tokens per segment")
+    parser.add_argument("--spread", type=share, default=0.0, help="samples end up to this early")
+    parser.add_argument("--trees", type=positive, default=1, help="per iteration")
+    parser.add_argument("--iterations", type=count, default=0, help="of the streams; 0: none")
+    parser.add_argument("--max-num-seqs", type=positive, default=64, help="slots of the engine")
+    parser.add_argument("--block-size", type=positive, default=32)
+    parser.add_argument("--cache-mib", type=positive, default=2048)
+    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--hidden", type=positive, default=512)
+    parser.add_argument("--layers", type=positive, default=8)
+    parser.add_argument("--vocabulary", type=positive, default=16384)
     parser.add_argument("--json", type=Path, help="results, by case; others in the file stay")
     parser.add_argument("--plot", type=Path, help="folder for drawings of slots used over time")
     parser.set_defaults(**settings)
     arguments = parser.parse_args(argv)
     if arguments.quick and settings:
         vars(arguments).update(QUICK)
-    if arguments.ways and "depth" not in arguments.ways:
+    if "depth" not in arguments.ways and (arguments.ways or not arguments.iterations):
         parser.error("--ways: depth is what the others are compared with; name it too")
+    if arguments.prompt[0] > arguments.prompt[-1]:
+        parser.error(f"--prompt: expected the lowest first, found {arguments.prompt}")
+    if arguments.vocabulary < 3:
+        parser.error(f"--vocabulary: expected at least 3, found {arguments.vocabulary}")
     if settings:
         arguments.until = time.monotonic() + 60 * arguments.minutes
         for name in OUTPUT:

@@ -30,7 +30,7 @@ def loss(width: int) -> Callable[[], object]:
 
 
 def packed_step() -> Callable[[], object]:
-    """Forward and backward of a packed tree of 4-4-4 with segments of 16 tokens."""
+    """Packing, forward and backward of a tree of 4-4-4 with segments of 16 tokens."""
     from benchmarks.policy import build_policy
     from benchmarks.train_step import THRESHOLD, build_forest, fused_step
     from spo.config.policy import PolicyConfig
@@ -42,10 +42,13 @@ def packed_step() -> Callable[[], object]:
         build_policy(folder, **POLICY, context=512)
         model = load_policy(PolicyConfig(path=folder))
     forest, credit = build_forest("4-4-4/16", 64, POLICY["vocabulary"], 0.2)
-    batches, _ = pack(
-        forest, of_tokens(forest, credit), prob_threshold=THRESHOLD, tokens_per_batch=4096
-    )
-    return lambda: fused_step(model, batches)
+    worth = of_tokens(forest, credit)
+
+    def run() -> None:
+        batches, _ = pack(forest, worth, prob_threshold=THRESHOLD, tokens_per_batch=4096)
+        fused_step(model, batches)
+
+    return run
 
 
 def rollout_prefill() -> Callable[[], object]:

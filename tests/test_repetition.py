@@ -12,7 +12,7 @@ def lines_of(text: str) -> list[tuple[int, str]]:
     """(number, line) of what counts: no blank line, comment or import; white space is folded."""
     found, inside_import = [], False
     for number, line in enumerate(text.splitlines(), 1):
-        words = " ".join(line.split())
+        words = " ".join(re.sub(r"  # .*", "", line).split())
         if inside_import:
             inside_import = ")" not in words
         elif re.match(r"(import|from \S+ import) ", words):

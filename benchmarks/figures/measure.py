@@ -16,7 +16,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,31 +88,40 @@ def run(name: str) -> None:
         return
     place = results.EVIDENCE if name == "estimators" else folder()
     path = place / f"{FILES.get(name, name)}.json"
-    with tempfile.TemporaryDirectory() as scratch:
-        new = Path(scratch) / path.name
-        if path.exists() and path.stem in ("rollout_tree", "estimators"):
-            shutil.copy(path, new)  # these keep what they do not measure
-        subprocess.run([*command, "--json", str(new)], cwd=ROOT, check=True)
-        record = json.loads(new.read_text())
-        if name == "demo":
-            record |= environment("trainer")
-        if path.exists():
-            print("\n".join(changes(json.loads(path.read_text()), record)), flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+    new = (
+        ROOT / "build" / "figures" / path.name
+    )  # what was measured stays there if a later part fails
+    new.parent.mkdir(parents=True, exist_ok=True)
+    new.unlink(missing_ok=True)
+    if path.exists() and path.stem in ("rollout_tree", "estimators"):
+        shutil.copy(path, new)  # these keep what they do not measure
+    subprocess.run([*command, "--json", str(new)], cwd=ROOT, check=True)
+    record = json.loads(new.read_text())
+    if name == "demo":
+        record |= environment("trainer")
+    if path.exists():
+        print("\n".join(changes(json.loads(path.read_text()), record)), flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join([*SHORT, *LONG]))
     names = parser.parse_args(argv).names
     if unknown := set(names) - set(SHORT | LONG):
         parser.error(f"NAME: expected some of {', '.join(SHORT | LONG)}, found {min(unknown)}")
+    failed = []
     for name in names or SHORT:
         print(f"measuring {name}", flush=True)
-        run(name)
+        try:
+            run(name)
+        except subprocess.CalledProcessError as error:
+            failed.append(name)
+            print(f"{name}: {error}; its committed figures stay, see build/figures", flush=True)
     pages.main()
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -94,7 +94,8 @@ def cost_per_token(engine, prefix: Sequence[int], rows: int, context: int) -> di
     """Seconds per prefilled token of `rows` prefixes of `context` / 2 tokens, and per decoded token
     at `rows` samples; the cache is empty before both.
     """
-    half, size = context // 2, 32
+    half = max(context // 2, 2)
+    size = min(32, context - half // 2)
     forget(engine)
     ids = (list(prefix) * (half // len(prefix) + 1))[: half - 1]
     start = time.perf_counter()
