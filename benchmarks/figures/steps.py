@@ -17,9 +17,9 @@ def _training_step(device: str) -> str:
     if not rows:
         return ""
     out = [
-        "| one optimiser step, forward + backward | tokens | / floor | s | peak MB | × eager rows "
-        "| × rows |",
-        "|---|---|---|---|---|---|---|",
+        "| one optimiser step, forward + backward | tokens | / floor | s | runs | peak MB "
+        "| × eager rows | × rows |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for shape in dict.fromkeys(r["shape"] for r in rows):
         same = [r for r in rows if r["shape"] == shape]
@@ -27,7 +27,7 @@ def _training_step(device: str) -> str:
         for r in same:
             out.append(
                 f"| {shape}, {r['way']} | {r['tokens']:,} | {r['tokens'] / r['token_floor']:.2f} "
-                f"| {r['seconds']:.2f} | {r['peak_mb']:.0f} "
+                f"| {r['seconds']:.2f} | {len(r['seconds_all'])} | {r['peak_mb']:.0f} "
                 f"| {seconds['eager rows'] / r['seconds']:.1f} "
                 f"| {seconds['rows'] / r['seconds']:.2f} |"
             )

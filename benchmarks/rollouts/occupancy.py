@@ -129,6 +129,8 @@ def write_plot(path: Path, runs: list[dict], ways: Sequence[str], capacity: int)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 190}" height="{height + 60}" '
         'font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="#fff"/>',
+        f'<text x="{left}" y="14">samples that run, of {capacity} slots</text>',
         f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#999"/>',
         f'<text x="{left}" y="{height + 50}">seconds</text>',
         f'<text x="{left + width}" y="{height + 36}" text-anchor="end">{end:.0f}</text>',
