@@ -168,6 +168,31 @@ def test_a_prompt_that_keeps_failing_is_dropped_whole(tiny_model, grader):
         run(engine, grader, TREE, options)
 
 
+def test_settling_waits_for_a_grader_that_is_late(engine, grader):
+    """Its verdicts come when all samples have ended; the trees are those of a prompt grader."""
+
+    class Late:
+        late = True
+
+        def __getattr__(self, name):
+            return getattr(grader, name)
+
+        def poll(self, timeout_s=0.0):
+            return [] if self.late else grader.poll(timeout_s)
+
+    late = Late()
+    rollout = Rollout(engine, TREE, late, rewarded, OPTIONS)
+    trees = [rollout.admit(prompt, i, 0) for i, prompt in enumerate(PROMPTS)]
+    while engine.room < 16:
+        assert rollout.step() == []
+    late.late = False
+    ended = rollout.settle()
+    assert sorted(tree.serial for tree in ended) == [tree.serial for tree in trees]
+    assert rollout.settle() == []
+    stats = rollout.take_stats()
+    assert stats.trees == 5 <= stats.gradings and stats.invalid_gradings == 0
+
+
 def test_truncated(tiny_model, grader):
     options = dataclasses.replace(OPTIONS, stop_token_ids=(2, 3, 4, 5, 6))
     rewards = {}
