@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ROOT
+from benchmarks import RESULTS, ROOT
 
 BUILD = ("CMakeLists.txt", "setup.py")
 KERNELS = (*BUILD, "csrc/*.h", "csrc/*.cpp", "csrc/cpu/*.h", "csrc/cpu/*.cpp", "spo_kernels/*.py")
@@ -91,8 +91,6 @@ def kind_of(device: str = "cpu") -> str:
 
 def folder(device: str = "cpu") -> Path:
     """Where results of this machine's kind belong, below benchmarks/results/."""
-    from benchmarks import RESULTS
-
     kind = kind_of(device)
     return RESULTS / (f"cpu-{kind}" if device == "cpu" else kind.replace(" ", "-").lower())
 

@@ -55,10 +55,8 @@ LONG = {  # hours; the last three keep their own ledgers in results/evidence/
     "ablations": module("evidence.ablations"),
     "estimators": module("evidence.estimators"),
 }
-FILES = {
-    "rollouts": "rollout_tree",
-    "rollout_tree_hf": "rollout_tree",
-}  # results that stand in another's file
+# Results that stand in the file of another.
+FILES = {"rollouts": "rollout_tree", "rollout_tree_hf": "rollout_tree"}
 LEDGERS = ("methods", "ablations")
 
 
@@ -88,21 +86,20 @@ def run(name: str) -> None:
         return
     place = results.EVIDENCE if name == "estimators" else folder()
     path = place / f"{FILES.get(name, name)}.json"
-    new = (
-        ROOT / "build" / "figures" / path.name
-    )  # what was measured stays there if a later part fails
+    # What was measured stays here if a later part fails.
+    new = ROOT / "build" / "figures" / path.name
     new.parent.mkdir(parents=True, exist_ok=True)
     new.unlink(missing_ok=True)
     if path.exists() and path.stem in ("rollout_tree", "estimators"):
         shutil.copy(path, new)  # these keep what they do not measure
     subprocess.run([*command, "--json", str(new)], cwd=ROOT, check=True)
     record = json.loads(new.read_text())
-    if name == "demo":
-        record |= environment("trainer")
+    if name == "demo":  # `spo compare` knows nothing of benchmarks
+        new.write_text(json.dumps(record | environment("trainer"), indent=1) + "\n")
     if path.exists():
         print("\n".join(changes(json.loads(path.read_text()), record)), flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    shutil.copy(new, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,16 +34,6 @@ def demo() -> str:
     return "\n".join([*rows, "", f"{verdict(record['runs'])} Measured on {place}."])
 
 
-def rollouts() -> str:
-    """The cases of `rollout_tree.py`, on every device."""
-    parts = [
-        tables.everything(cases)
-        for device in results.devices()
-        if (cases := results.read(device, "rollout_tree"))
-    ]
-    return "\n\n".join(parts)
-
-
 def write_between(path: Path, name: str, body: str) -> None:
     """Replace what stands between `<!-- name -->` and `<!-- /name -->`."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
@@ -58,7 +48,9 @@ def bodies() -> dict[tuple[Path, str], str]:
     paper = docs / "paper.md"
     return {
         (ROOT / "README.md", "figures"): headline.body(),
-        (docs / "rollout.md", "rollouts"): rollouts(),
+        (docs / "rollout.md", "rollouts"): results.on_every_device(
+            "rollout_tree", tables.everything
+        ),
         (docs / "rollout.md", "shared prefix"): steps.shared_prefix(),
         (docs / "packing.md", "training step"): steps.training_step(),
         (docs / "kernels.md", "kernels"): kernels.everything(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ def read(device: str, name: str, root: Path = RESULTS) -> Any:
     """The content of a committed JSON file; None if a device has none."""
     path = root / device / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def on_every_device(name: str, table: Callable[[Any], str]) -> str:
+    """`table` of the result called `name`, for each device that has one."""
+    found = (read(device, name) for device in devices())
+    return "\n\n".join(table(content) for content in found if content)
 
 
 def newest(name: str, root: Path = RESULTS) -> tuple[str, Any]:

@@ -9,13 +9,10 @@ from benchmarks.figures.results import Record
 
 def training_step() -> str:
     """docs/packing.md: every shape and way of `train_step.py`, on every device."""
-    return "\n\n".join(filter(None, map(_training_step, results.devices())))
+    return results.on_every_device("train_step", _training_step)
 
 
-def _training_step(device: str) -> str:
-    rows: list[Record] = results.read(device, "train_step")
-    if not rows:
-        return ""
+def _training_step(rows: list[Record]) -> str:
     out = [
         "| one optimiser step, forward + backward | tokens | / floor | s | runs | peak MB "
         "| × eager rows | × rows |",
@@ -43,13 +40,10 @@ def _training_step(device: str) -> str:
 
 def shared_prefix() -> str:
     """docs/rollout.md: decoding with the prefix read by each branch, and once for all."""
-    return "\n\n".join(filter(None, map(_shared_prefix, results.devices())))
+    return results.on_every_device("shared_prefix", _shared_prefix)
 
 
-def _shared_prefix(device: str) -> str:
-    rows: list[Record] = results.read(device, "shared_prefix")
-    if not rows:
-        return ""
+def _shared_prefix(rows: list[Record]) -> str:
     out = ["| prefix | branches | tokens/s, prefix read per branch | read once | × |"]
     out.append("|---|---|---|---|---|")
     for each, once in zip(rows[::2], rows[1::2], strict=True):
