@@ -3,14 +3,17 @@
     python benchmarks/suite.py --device cuda --minutes 8 --json suite.json
 
 Needs Python, torch, rich, pytest, hypothesis, cmake, ninja, pybind11 and, for a GPU, nvcc and
-Triton; no network. What is missing is skipped with a reason. Every step has its share of the
-minutes; one that fails or is cut off stops no other, and the file is written after each.
+Triton; no network. pytest-xdist makes the tests faster. What is missing is skipped with a reason.
+Every step has its share of the minutes; one that fails or is cut off stops no other, and the file
+is written after each. With `--device cpu` every step runs too, on the CPU's kernels, Triton's
+interpreter, and without compute-sanitizer: a rehearsal.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -20,8 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +55,12 @@ class Step:
     """A command and its share of eight minutes."""
 
     name: str
-    command: Sequence[str]  # "{extension}" stands for the built extension
+    command: Sequence[str]  # "{extension}" stands for the built extension, "{device}" for the device
     minutes: float
     tool: str = ""  # skipped where this program is not installed
     device: str = ""  # skipped on others
     measures: bool = False  # a benchmark: takes --device, --json and the like
+    variables: Mapping[str, str] = field(default_factory=dict)  # of its environment
 
 
 def python(*arguments: str) -> tuple[str, ...]:
@@ -67,22 +71,41 @@ def benchmark(name: str, minutes: float) -> Step:
     return Step(name, python("-m", f"benchmarks.kernels.{name}"), minutes, measures=True)
 
 
+def tests(name: str, minutes: float, *paths: str, device: str = "", **variables: str) -> Step:
+    """The kernels' tests, of which each process of pytest-xdist takes some."""
+    options = ["-q", "-m", "not slow", "--durations=5", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", str(min(8, os.cpu_count() or 1))]
+    command = python("-m", "pytest", *paths, *options)
+    return Step(name, command, minutes, device=device, variables=variables)
+
+
+def sanitized(tool: str, minutes: float, *sizes: int) -> Step:
+    """A tool of compute-sanitizer over all CUDA kernels; on the CPU, the kernels alone."""
+    command = python("-m", "benchmarks.sanitize", "--device", "{device}")
+    # Memory from the caching allocator is one block to the tool: an overrun would be silent.
+    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    checker = ("compute-sanitizer", "--error-exitcode", "1", "--tool", tool)
+    sizes_given = ("--sizes", *map(str, sizes)) if sizes else ()
+    return Step(
+        tool, (*checker, *command, *sizes_given), minutes, checker[0], variables=variables
+    )
+
+
 BACKENDS = "import json, spo_kernels; print(json.dumps(spo_kernels.backends(), indent=1))"
-SMALL_RUN = ("-m", "benchmarks.kernels.policy_loss")
+TESTS, TRITON = "tests/spo_kernels", "tests/spo_kernels/test_triton.py"
 STEPS = (
     Step("gpu", ("nvidia-smi", "-q", "-d", "CLOCK,POWER,ECC"), 0.1, "nvidia-smi", "cuda"),
     Step("nvcc", ("nvcc", "--version"), 0.1, "nvcc"),
-    Step("build", python("setup.py", "build_ext", "--inplace"), 1.5),
+    Step("build", python("setup.py", "build_ext", "--inplace"), 1.0),
     Step("backends", python("-c", BACKENDS), 0.3),
     Step("registers", ("cuobjdump", "-res-usage", "{extension}"), 0.1, "cuobjdump", "cuda"),
-    Step("tests", python("-m", "pytest", "tests/spo_kernels", "-q", "-m", "not slow"), 1.5),
-    Step(
-        "memcheck",
-        ("compute-sanitizer", *python(*SMALL_RUN, "--device", "cuda", "--quick")),
-        0.5,
-        "compute-sanitizer",
-        "cuda",
-    ),
+    tests("tests", 1.0, TESTS, SPO_TEST_BACKEND="{device}"),
+    tests("tests on Triton", 1.5, TESTS, device="cuda", SPO_TEST_BACKEND="triton"),
+    tests("Triton interpreted", 1.5, TRITON, device="cpu", TRITON_INTERPRET="1"),
+    sanitized("memcheck", 0.5),
+    sanitized("racecheck", 0.4, 1031, 151937),
+    sanitized("synccheck", 0.3, 1031, 151937),
     benchmark("ceilings", 0.5),
     benchmark("policy_loss", 1.7),
     benchmark("logprobs", 0.8),
@@ -114,35 +137,46 @@ def reason_to_skip(step: Step, device: str, skip: Sequence[str]) -> str:
         return "asked for"
     if step.device not in ("", device):
         return f"it needs --device {step.device}"
-    if step.tool and shutil.which(step.tool) is None:
+    if step.tool and shutil.which(step.tool) is None and not rehearsed(step, device):
         return f"{step.tool} is not installed"
     return ""
+
+
+def rehearsed(step: Step, device: str) -> bool:
+    """Whether the step runs on the CPU without its tool."""
+    return device == "cpu" and step.tool == "compute-sanitizer"
 
 
 def run(step: Step, seconds: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run a step for at most `seconds`; its outcome, with the rows of a benchmark."""
     extension = next((ROOT / "spo_kernels").glob("_C*.so"), ROOT / "spo_kernels" / "_C.so")
-    command = [part.replace("{extension}", str(extension)) for part in step.command]
+    names = {"{extension}": str(extension), "{device}": arguments.device}
+    command = [names.get(part, part) for part in step.command]
+    if rehearsed(step, arguments.device):
+        command = command[command.index(sys.executable) :]
+    variables = {key: names.get(value, value) for key, value in step.variables.items()}
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         if step.measures:
             command += ["--device", arguments.device, "--json", str(rows)]
             command += ["--minutes", f"{0.8 * seconds / 60:.3f}"]
             command += ["--quick"] if arguments.quick else ["--seconds", str(arguments.seconds)]
-        outcome = execute(command, seconds)
+        outcome = execute(command, seconds, variables)
         if rows.exists():
             outcome["rows"] = json.loads(rows.read_text())
     return outcome
 
 
-def execute(command: Sequence[str], seconds: float) -> dict[str, Any]:
+def execute(
+    command: Sequence[str], seconds: float, variables: Mapping[str, str]
+) -> dict[str, Any]:
     """Run a command and all that it starts, and end them when the time is over."""
     start = time.monotonic()
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "150"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "150", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -121,11 +121,13 @@ __device__ __forceinline__ void init_memory(HeldRowMemory& memory) {
 
 // Sums over the cluster, from the sums of this block in its thread 0; the result is for thread 0 of
 // every block, and the same in all. Every block sends its sums to all and waits for those sent to
-// it, so that nothing is in flight to a block that has ended.
+// it, so that nothing is in flight to a block that has ended. A block that is alone sends nothing:
+// without a cluster the store is an illegal instruction.
 __device__ __forceinline__ Partial reduce_cluster(Partial block, float scale,
                                                   HeldRowMemory& memory) {
   const int rank = cluster_rank(), ranks = cluster_size(), thread = threadIdx.x;
   cluster_wait();
+  if (ranks == 1) return block;
   if (thread < kWarp) {
     const Granule message = {float_to_bits(shuffle(block.max, 0)),
                              float_to_bits(shuffle(block.sum, 0)),

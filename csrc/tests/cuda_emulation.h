@@ -268,6 +268,8 @@ inline void copy_async(void* to, const void* from, uint32_t bytes, Landing* land
   emulation::block().copies.push_back({to, from, bytes, landing});
 }
 inline void send_to_rank(Granule* to, int rank, const Granule& value, Landing* landing) {
+  // An H100 calls it an illegal instruction: a grid without clusters has no shared::cluster stores.
+  if (cluster_size() < 2) emulation::fail("a store to another block without a cluster");
   unsigned char* there = emulation::machine.blocks[rank].memory.data();
   const auto offset = [](void* p) { return static_cast<unsigned char*>(p) - block_memory(); };
   std::memcpy(there + offset(to), &value, sizeof value);
