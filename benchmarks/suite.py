@@ -55,7 +55,9 @@ class Step:
     """A command and its share of eight minutes."""
 
     name: str
-    command: Sequence[str]  # "{extension}" stands for the built extension, "{device}" for the device
+    command: Sequence[
+        str
+    ]  # "{extension}" stands for the built extension, "{device}" for the device
     minutes: float
     tool: str = ""  # skipped where this program is not installed
     device: str = ""  # skipped on others
@@ -87,9 +89,7 @@ def sanitized(tool: str, minutes: float, *sizes: int) -> Step:
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     checker = ("compute-sanitizer", "--error-exitcode", "1", "--tool", tool)
     sizes_given = ("--sizes", *map(str, sizes)) if sizes else ()
-    return Step(
-        tool, (*checker, *command, *sizes_given), minutes, checker[0], variables=variables
-    )
+    return Step(tool, (*checker, *command, *sizes_given), minutes, checker[0], variables=variables)
 
 
 BACKENDS = "import json, spo_kernels; print(json.dumps(spo_kernels.backends(), indent=1))"
@@ -167,9 +167,7 @@ def run(step: Step, seconds: float, arguments: argparse.Namespace) -> dict[str, 
     return outcome
 
 
-def execute(
-    command: Sequence[str], seconds: float, variables: Mapping[str, str]
-) -> dict[str, Any]:
+def execute(command: Sequence[str], seconds: float, variables: Mapping[str, str]) -> dict[str, Any]:
     """Run a command and all that it starts, and end them when the time is over."""
     start = time.monotonic()
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -71,7 +71,14 @@ PYBIND11_MODULE(_C, m) {
   );
   m.def("cpu_isa", [] { return spo::isa_name(spo::chosen_isa()); });
   STRUCT(PolicyLossArgs, SPO_POLICY_LOSS_FIELDS(EXPOSE, EXPOSE_ARRAY))
+  KERNEL(policy_prepare);
   KERNEL(policy_loss);
+  KERNEL(policy_finish);
+  KERNEL(policy_step);
+#ifdef SPO_HAS_CUDA
+  STRUCT(ScaleArgs, SPO_SCALE_FIELDS(EXPOSE))
+  m.def("scale_cuda", &spo::scale_cuda, NoGil());
+#endif
   STRUCT(LogprobsArgs, SPO_LOGPROBS_FIELDS(EXPOSE))
   KERNEL(logprobs);
   KERNEL(logprobs_backward);

@@ -27,6 +27,87 @@ SPO_HOST_DEVICE Token read_token(const PolicyLossArgs& a, int64_t row) {
   return token;
 }
 
+template <class Int>
+SPO_HOST_DEVICE Int read_as(const void* array, int64_t i) {
+  return static_cast<const Int*>(array)[i];
+}
+
+SPO_HOST_DEVICE int64_t token_id(const PolicyLossArgs& a, int64_t token) {
+  return a.id_bytes == 4 ? read_as<int32_t>(a.token_ids, token)
+                         : read_as<int64_t>(a.token_ids, token);
+}
+
+SPO_HOST_DEVICE float temperature_of(const PolicyLossArgs& a, int64_t token) {
+  return a.temperature ? a.temperature[token * a.temperature_stride]
+                       : static_cast<float>(a.temperature_value);
+}
+
+SPO_HOST_DEVICE bool is_trained(const PolicyLossArgs& a, int64_t token) {
+  if (!a.loss_mask) return true;
+  if (a.mask_bytes == 1) return read_as<uint8_t>(a.loss_mask, token) != 0;
+  if (a.mask_bytes == 2) return read_as<uint16_t>(a.loss_mask, token) != 0;
+  if (a.mask_bytes == 4) return read_as<uint32_t>(a.loss_mask, token) != 0;
+  return read_as<uint64_t>(a.loss_mask, token) != 0;
+}
+
+// The bits of `Use` that the masks decide. An old logprob of NaN keeps its token: it is an error.
+SPO_HOST_DEVICE uint8_t token_use(const PolicyLossArgs& a, int64_t token) {
+  const bool trained = is_trained(a, token), unsure = !(a.old_logprobs[token] >= a.log_threshold);
+  const bool kept = trained && unsure;  // both are loaded first, so that the loads run in parallel
+  const bool in_kl = a.kl_estimator != kNoKl && (a.kl_scope == kAll ? trained : kept);
+  return static_cast<uint8_t>((kept ? kInPolicy : 0) | (in_kl ? kInKl : 0));
+}
+
+// A zero advantage makes the policy term and its gradient 0: such a token needs no logprob.
+SPO_HOST_DEVICE bool has_policy(const PolicyLossArgs& a, uint8_t use, int64_t token) {
+  return (use & kInPolicy) && a.advantages[token] != 0;
+}
+
+// Whether a token with this use holds what the objective cannot take.
+SPO_HOST_DEVICE bool is_bad(const PolicyLossArgs& a, uint8_t use, int64_t token) {
+  if (!use) return false;
+  const int64_t id = token_id(a, token);
+  const float temperature = temperature_of(a, token), old = a.old_logprobs[token];
+  return id < 0 || id >= a.vocab || !(temperature > 0 && temperature < INFINITY) || old != old;
+}
+
+SPO_HOST_DEVICE double norm_of(const void* given, bool is_integer, double value, int64_t kept) {
+  if (!given) return value < 0 ? static_cast<double>(kept) : value;
+  return is_integer ? static_cast<double>(read_as<int64_t>(given, 0)) : read_as<float>(given, 0);
+}
+
+// The values of `scales`, after the counts. `largest` is the largest |advantage| of a token with a
+// policy term.
+SPO_HOST_DEVICE void write_scales(const PolicyLossArgs& a, int64_t kept, float largest) {
+  const double z = norm_of(a.policy_norm, a.policy_norm_is_integer, a.policy_norm_value, kept);
+  const double z_kl = norm_of(a.kl_norm, a.kl_norm_is_integer, a.kl_norm_value, kept);
+  const bool good = z >= 0 && z < INFINITY && z_kl >= 0 && z_kl < INFINITY;
+  if (!good) a.counts[3] |= kBadNorm;
+  const double policy = z == 0 ? 0 : 1 / z;
+  const double kl = a.kl_estimator == kNoKl || z_kl == 0 ? 0 : a.kl_coef / z_kl;
+  a.scales[0] = static_cast<float>(policy);
+  a.scales[1] = static_cast<float>(kl);
+  a.scales[2] = 1;
+  // fp16 holds 40 powers of two. What the largest gradient of a logprob is about becomes 1, so that
+  // the gradients of unlikely tokens are not flushed to 0.
+  const double size = policy * largest + kl;
+  if (a.scaled && size > 0 && size < INFINITY) {
+    const int exponent = ilogb(size);
+    a.scales[2] = static_cast<float>(ldexp(1.0, exponent < -100 ? 100 : -exponent));
+  }
+  a.figures[4] = 1 / a.scales[2];
+}
+
+// What the record shows, from the sums of `stats`.
+SPO_HOST_DEVICE void write_figures(const PolicyLossArgs& a, const double (&sums)[4]) {
+  const double count = a.counts[1] > 0 ? static_cast<double>(a.counts[1]) : 1.0;
+  a.figures[0] = static_cast<float>(sums[0]);
+  a.figures[1] = static_cast<float>(sums[1]);
+  a.figures[2] = static_cast<float>(sums[2] / count);
+  a.figures[3] = static_cast<float>(sums[3] / count);
+  *a.loss = a.figures[0] + a.figures[1];
+}
+
 // No member initialisers: their constructor would be one symbol for all instruction sets.
 struct TokenLoss {
   float policy;    // scaled policy term

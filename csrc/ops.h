@@ -2,6 +2,7 @@
 // Arguments of the native kernels: one plain struct per op, shared by the CPU and CUDA launchers.
 // Pointers point to contiguous arrays unless a stride says otherwise; sizes and strides count
 // elements. The Python side owns every buffer and has checked shapes and dtypes.
+#include <cmath>
 #include <cstdint>
 
 #ifdef __CUDACC__
@@ -16,6 +17,14 @@ namespace spo {
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 enum KlEstimator : int32_t { kNoKl = 0, kK1 = 1, kK2 = 2, kK3 = 3 };
+
+enum KlScope : int32_t { kMasked = 0, kAll = 1 };  // tokens that the KL term covers
+
+// What a token takes part in; kLost: it is used, but its hidden state does not exist.
+enum Use : uint8_t { kInPolicy = 1, kInKl = 2, kLost = 4 };
+
+// Bits of what is wrong with the input.
+constexpr int64_t kBadToken = 1, kBadState = 2, kBadNorm = 4;
 
 // N logits rows of V entries. Row i starts at (i / block_rows) * block_stride
 // + (i % block_rows) * row_stride, so that a view such as logits[:, :-1] needs no copy.
@@ -38,40 +47,83 @@ SPO_HOST_DEVICE int64_t row_offset(const RowLayout& layout, int64_t row) {
 // The objective's inputs per token, and its scalars: the fields of `Tokens` in
 // spo_kernels/objective.py. PER_TOKEN(name, absent) is an array of N floats. The objective receives
 // the row's value (`Token` in csrc/objective.h), or `absent` if the array is null.
-#define SPO_TOKEN_FIELDS(FIELD, PER_TOKEN)                                                        \
-  FIELD(const int64_t*, token_ids, nullptr)   /* (N,), read where a mask is set */                \
-  PER_TOKEN(old_logprobs, 0)                  /* (N,) */                                          \
-  PER_TOKEN(advantages, 0)                    /* (N,) */                                          \
-  PER_TOKEN(ref_logprobs, 0)                  /* (N,), null without kl_mask */                    \
-  FIELD(const float*, temperature, nullptr)   /* (N,), or one value if temperature_stride is 0 */ \
-  FIELD(const uint8_t*, policy_mask, nullptr) /* (N,) rows with a policy term */                  \
-  FIELD(const uint8_t*, kl_mask, nullptr)     /* (N,) rows with a KL term; null: none */          \
-  FIELD(const float*, scales, nullptr)        /* (2,) 1 / Z and kl_coef / Z_kl */                 \
-  FIELD(float, clip_eps_low, 0)                                                                   \
-  FIELD(float, clip_eps_high, 0)                                                                  \
-  FIELD(float, log_ratio_clamp, 0)                                                                \
-  FIELD(int32_t, kl_estimator, kNoKl)
+#define SPO_TOKEN_FIELDS(FIELD, PER_TOKEN)                                                         \
+  FIELD(const void*, token_ids, nullptr)    /* (N,) integers, read where a token is kept */        \
+  PER_TOKEN(old_logprobs, 0)                /* (N,) */                                             \
+  PER_TOKEN(advantages, 0)                  /* (N,) */                                             \
+  PER_TOKEN(ref_logprobs, 0)                /* (N,), null without a KL term */                     \
+  FIELD(const void*, loss_mask, nullptr)    /* (N,) bool or integers, not 0: trained; null: all */ \
+  FIELD(const float*, temperature, nullptr) /* (N,) or (1,); null: temperature_value */            \
+  FIELD(const void*, policy_norm, nullptr)  /* (), Z; null: policy_norm_value */                   \
+  FIELD(const void*, kl_norm, nullptr)      /* (), Z_kl; null: kl_norm_value */                    \
+  FIELD(double, temperature_value, 1)                                                              \
+  FIELD(double, policy_norm_value, -1) /* negative: the number of kept tokens */                   \
+  FIELD(double, kl_norm_value, -1)                                                                 \
+  FIELD(float, log_threshold, INFINITY) /* kept: old_logprobs below it */                          \
+  FIELD(float, clip_eps_low, 0)                                                                    \
+  FIELD(float, clip_eps_high, 0)                                                                   \
+  FIELD(float, log_ratio_clamp, 0)                                                                 \
+  FIELD(double, kl_coef, 0)                                                                        \
+  FIELD(int32_t, kl_estimator, kNoKl)                                                              \
+  FIELD(int32_t, kl_scope, kMasked)
 
-// masked_ppo_loss: objective, metrics and dlogits of N rows.
-#define SPO_POLICY_LOSS_FIELDS(FIELD, PER_TOKEN)                                             \
-  FIELD(int64_t, rows, 0)                                                                    \
-  FIELD(int64_t, vocab, 0)                                                                   \
-  FIELD(int32_t, dtype, kFloat32)     /* of logits */                                        \
-  FIELD(const void*, logits, nullptr) /* (N, V) */                                           \
-  FIELD(RowLayout, logits_layout, {})                                                        \
-  FIELD(void*, dlogits, nullptr) /* (N, V), may be `logits` itself; null: forward only */    \
-  FIELD(RowLayout, dlogits_layout, {})                                                       \
-  FIELD(int32_t, dlogits_dtype, kFloat32) /* that of the logits, or bf16 with fp32 logits */ \
-  FIELD(bool, dlogits_zeroed, false)      /* rows without a gradient need no write */        \
-  SPO_TOKEN_FIELDS(FIELD, PER_TOKEN)                                                         \
-  FIELD(int64_t, temperature_stride, 0)                                                      \
-  FIELD(float*, logprobs, nullptr) /* (N,), 0 on dropped rows */                             \
-  FIELD(float*, entropy, nullptr)  /* (N,), 0 on dropped rows; null: not wanted */           \
-  FIELD(float*, stats, nullptr)    /* (N, 4) policy term, KL term, clipped, ratio */         \
-  FIELD(int32_t, num_threads, 1)   /* CPU only */                                            \
-  FIELD(void*, stream, nullptr)    /* CUDA only */
+// masked_ppo_loss, in three phases: `policy_prepare` finds the tokens that are used and the norms,
+// `policy_loss` runs over rows of logits, `policy_finish` sums what they left. `policy_step` is all
+// three. Row i of the logits belongs to token i, or to token index[i].
+#define SPO_POLICY_LOSS_FIELDS(FIELD, PER_TOKEN)                                                   \
+  FIELD(int64_t, tokens, 0)                                                                        \
+  FIELD(int64_t, rows, 0) /* of logits */                                                          \
+  FIELD(int64_t, vocab, 0)                                                                         \
+  FIELD(int32_t, dtype, kFloat32)     /* of logits */                                              \
+  FIELD(const void*, logits, nullptr) /* (rows, V) */                                              \
+  FIELD(RowLayout, logits_layout, {})                                                              \
+  FIELD(void*, dlogits, nullptr) /* (rows, V), may be `logits` itself; null: forward only */       \
+  FIELD(RowLayout, dlogits_layout, {})                                                             \
+  FIELD(int32_t, dlogits_dtype, kFloat32) /* that of the logits, or half as wide */                \
+  FIELD(bool, dlogits_zeroed, false)      /* rows without a gradient need no write */              \
+  SPO_TOKEN_FIELDS(FIELD, PER_TOKEN)                                                               \
+  FIELD(int32_t, id_bytes, 8)   /* of a token id: 4 or 8 */                                        \
+  FIELD(int32_t, mask_bytes, 1) /* of an entry of the loss mask: 1, 2, 4 or 8 */                   \
+  FIELD(int64_t, temperature_stride, 0)                                                            \
+  FIELD(bool, policy_norm_is_integer, false) /* int64, else float */                               \
+  FIELD(bool, kl_norm_is_integer, false)                                                           \
+  FIELD(bool, strict, false)        /* after bad input no row is touched */                        \
+  FIELD(bool, scaled, false)        /* gradients times a power of two: for fp16 */                 \
+  FIELD(uint8_t*, uses, nullptr)    /* (N,) bits of `Use` */                                       \
+  FIELD(float*, scales, nullptr)    /* (3,) 1 / Z, kl_coef / Z_kl, that power of two */            \
+  FIELD(int64_t*, counts, nullptr)  /* (5,) kept, with policy, used; kBad bits; used > capacity */ \
+  FIELD(int64_t*, index, nullptr)   /* (capacity,) the used tokens, then N; null: all */           \
+  FIELD(int64_t*, states, nullptr)  /* (capacity,) hidden states of `index`, then H */             \
+  FIELD(int64_t*, sources, nullptr) /* (capacity,) the same, but always a state that exists */     \
+  FIELD(int64_t, capacity, 0)                                                                      \
+  FIELD(const int64_t*, hidden_index, nullptr) /* (N,); null: token i has state i */               \
+  FIELD(int64_t, num_states, 0)                /* H */                                             \
+  FIELD(float*, logprobs, nullptr)             /* (N,), 0 where not used */                        \
+  FIELD(float*, entropy, nullptr)              /* (N,), 0 where not used; null: not wanted */      \
+  FIELD(float*, stats, nullptr)                /* (N, 4) policy term, KL term, clipped, ratio */   \
+  FIELD(float*, loss, nullptr)                 /* () */                                            \
+  FIELD(float*, figures, nullptr) /* (5,) policy, KL, clipfrac, mean ratio, 1 / power */           \
+  FIELD(int32_t, num_threads, 1)  /* CPU only */                                                   \
+  FIELD(void*, stream, nullptr)   /* CUDA only */
 struct PolicyLossArgs {
   SPO_POLICY_LOSS_FIELDS(SPO_MEMBER, SPO_ARRAY)
+};
+
+// scale: out = grad * factor * unscale, in fp32, rounded once. In place, a product of 1 costs
+// nothing.
+#define SPO_SCALE_FIELDS(FIELD)                                             \
+  FIELD(int64_t, rows, 0)                                                   \
+  FIELD(int64_t, vocab, 0)                                                  \
+  FIELD(const void*, grad, nullptr) /* (rows, V) */                         \
+  FIELD(int32_t, grad_dtype, kFloat32)                                      \
+  FIELD(void*, out, nullptr)          /* (rows, V), may be `grad` itself */ \
+  FIELD(int32_t, out_dtype, kFloat32) /* that of `grad`, or half as wide */ \
+  FIELD(RowLayout, layout, {})                                              \
+  FIELD(const float*, factor, nullptr)  /* () */                            \
+  FIELD(const float*, unscale, nullptr) /* (); null: 1 */                   \
+  FIELD(void*, stream, nullptr)         /* CUDA only */
+struct ScaleArgs {
+  SPO_SCALE_FIELDS(SPO_MEMBER)
 };
 
 // token_logprobs: logprob (and entropy) of N rows. The fields from grad_logprobs to dlogits_dtype
@@ -94,7 +146,7 @@ struct PolicyLossArgs {
   FIELD(const float*, grad_entropy, nullptr)  /* (N,); null: zero */                               \
   FIELD(void*, dlogits, nullptr)              /* (N, V), may be `logits` itself */                 \
   FIELD(RowLayout, dlogits_layout, {})                                                             \
-  FIELD(int32_t, dlogits_dtype, kFloat32) /* that of the logits, or bf16 with fp32 logits */       \
+  FIELD(int32_t, dlogits_dtype, kFloat32) /* that of the logits, or half as wide */                \
   FIELD(int32_t, num_threads, 1)          /* CPU only */                                           \
   FIELD(void*, stream, nullptr)           /* CUDA only */
 struct LogprobsArgs {
@@ -187,7 +239,10 @@ struct GaeArgs {
 };
 
 // CPU launchers; each returns when its outputs are written.
+void policy_prepare_cpu(const PolicyLossArgs& args);
 void policy_loss_cpu(const PolicyLossArgs& args);
+void policy_finish_cpu(const PolicyLossArgs& args);
+void policy_step_cpu(const PolicyLossArgs& args);
 void logprobs_cpu(const LogprobsArgs& args);
 void logprobs_backward_cpu(const LogprobsArgs& args);
 
@@ -203,7 +258,11 @@ bool gae_cpu(const GaeArgs& args);
 
 // CUDA launchers, on the current device and `stream`; std::runtime_error if CUDA reports an error.
 // The row kernels return at once. There, a token id out of [0, V) makes the row's logprob NaN.
+void policy_prepare_cuda(const PolicyLossArgs& args);
 void policy_loss_cuda(const PolicyLossArgs& args);
+void policy_finish_cuda(const PolicyLossArgs& args);
+void policy_step_cuda(const PolicyLossArgs& args);
+void scale_cuda(const ScaleArgs& args);
 void logprobs_cuda(const LogprobsArgs& args);
 void logprobs_backward_cuda(const LogprobsArgs& args);
 

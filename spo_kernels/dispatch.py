@@ -23,6 +23,9 @@ except ImportError as error:  # installed with SPO_BUILD_NATIVE=0, or built for 
     _NO_NATIVE = f"the native extension spo_kernels._C was not found ({error})"
 
 OPS = ("policy_loss", "logprobs", "segments", "tree", "gae")
+_OP_OF = {"logprobs_backward": "logprobs"} | {  # kernels that are not named after their op
+    f"policy_{phase}": "policy_loss" for phase in ("prepare", "finish", "step")
+}
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in the order `choose` tries them
 
 
@@ -33,7 +36,9 @@ def native() -> ModuleType:
     return _C
 
 
-_reasons: dict[tuple[str, str], str] = {}  # torch.compile cannot trace functools.cache
+# Dictionaries, since torch.compile cannot trace functools.cache.
+_reasons: dict[tuple[str, str], str] = {}
+_chosen: dict[tuple[str, str, bool], str] = {}
 
 
 def unavailable(op: str, backend: str) -> str:
@@ -78,8 +83,11 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
     Raises ValueError with the reason if `backend` is unknown or cannot run. It never falls back.
     """
     if backend is None:
-        able = (b for b in BACKENDS if not _interpreted(b) and not _refusal(op, b, tensor))
-        return next(able)
+        key = (op, tensor.device.type, tensor.dtype == torch.float64)
+        if key not in _chosen:
+            able = (b for b in BACKENDS if not _interpreted(b) and not _refusal(op, b, tensor))
+            _chosen[key] = next(able)
+        return _chosen[key]
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     if reason := _refusal(op, backend, tensor):
@@ -108,14 +116,15 @@ def launch(kernel: str, backend: str, struct: str, **fields: Any) -> Any:
     take the fields as keyword arguments.
     """
     if backend == "triton":
-        op = kernel.removesuffix("_backward")
+        op = _OP_OF.get(kernel, kernel)
         return getattr(importlib.import_module(f"spo_kernels.triton.{op}"), kernel)(**fields)
     args = getattr(native(), struct)()
     device = None
     for name, value in fields.items():
         if isinstance(value, Tensor):
             device, value = value.device, value.data_ptr()
-        setattr(args, name, 0 if value is None else value)
+        if value is not None:
+            setattr(args, name, value)
     run = getattr(native(), f"{kernel}_{backend}")
     if backend == "cpu":
         if hasattr(args, "num_threads"):

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels import memory, rows
+from spo_kernels import memory, products, rows
 
+MEMORY_BUDGET = 1 << 30  # bytes of logits that the head makes at a time
 BLOCK_ELEMENTS = 1 << 22  # of the weight widened at a time: 16 MiB of fp32, to stay in the cache
 
 
@@ -87,39 +88,57 @@ def empty_gradients(
     """Buffers for dhidden, dweight, dbias; (0,) where no gradient is wanted."""
     wanted = zip((hidden, weight, bias), needs, strict=True)
     return tuple(
-        x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0)
+        x.new_empty(x.shape, dtype=gradient_dtype(x)) if need and x is not None
+        else hidden.new_empty(0, dtype=gradient_dtype(hidden))
         for x, need in wanted
-    )
+    )  # fmt: skip
+
+
+def gradient_dtype(leaf: Tensor) -> torch.dtype:
+    """Of a gradient that the forward forms. That of an fp16 tensor is rounded in the backward, when
+    the factor of a loss scaler has reached it."""
+    return torch.float32 if leaf.dtype == torch.float16 else leaf.dtype
+
+
+def operand_of(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The weight as the products take it. The CPU widens it block by block instead."""
+    if not products.on_gpu(hidden):
+        return weight
+    return weight.to(products.common_dtype(hidden, weight))
+
+
+def budget(given: int | None, device: torch.device, needed: int) -> int:
+    """Bytes of logits that may exist at a time, of `needed` in all.
+
+    Every chunk but the first reads and writes an fp32 gradient of the weight, so a GPU takes a
+    quarter of what is free, up to 6 GiB.
+    """
+    if given is not None or device.type != "cuda" or needed <= MEMORY_BUDGET:
+        return MEMORY_BUDGET if given is None else given
+    if torch.cuda.is_current_stream_capturing():
+        return MEMORY_BUDGET
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(MEMORY_BUDGET, min(6 * MEMORY_BUDGET, free // 4))
 
 
 def select_states(hidden: Tensor, hidden_index: Tensor | None, index: Tensor) -> Tensor:
     """Rows of `hidden.reshape(-1, D)` that predict the selected tokens `index` (n,)."""
     if hidden_index is None:
         return index
+    check_states(hidden_index, hidden.shape[0], index)
+    return hidden_index[index]
+
+
+def check_states(hidden_index: Tensor, num_states: int, index: Tensor) -> None:
+    """Raise ValueError if one of the tokens `index` (n,) has no hidden state."""
     states = hidden_index[index]
     first, last = (int(states.min()), int(states.max())) if states.numel() else (0, -1)
-    if first < 0 or last >= hidden.shape[0]:
+    if first < 0 or last >= num_states:
         raise ValueError(
-            f"hidden_index: expected indices in [0, {hidden.shape[0]}) where a token is kept, "
+            f"hidden_index: expected indices in [0, {num_states}) where a token is kept, "
             f"found {first} to {last}"
         )
-    return states
-
-
-def select_states_fixed(
-    flat: Tensor, hidden_index: Tensor | None, index: Tensor
-) -> tuple[Tensor, Tensor]:  # (n,), (n,) bool
-    """`select_states` without reading the data, for CUDA graphs.
-
-    An entry N of `index`, or an entry of `hidden_index` out of range, gives state H. The second
-    result is False for entries out of range.
-    """
-    last = flat.shape[0]
-    if hidden_index is None:
-        return index, torch.ones_like(index, dtype=torch.bool)
-    states = torch.cat([hidden_index, hidden_index.new_full((1,), last)])[index]
-    known = (states >= 0) & (states < last) | (index == hidden_index.shape[0])
-    return torch.where(known, states, last), known
 
 
 def chunks(count: int, vocab: int, dtype: torch.dtype, memory_budget: int) -> Iterator[slice]:
@@ -133,11 +152,11 @@ def chunks(count: int, vocab: int, dtype: torch.dtype, memory_budget: int) -> It
 
 
 def _is_fast_bf16(x: Tensor, weight: Tensor) -> bool:
-    """Whether both are bf16 and the device multiplies bf16 matrices fast."""
+    """Whether both are bf16 and the CPU multiplies bf16 matrices fast."""
     if not x.dtype == weight.dtype == torch.bfloat16:
         return False
     capabilities = getattr(torch.cpu, "get_capabilities", dict)  # PyTorch 2.10
-    return x.device.type != "cpu" or bool(capabilities().get("amx_bf16"))
+    return bool(capabilities().get("amx_bf16"))
 
 
 @contextlib.contextmanager
@@ -176,12 +195,11 @@ def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x (n, D) times weight (V, D) transposed, plus bias: logits (n, V) of `dtype`."""
-    fast = _is_fast_bf16(x, weight)
-    if fast and dtype == torch.float32 and x.is_cuda:
-        logits = torch.mm(x, weight.t(), out_dtype=dtype)
+    if products.on_gpu(x):
+        logits = products.logits(x.to(weight.dtype), weight, dtype)
     else:
         logits = memory.empty((x.shape[0], weight.shape[0]), dtype, x.device)
-        wide = fast and dtype == torch.float32
+        wide = dtype == torch.float32 and _is_fast_bf16(x, weight)
         with _bf16_tiles() if wide else contextlib.nullcontext():
             x = x.to(dtype)
             for block, w in _blocks(weight, dtype):
@@ -190,7 +208,12 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 
 
 def gradient_buffer(logits: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Where the gradient of the logits goes: over the logits themselves, unless it is bf16."""
+    """Where the gradient of the logits goes: over the logits, unless it is half as wide."""
+    if products.on_gpu(x):
+        if logits.dtype == torch.bfloat16 or weight.dtype == torch.float32:
+            return logits
+        n, vocab = logits.shape
+        return products.columns(n, vocab, weight.dtype, logits.device)
     if logits.dtype == torch.float32 and _is_fast_bf16(x, weight):
         return memory.empty(logits.shape, torch.bfloat16, logits.device)
     return logits
@@ -211,9 +234,17 @@ class HeadGradients:
     the end over the rows that share a hidden state.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, needs: list[bool]):
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        operand: Tensor,  # the weight in the dtype of the products
+        bias: Tensor | None,
+        needs: list[bool],
+    ):
         """`needs`: which of hidden, weight and bias want a gradient."""
-        self.weight, self.bias = weight, bias
+        self.weight, self.operand, self.bias = weight, operand, bias
+        self.hidden_dtype, self.weight_dtype = gradient_dtype(hidden), gradient_dtype(weight)
         self.needs_hidden, self.needs_weight, self.needs_bias = needs
         self.dx: list[Tensor] = []  # (c, D) of each chunk
         self.dweight: Tensor | None = None  # (V, D)
@@ -225,34 +256,38 @@ class HeadGradients:
         `only`: there is no other chunk, so dweight is written in its own dtype at once.
         """
         if self.needs_hidden:
-            blocks = _blocks(self.weight, dlogits.dtype)
-            block, w = next(blocks)
-            dx = torch.mm(dlogits[:, block], w)
-            for block, w in blocks:
-                dx.addmm_(dlogits[:, block], w)
-            self.dx.append(dx)
+            self.dx.append(self._states_gradient(dlogits))
         if self.needs_weight:
             self._add_weight(dlogits, x.to(dlogits.dtype), only)
         if self.needs_bias:
             dbias = dlogits.sum(0, dtype=torch.float32)
             self.dbias = dbias if self.dbias is None else self.dbias.add_(dbias)
 
+    def _states_gradient(self, dlogits: Tensor) -> Tensor:
+        if products.on_gpu(dlogits):
+            operand = self.operand.to(dlogits.dtype)
+            return products.states_gradient(dlogits, operand, self.hidden_dtype)
+        blocks = _blocks(self.operand, dlogits.dtype)
+        block, w = next(blocks)
+        dx = torch.mm(dlogits[:, block], w)
+        for block, w in blocks:
+            dx.addmm_(dlogits[:, block], w)
+        return dx
+
     def _add_weight(self, dlogits: Tensor, x: Tensor, only: bool) -> None:
         total, first = self.dweight, self.dweight is None
         if total is None:
-            dtype = self.weight.dtype if only else torch.float32
+            dtype = self.weight_dtype if only else torch.float32
+            if products.on_gpu(dlogits):
+                dtype = products.result_dtype(dlogits, dtype)
             total = self.dweight = memory.empty(self.weight.shape, dtype, x.device)
+        if products.on_gpu(dlogits):
+            return products.weight_gradient(dlogits, x, total, first)
         if total.dtype == dlogits.dtype:
             if first:
                 torch.mm(dlogits.t(), x, out=total)
             else:
                 total.addmm_(dlogits.t(), x)
-            return
-        if total.is_cuda and total.dtype == torch.float32 and dlogits.dtype == torch.bfloat16:
-            if first:
-                torch.mm(dlogits.t(), x, out_dtype=total.dtype, out=total)
-            else:
-                torch.addmm(total, dlogits.t(), x, out_dtype=total.dtype, out=total)
             return
         vocab, width = total.shape
         size = max(1, BLOCK_ELEMENTS // max(width, 1))
@@ -262,29 +297,33 @@ class HeadGradients:
             part = torch.mm(dlogits[:, begin : begin + size].t(), x, out=buffer[: len(piece)])
             piece.copy_(part) if first else piece.add_(part)
 
-    def finish(self, hidden: Tensor, states: Tensor, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def finish(
+        self, hidden: Tensor, states: Tensor, shared: bool, spare: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """dhidden, dweight, dbias, shaped as hidden, weight, bias; empty where not needed.
 
-        `states` (n,) is the hidden state of each added row; `shared`: states may repeat.
+        `states` (n,) is the hidden state of each added row. `shared`: states may repeat. `spare`:
+        one more state takes the rows of none.
         """
-        dhidden, dweight, dbias = (hidden.new_empty(0) for _ in range(3))
+        dhidden, dweight, dbias = (hidden.new_empty(0, dtype=self.hidden_dtype) for _ in range(3))
         if self.needs_hidden:
             width, last = hidden.shape[-1], hidden.numel() // max(hidden.shape[-1], 1)
-            dhidden = hidden.new_zeros(last + shared, width)
+            dhidden = hidden.new_zeros((last + (shared or spare), width), dtype=self.hidden_dtype)
             if self.dx:
                 dx = torch.cat(self.dx) if len(self.dx) > 1 else self.dx[0]
                 if shared:
                     states, dx = _sum_shared(states, dx.float(), last)
-                dhidden[states] = dx.to(hidden.dtype)
+                dhidden.index_copy_(0, states, dx.to(self.hidden_dtype))
             dhidden = dhidden[:last].view(hidden.shape)
         if self.needs_weight:
             dweight = self.dweight
             if dweight is None:
-                dweight = memory.zeros(self.weight.shape, self.weight.dtype, self.weight.device)
-            dweight = dweight.to(self.weight.dtype)
+                dweight = memory.zeros(self.weight.shape, self.weight_dtype, self.weight.device)
+            dweight = dweight.to(self.weight_dtype)
         if self.needs_bias and self.bias is not None:
-            dbias = self.bias.new_zeros(self.bias.shape) if self.dbias is None else self.dbias
-            dbias = dbias.to(self.bias.dtype)
+            dtype = gradient_dtype(self.bias)
+            zeros = self.bias.new_zeros(self.bias.shape, dtype=dtype)
+            dbias = zeros if self.dbias is None else self.dbias.to(dtype)
         return dhidden, dweight, dbias
 
 

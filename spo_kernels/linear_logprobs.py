@@ -16,8 +16,6 @@ from spo_kernels import rows as _rows
 from spo_kernels.library import define
 from spo_kernels.logprobs import GRADS, NAMES, RESULTS, SAVED, TOKENS
 
-MEMORY_BUDGET = 1 << 30  # bytes of logits that the head makes at a time
-
 
 def linear_token_logprobs_ref(
     hidden: Tensor,  # (..., D), or (H, D) with hidden_index
@@ -41,7 +39,7 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? hidden_index"
 
 
 @define(
-    f"linear_logprobs({_HEAD}, bool[] needs_grad, ScalarType logits_dtype, int memory_budget, "
+    f"linear_logprobs({_HEAD}, bool[] needs_grad, ScalarType logits_dtype, int? memory_budget, "
     f"{TOKENS}) -> {RESULTS}",
 )
 def _linear_logprobs(
@@ -53,11 +51,12 @@ def _linear_logprobs(
     results = tuple(x.zero_() for x in _logprobs.new_results(hidden, ids, entropy))
     index = mask.nonzero().squeeze(1)
     states = head.select_states(hidden, hidden_index, index)
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat, weight = hidden.reshape(-1, hidden.shape[-1]), head.operand_of(hidden, weight)
+    room = head.budget(memory_budget, hidden.device, index.numel() * vocab * logits_dtype.itemsize)
     with torch.autocast(hidden.device.type, enabled=False):
-        for part in head.chunks(index.numel(), vocab, logits_dtype, memory_budget):
-            rows = index[part]
-            logits = head.project(flat[states[part]], weight, bias, logits_dtype)
+        for part in head.chunks(index.numel(), vocab, logits_dtype, room):
+            rows, x = index[part], flat[states[part]]
+            logits = head.project(x, weight, bias, logits_dtype)
             chunk = _logprobs.new_results(hidden, rows, entropy)
             _logprobs.run_rows(
                 "logprobs",
@@ -80,7 +79,7 @@ def _(hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budge
 
 @define(
     f"linear_logprobs_backward({_HEAD}, bool[] needs_grad, ScalarType logits_dtype, "
-    f"int memory_budget, {TOKENS}, {SAVED}, {GRADS})"
+    f"int? memory_budget, {TOKENS}, {SAVED}, {GRADS})"
     " -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
 )
 def _linear_logprobs_backward(
@@ -93,14 +92,16 @@ def _linear_logprobs_backward(
         wanted |= mask & (grad_entropy != 0)
     index = wanted.nonzero().squeeze(1)
     states = head.select_states(hidden, hidden_index, index)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    parts = list(head.chunks(index.numel(), weight.shape[0], logits_dtype, memory_budget))
-    grads = head.HeadGradients(weight, bias, needs_grad)
+    flat, size = hidden.reshape(-1, hidden.shape[-1]), weight.shape[0]
+    operand = head.operand_of(hidden, weight)
+    room = head.budget(memory_budget, hidden.device, index.numel() * size * logits_dtype.itemsize)
+    parts = list(head.chunks(index.numel(), size, logits_dtype, room))
+    grads = head.HeadGradients(hidden, weight, operand, bias, needs_grad)
     with torch.autocast(hidden.device.type, enabled=False):
         for part in parts:
             rows, x = index[part], flat[states[part]]
-            logits = head.project(x, weight, bias, logits_dtype)
-            dlogits = head.gradient_buffer(logits, x, weight)
+            logits = head.project(x, operand, bias, logits_dtype)
+            dlogits = head.gradient_buffer(logits, x, operand)
             buffers = dict(
                 zip(NAMES, (s if s.numel() == 0 else s[rows] for s in saved), strict=True)
             )
@@ -129,7 +130,8 @@ def _linear_logprobs_grad(ctx, grad_logprobs, grad_entropy, *_):
     grads = _logprobs.row_grads(output[0], grad_logprobs, grad_entropy)
     gradients.refuse_second_order(grads[0])
     products = _linear_logprobs_backward(*inputs, *output, *grads)
-    needed = (x if need else None for x, need in zip(products, inputs[4], strict=True))
+    leaves = zip(products, inputs[:3], inputs[4], strict=True)
+    needed = (x.to(leaf.dtype) if need else None for x, leaf, need in leaves)
     return *needed, *[None] * (len(inputs) - 3)
 
 
@@ -148,7 +150,7 @@ def linear_token_logprobs(
     temperature: float | Tensor = 1.0,
     entropy: Literal[False] = False,
     logits_dtype: torch.dtype = torch.float32,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
     backend: str | None = None,
 ) -> Tensor: ...
 
@@ -165,7 +167,7 @@ def linear_token_logprobs(
     temperature: float | Tensor = 1.0,
     entropy: Literal[True],
     logits_dtype: torch.dtype = torch.float32,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -181,7 +183,7 @@ def linear_token_logprobs(
     temperature: float | Tensor = 1.0,
     entropy: bool = False,
     logits_dtype: torch.dtype = torch.float32,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (...) fp32 (fp64 from fp64), or that and the entropy (...)
     """`token_logprobs(hidden @ weight.T + bias, ...)` with at most `memory_budget` bytes of logits.

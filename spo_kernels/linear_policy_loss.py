@@ -5,17 +5,15 @@ Reference, op schema with its fake and autograd, public function, in that order.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
-from spo_kernels import dispatch, gradients, head, objective, rows
+from spo_kernels import dispatch, gradients, head, objective, products, rows
 from spo_kernels.library import define
 from spo_kernels.objective import PolicyLoss, Tokens
-from spo_kernels.policy_loss import fake_outputs, reference, run_rows
+from spo_kernels.policy_loss import OUTPUTS, Launch, fake_outputs, reference
 
-MEMORY_BUDGET = 1 << 30  # bytes of logits that the head makes at a time
+BAD_TOKEN, BAD_STATE, BAD_NORM = 1, 2, 4  # kBadToken and so on in csrc/ops.h
 
 
 def linear_masked_ppo_loss_ref(
@@ -30,45 +28,35 @@ def linear_masked_ppo_loss_ref(
 ) -> PolicyLoss:
     """`linear_masked_ppo_loss` in differentiable PyTorch: keep rows, project, reference loss."""
     tokens.check(weight.shape[0])
-    index = _active(tokens, max_active)
+    index = tokens.used().nonzero().squeeze(1)
+    _check_room(index.numel(), max_active)
     states = head.select_states(hidden, hidden_index, index)
     logits = head.linear_ref(hidden.reshape(-1, hidden.shape[-1])[states], weight, bias)
     return reference(logits, tokens, index, shape, entropy)
 
 
-def _active(tokens: Tokens, max_active: int | None) -> Tensor:
-    """Indices of the rows to project."""
-    index = tokens.used().nonzero().squeeze(1)
-    if max_active is not None and index.numel() > max_active:
+def _check_room(active: int, max_active: int | None) -> None:
+    if max_active is not None and active > max_active:
         raise ValueError(
-            f"max_active: expected at most {max_active} rows to project, found {index.numel()}"
+            f"max_active: expected at most {max_active} rows to project, found {active}"
         )
-    return index
 
 
-def _active_fixed(tokens: Tokens, max_active: int) -> tuple[Tensor, Tensor]:
-    """The first `max_active` rows to project, padded with N, and whether there are more.
-
-    Shapes and launches do not depend on the data, so a CUDA graph can capture them.
-    """
-    used = tokens.used()
-    n = used.numel()
-    slot = torch.where(used, used.cumsum(0) - 1, max_active).clamp(max=max_active)
-    index = torch.full((max_active + 1,), n, device=used.device)
-    index.scatter_(0, slot, torch.arange(n, device=used.device))
-    return index[:max_active], used.sum() > max_active
-
-
-def _setup_linear(ctx, inputs, output):
-    gradients.keep(ctx, inputs, output, {0: 4, 1: 5, 2: 6})
+def _read_active(call: Launch, hidden_index: Tensor | None, states: int, vocab: int) -> int:
+    """The number of rows to project, in the only wait for a GPU; ValueError for bad input."""
+    _, _, active, bad, _ = call.counts.tolist()
+    if bad & (BAD_TOKEN | BAD_NORM):
+        call.tokens.check(vocab)
+    if bad & BAD_STATE:
+        head.check_states(hidden_index, states, call.tokens.used().nonzero().squeeze(1))
+    return active
 
 
 @define(
     "linear_policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor? hidden_index, "
-    "bool[] needs_grad, bool entropy, ScalarType logits_dtype, int memory_budget, int? max_active, "
-    f"bool fixed, str backend, {objective.SCHEMA}) -> (Tensor loss, Tensor totals, "
-    "Tensor logprobs, Tensor entropy, Tensor dhidden, Tensor dweight, Tensor dbias, "
-    "Tensor overflow)"
+    "bool[] needs_grad, bool entropy, ScalarType logits_dtype, int? memory_budget, "
+    f"int? max_active, bool fixed, str backend, {objective.SCHEMA}) -> ({OUTPUTS}, "
+    "Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 def _linear_policy_loss(
     hidden,
@@ -86,52 +74,51 @@ def _linear_policy_loss(
 ):
     """Computes the gradients too, chunk by chunk, while the chunk's logits are in memory.
 
-    `fixed`: neither shapes nor errors depend on the data.
+    `fixed`: neither shapes nor errors depend on the data, so a CUDA graph can capture the work.
+    Then `max_active` rows are projected; those behind the last used token belong to none.
     """
     tokens, vocab = Tokens(*arguments), weight.shape[0]
-    flat, n = hidden.reshape(-1, hidden.shape[-1]), tokens.token_ids.numel()
-    fixed = fixed and n > 0
-    if fixed:
-        index, overflow = _active_fixed(tokens, max_active)
-        states, known = head.select_states_fixed(flat, hidden_index, index)
-        tokens = tokens.padded()
-    else:
-        tokens.check(vocab)
-        index, overflow = _active(tokens, max_active), tokens.policy_mask.new_zeros(())
-        states, known = head.select_states(hidden, hidden_index, index), None
-    parts = list(head.chunks(index.numel(), vocab, logits_dtype, memory_budget))
-    grads = head.HeadGradients(weight, bias, needs_grad)
-    totals, *outputs = (x.zero_() for x in fake_outputs(hidden, tokens.token_ids, entropy)[1:])
+    flat, n = hidden.reshape(-1, hidden.shape[-1]), tokens.token_ids.shape[0]
+    operand = head.operand_of(hidden, weight)
+    halves = products.on_gpu(hidden) and operand.dtype == torch.float16
+    capacity = max_active if fixed else n
+    # Never without an address: that would mean that rows are not gathered.
+    shape = (3, max(capacity, 1))
+    index, states, sources = torch.empty(shape, dtype=torch.int64, device=hidden.device)
+    call = Launch(
+        *(backend, hidden, vocab, tokens, entropy, not fixed),
+        **{"scaled": halves and any(needs_grad), "index": index, "states": states},
+        **{"sources": sources, "capacity": capacity},
+        **{"hidden_index": hidden_index, "num_states": flat.shape[0]},
+    )
+    call.run("prepare")
+    active = capacity if fixed else _read_active(call, hidden_index, flat.shape[0], vocab)
+    _check_room(active, max_active)
+    states = states[:active]
+    room = head.budget(memory_budget, hidden.device, active * vocab * logits_dtype.itemsize)
+    parts = list(head.chunks(active, vocab, logits_dtype, room)) if flat.shape[0] else []
+    grads = head.HeadGradients(hidden, weight, operand, bias, needs_grad)
     with torch.autocast(hidden.device.type, enabled=False):
         for part in parts:
-            chunk = tokens.take(index[part])
-            if known is not None:  # no hidden state: kernels return NaN for the id -1
-                chunk = dataclasses.replace(
-                    chunk, token_ids=torch.where(known[part], chunk.token_ids, -1)
-                )
-            x = flat[states[part].clamp(max=flat.shape[0] - 1)]
-            logits = head.project(x, weight, bias, logits_dtype)
-            dlogits = head.gradient_buffer(logits, x, weight) if any(needs_grad) else None
-            sums, *of_rows = run_rows(backend, logits, dlogits, chunk, entropy)
-            totals += sums
-            for whole, values in zip(outputs, of_rows, strict=True):
-                if whole.numel():
-                    whole[index[part]] = values
+            x = flat.index_select(0, sources[part])
+            logits = head.project(x, operand, bias, logits_dtype)
+            dlogits = head.gradient_buffer(logits, x, operand) if any(needs_grad) else None
+            call.over_rows("loss", logits, dlogits, index=index[part])
             if dlogits is not None:
                 grads.add(dlogits, x, only=len(parts) == 1)
-        products = grads.finish(hidden, states, shared=fixed or hidden_index is not None)
-    outputs = (x[:n].clone() if fixed else x for x in outputs)
-    return totals[0] + totals[1], totals, *outputs, *products, overflow
+        formed = grads.finish(hidden, states, shared=hidden_index is not None, spare=fixed)
+    call.run("finish")
+    return *call.outputs(), *formed
 
 
 @_linear_policy_loss.register_fake
 def _(hidden, weight, bias, hidden_index, needs_grad, entropy, *others):
     ids = others[-len(objective.TYPES)]
     grads = head.empty_gradients(hidden, weight, bias, needs_grad)
-    return *fake_outputs(hidden, ids, entropy), *grads, ids.new_empty((), dtype=torch.bool)
+    return *fake_outputs(hidden, ids, entropy), *grads
 
 
-_linear_policy_loss.register_autograd(gradients.hand_out, setup_context=_setup_linear)
+_differentiable = gradients.one_pass(_linear_policy_loss, {0: 5, 1: 6, 2: 7})
 
 
 def linear_masked_ppo_loss(
@@ -158,7 +145,7 @@ def linear_masked_ppo_loss(
     entropy: bool = False,
     max_active: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,  # bytes of logits at a time
     backend: str | None = None,
 ) -> PolicyLoss:
     """`masked_ppo_loss(hidden @ weight.T + bias, ...)` without the logits of unused tokens.
@@ -170,8 +157,9 @@ def linear_masked_ppo_loss(
 
     hidden and weight may differ in dtype, as under autocast. Logits are fp32, or bf16 with
     `logits_dtype=torch.bfloat16` (faster where the CPU has bf16 instructions; costs up to 4e-3 in a
-    logprob). At most `memory_budget` bytes of logits exist at a time. `masked_ppo_loss` describes
-    the other arguments and errors.
+    logprob). At most `memory_budget` bytes of logits exist at a time; None is 1 GiB, and on a GPU a
+    quarter of what is free, from 1 to 6 GiB. `masked_ppo_loss` describes the other arguments and
+    errors.
 
     Raises ValueError if there are more than `max_active` rows to project. While a CUDA graph is
     captured, and under torch.compile, always `max_active` rows are projected, without a host sync.
@@ -197,8 +185,9 @@ def linear_masked_ppo_loss(
     fixed = max_active is not None and rows.is_captured(hidden)
     needs_grad = head.needs_grad(hidden, weight, bias)
     sizes = (entropy, logits_dtype, memory_budget, max_active, fixed)
-    loss, totals, logprobs, row_entropy, *_, overflow = _linear_policy_loss(
+    loss, figures, counts, logprobs, row_entropy, *_ = _differentiable(
         *(hidden, weight, bias, hidden_index, needs_grad, *sizes, chosen), *tokens.arguments()
     )
     row_entropy = row_entropy if entropy else None
-    return objective.record(loss, totals, logprobs, row_entropy, tokens, shape, overflow)
+    overflow = counts[4:]
+    return objective.record(loss, figures, counts[0], logprobs, row_entropy, shape, overflow)

@@ -53,10 +53,9 @@ def run_rows(kernel: str, backend: str, logits: Tensor, ids: Tensor, **fields: A
     if ids.numel() == 0:
         return
     vocab = logits.shape[-1]
-    logits, layout = _rows.strided_rows(logits)
     if "dlogits" in fields:
-        fields["dlogits_dtype"] = _rows.DTYPES.index(fields["dlogits"].dtype)
-        fields["dlogits"], fields["dlogits_layout"] = _rows.strided_rows(fields["dlogits"])
+        fields |= _rows.gradient_rows(fields["dlogits"], logits)
+    logits, layout = _rows.strided_rows(logits)
     dispatch.launch(
         kernel,
         backend,
@@ -228,9 +227,14 @@ def prepare(
     _rows.check_devices(like, token_ids=token_ids, loss_mask=loss_mask, temperature=temperature)
     _rows.check_tensors(token_ids=token_ids)
     _rows.check_optional_tensors(loss_mask=loss_mask)
-    ids = _rows.flat_ids("token_ids", token_ids, shape)
-    mask = _rows.flat_mask("loss_mask", loss_mask, ids, shape)
-    return ids, mask, _rows.flat_temperature(temperature, like, shape, _rows.math_dtype(like))
+    ids = _rows.flat_ids("token_ids", token_ids, shape).long()
+    mask = _rows.flat_mask("loss_mask", loss_mask, shape)
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    dtype = _rows.math_dtype(like)
+    heat = _rows.flat_temperature(temperature, shape, dtype)
+    if heat is None:
+        heat = torch.full((1,), temperature, dtype=dtype, device=like.device)
+    return ids, mask, heat
 
 
 def shaped(

@@ -7,16 +7,17 @@ counterpart.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from spo_kernels import rows
 
-KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}  # values of `KlEstimator` in csrc/ops.h
+# Values of `KlEstimator` and `KlScope` in csrc/ops.h.
+KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+KL_SCOPES = {"masked": 0, "all": 1}
 
 
 @dataclass(frozen=True)
@@ -43,38 +44,80 @@ class PolicyLoss:
 class Tokens:
     """The objective's inputs per token, and its scalars: the only list of them in Python.
 
-    It generates the schemas of the ops, the arguments of the kernels, `take` and `padded`.
-    SPO_TOKEN_FIELDS in csrc/ops.h has the same names. A tensor's metadata may hold "broadcast" (the
-    user's tensor may broadcast), "padding" (the value of a row that no mask keeps, else 0) and
-    "whole" (the tensor has no rows).
+    It generates the schemas of the ops and the arguments of the kernels. SPO_TOKEN_FIELDS in
+    csrc/ops.h has the same names. Where a norm is a tensor, its value is not used; a value below 0
+    stands for the number of kept tokens. "broadcast": the user's tensor may broadcast.
     """
 
-    token_ids: Tensor  # (N,) int64
+    token_ids: Tensor  # (N,) int32 or int64
     old_logprobs: Tensor  # (N,)
     advantages: Tensor = field(metadata={"broadcast": True})  # (N,)
-    ref_logprobs: Tensor | None  # (N,)
-    temperature: Tensor = field(metadata={"padding": 1})  # (N,) or (1,)
-    policy_mask: Tensor  # (N,) bool, M
-    kl_mask: Tensor | None  # (N,) bool, K; None without a KL term
-    scales: Tensor = field(metadata={"whole": True})  # (2,) 1 / Z and kl_coef / Z_kl; 0 if Z is 0
+    ref_logprobs: Tensor | None  # (N,); None without a KL term
+    loss_mask: Tensor | None  # (N,) bool or integer, not 0 = trained; None: all
+    temperature: Tensor | None  # (N,) or (1,); None: temperature_value
+    policy_norm: Tensor | None  # (1,), int64 or as the other floats
+    kl_norm: Tensor | None  # (1,)
+    temperature_value: float
+    policy_norm_value: float
+    kl_norm_value: float
+    log_threshold: float
     clip_eps_low: float
     clip_eps_high: float
     log_ratio_clamp: float
+    kl_coef: float
     kl_estimator: int
+    kl_scope: int
+
+    def trained(self) -> Tensor:
+        """(N,) bool: what the loss mask trains."""
+        if self.loss_mask is None:
+            return torch.ones_like(self.token_ids, dtype=torch.bool)
+        return self.loss_mask != 0
+
+    def policy_mask(self) -> Tensor:
+        """(N,) bool: M, the tokens that the masks keep."""
+        return self.trained() & ~(self.old_logprobs >= self.log_threshold)
+
+    def kl_mask(self) -> Tensor | None:
+        """(N,) bool: K, the tokens of the KL term; None without one."""
+        if self.kl_estimator == 0:
+            return None
+        return self.trained() if self.kl_scope == KL_SCOPES["all"] else self.policy_mask()
 
     def has_policy(self) -> Tensor:
         """(N,) bool: the policy term is not identically 0."""
-        return self.policy_mask & (self.advantages != 0)
+        return self.policy_mask() & (self.advantages != 0)
 
     def used(self) -> Tensor:
-        """(N,) bool: the row contributes to the loss, so its logprob is needed."""
-        used = self.has_policy()
-        return used if self.kl_mask is None else used | self.kl_mask
+        """(N,) bool: the token contributes to the loss, so its logprob is needed."""
+        kl_mask = self.kl_mask()
+        return self.has_policy() if kl_mask is None else self.has_policy() | kl_mask
+
+    def temperatures(self) -> Tensor:
+        """(N,) or (1,)."""
+        if self.temperature is None:
+            return self.old_logprobs.new_full((1,), self.temperature_value)
+        return self.temperature
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """() each: 1 / Z and kl_coef / Z_kl, 0 where the norm is 0."""
+        count = self.policy_mask().sum().to(self.old_logprobs.dtype)
+        norms = ((self.policy_norm, self.policy_norm_value), (self.kl_norm, self.kl_norm_value))
+        zs = []
+        for norm, value in norms:
+            given = count if value < 0 else torch.full_like(count, value)
+            zs.append(given if norm is None else norm.reshape(()).to(count.dtype))
+        z, z_kl = zs
+        return torch.where(z == 0, 0.0, 1 / z), torch.where(z_kl == 0, 0.0, self.kl_coef / z_kl)
 
     def check(self, vocab: int) -> None:
-        """Raise ValueError if a kept row holds a bad value, see `rows.check_rows`."""
-        kept = self.policy_mask if self.kl_mask is None else self.policy_mask | self.kl_mask
-        rows.check_rows(self.token_ids, self.temperature, kept, vocab, self.old_logprobs)
+        """Raise ValueError if a norm or a kept token holds a bad value, see `rows.check_rows`."""
+        for name, norm in (("policy_norm", self.policy_norm), ("kl_norm", self.kl_norm)):
+            if norm is not None and not 0 <= norm < math.inf:
+                raise ValueError(f"{name}: expected a finite count >= 0, found {float(norm)}")
+        kl_mask, kept = self.kl_mask(), self.policy_mask()
+        kept = kept if kl_mask is None else kept | kl_mask
+        rows.check_rows(self.token_ids, self.temperatures(), kept, vocab, self.old_logprobs)
 
     def check_scalars(self) -> None:
         """Raise ValueError for a scalar out of its range."""
@@ -85,22 +128,14 @@ class Tokens:
             )
 
     def take(self, index: Tensor) -> Tokens:
-        """Only the rows `index` (n,)."""
-        return self._map_rows(lambda x, _: x[index])
-
-    def padded(self) -> Tokens:
-        """One more row at the end, which no mask keeps."""
-        return self._map_rows(lambda x, padding: torch.cat([x, x.new_full((1,), padding)]))
-
-    def _map_rows(self, change: Callable[[Tensor, float], Tensor]) -> Tokens:
-        """With `change(x, padding)` for every tensor x of one row per token."""
+        """Only the tokens `index` (n,); norms must be numbers or tensors, not counts."""
         n = self.token_ids.shape[0]
-        values = {name: getattr(self, name) for name in TYPES}
-        for name, kind in _TENSORS.items():
-            x = values[name]
-            if x is not None and "whole" not in kind and x.shape[0] == n:  # else one for all rows
-                values[name] = change(x, kind.get("padding", 0))
-        return Tokens(**values)
+        values: dict[str, Any] = {
+            name: value[index] if isinstance(value, Tensor) and value.shape[0] == n else value
+            for name, value in vars(self).items()
+            if name not in ("policy_norm", "kl_norm")
+        }
+        return Tokens(**values, policy_norm=self.policy_norm, kl_norm=self.kl_norm)
 
     def arguments(self) -> tuple[Any, ...]:
         """In the order of the op schemas."""
@@ -126,9 +161,16 @@ def policy_mask(
     trained = loss_mask != 0
     if prob_threshold is None:
         return trained
+    return trained & ~(old_logprobs.float() >= log_threshold(prob_threshold))
+
+
+def log_threshold(prob_threshold: float | None) -> float:
+    """Its logarithm, infinity for None. Raises ValueError for a threshold outside (0, 1]."""
+    if prob_threshold is None:
+        return math.inf
     if not 0 < prob_threshold <= 1:
         raise ValueError(f"prob_threshold: expected (0, 1] or None, found {prob_threshold}")
-    return trained & ~(old_logprobs.float() >= math.log(prob_threshold))
+    return math.log(prob_threshold)
 
 
 def prepare(
@@ -167,30 +209,30 @@ def prepare(
     _check_kl(kl_coef, kl_estimator, kl_scope, ref_logprobs)
     dtype = rows.math_dtype(like)
     for k, x in others.items():
-        left_out = others[k] is None and TYPES[k] == "Tensor?"
-        if k in _TENSORS and not left_out:
+        if k in _TENSORS and not (x is None and TYPES[k] == "Tensor?"):
             flatten = rows.broadcast_floats if "broadcast" in _TENSORS[k] else rows.flat_floats
-            others[k] = flatten(k, x, shape, dtype)
-    ids = rows.flat_ids("token_ids", token_ids, shape)
-    trained = rows.flat_mask("loss_mask", loss_mask, ids, shape)
-    mask = policy_mask(others["old_logprobs"], trained, prob_threshold)
-    count = mask.sum()
-    scale = _scale("policy_norm", 1.0, policy_norm, count, dtype)
-    reference, kl_mask, estimator, kl_scale = None, None, 0, torch.zeros_like(scale)
-    if ref_logprobs is not None and kl_coef > 0:
+            others[k] = flatten(k, cast(Tensor, x), shape, dtype)
+    has_kl = ref_logprobs is not None and kl_coef > 0
+    z, z_value = _norm("policy_norm", policy_norm, dtype)
+    z_kl, z_kl_value = (z, z_value) if kl_norm is None else _norm("kl_norm", kl_norm, dtype)
+    heat = rows.flat_temperature(temperature, shape, dtype)
+    reference = None
+    if has_kl and ref_logprobs is not None:
         reference = rows.flat_floats("ref_logprobs", ref_logprobs, shape, dtype)
-        kl_mask = mask if kl_scope == "masked" else trained
-        estimator = KL_ESTIMATORS[kl_estimator]
-        kl_norm = policy_norm if kl_norm is None else kl_norm
-        kl_scale = _scale("kl_norm", kl_coef, kl_norm, count, dtype)
     tokens = Tokens(
-        token_ids=ids,
+        token_ids=rows.flat_ids("token_ids", token_ids, shape),
         ref_logprobs=reference,
-        temperature=rows.flat_temperature(temperature, like, shape, dtype),
-        policy_mask=mask,
-        kl_mask=kl_mask,
-        scales=torch.stack([scale, kl_scale]),
-        kl_estimator=estimator,
+        loss_mask=rows.flat_mask("loss_mask", loss_mask, shape),
+        temperature=heat,
+        policy_norm=z,
+        kl_norm=z_kl if has_kl else None,
+        temperature_value=float(temperature) if heat is None else 1.0,
+        policy_norm_value=z_value,
+        kl_norm_value=z_kl_value,
+        log_threshold=log_threshold(prob_threshold),
+        kl_coef=float(kl_coef),
+        kl_estimator=KL_ESTIMATORS[kl_estimator] if has_kl else 0,
+        kl_scope=KL_SCOPES[kl_scope],
         **others,
     )
     tokens.check_scalars()
@@ -200,7 +242,7 @@ def prepare(
 def _check_kl(coef: float, estimator: str, scope: str, ref_logprobs: Tensor | None) -> None:
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"kl_estimator: expected k1, k2 or k3, found {estimator!r}")
-    if scope not in ("masked", "all"):
+    if scope not in KL_SCOPES:
         raise ValueError(f"kl_scope: expected 'masked' or 'all', found {scope!r}")
     if not 0 <= coef < math.inf:
         raise ValueError(f"kl_coef: expected a finite number >= 0, found {coef}")
@@ -208,32 +250,25 @@ def _check_kl(coef: float, estimator: str, scope: str, ref_logprobs: Tensor | No
         raise ValueError(f"ref_logprobs: expected a tensor with kl_coef={coef}, found None")
 
 
-def _scale(
-    name: str,
-    coef: float,
-    norm: float | Tensor | None,
-    count: Tensor,  # (), the norm if `norm` is None
-    dtype: torch.dtype,
-) -> Tensor:
-    """coef / norm as a () tensor, 0 where the norm is 0."""
+def _norm(
+    name: str, norm: float | Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, float]:
+    """A norm as the two fields of `Tokens`: a tensor of one number, and a value."""
     if norm is None:
-        norm = count.to(dtype)
-    elif not isinstance(norm, Tensor):
+        return None, -1.0
+    if not isinstance(norm, Tensor):
         if not 0 <= norm < math.inf:
             raise ValueError(f"{name}: expected a finite count >= 0, found {norm}")
-        return torch.full((), coef / norm if norm else 0.0, dtype=dtype, device=count.device)
-    else:
-        if norm.numel() != 1:
-            raise ValueError(f"{name}: expected one number, found shape {tuple(norm.shape)}")
-        norm = norm.detach().reshape(()).to(dtype)
-        if not rows.is_captured(norm) and norm.device.type == "cpu" and not 0 <= norm < math.inf:
-            raise ValueError(f"{name}: expected a finite count >= 0, found {float(norm)}")
-    return torch.where(norm == 0, 0.0, coef / norm)
+        return None, float(norm)
+    if norm.numel() != 1:
+        raise ValueError(f"{name}: expected one number, found shape {tuple(norm.shape)}")
+    return norm.detach().reshape(1).to(norm.dtype if norm.dtype == torch.int64 else dtype), 0.0
 
 
 def token_objective(
     logprobs: Tensor,  # (N,) differentiable
     tokens: Tokens,
+    scales: tuple[Tensor, Tensor],  # of `Tokens.scales` over all tokens of the loss
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (N,) each
     """Policy term and KL term (scaled), clipped (0 or 1) and ratio of every row; 0 where unused.
 
@@ -247,13 +282,14 @@ def token_objective(
     ratio = torch.exp((logprobs - old).clamp(-bound, bound))
     free = ratio * advantages
     held = ratio.clamp(1 - tokens.clip_eps_low, 1 + tokens.clip_eps_high) * advantages
-    policy = -tokens.scales[0] * torch.minimum(free, held)
+    policy = -scales[0] * torch.minimum(free, held)
     zero = torch.zeros_like(policy)
     clipped, ratio = (free > held).to(policy.dtype), torch.where(has, ratio, zero)
-    if tokens.kl_mask is None or tokens.ref_logprobs is None:
+    kl_mask = tokens.kl_mask()
+    if kl_mask is None or tokens.ref_logprobs is None:
         return torch.where(has, policy, zero), zero, clipped.detach(), ratio.detach()
-    difference = logprobs - torch.where(tokens.kl_mask, tokens.ref_logprobs, 0.0)
-    difference = torch.where(tokens.kl_mask, difference, zero)
+    difference = logprobs - torch.where(kl_mask, tokens.ref_logprobs, 0.0)
+    difference = torch.where(kl_mask, difference, zero)
     if tokens.kl_estimator == KL_ESTIMATORS["k1"]:
         kl = difference
     elif tokens.kl_estimator == KL_ESTIMATORS["k2"]:
@@ -261,30 +297,29 @@ def token_objective(
     else:
         d = (-difference).clamp(-10, 10)
         kl = torch.expm1(d) - d
-    kl = tokens.scales[1] * kl
+    kl = scales[1] * kl
     return torch.where(has, policy, zero), kl, clipped.detach(), ratio.detach()
 
 
 def record(
     loss: Tensor,  # ()
-    totals: Tensor,  # (4,) sums of what `token_objective` returns
+    figures: Tensor,  # (4,) or more: policy, KL, clipfrac, mean ratio
+    num_kept: Tensor,  # () int64
     logprobs: Tensor,  # (N,)
     entropy: Tensor | None,  # (N,)
-    tokens: Tokens,
     shape: tuple[int, ...],
-    overflow: Tensor | None = None,  # () bool
+    overflow: Tensor | None = None,  # (1,) int64, 0 or 1
 ) -> PolicyLoss:
     """Assemble what the public functions return."""
-    policy, kl, clipped, ratio = totals.detach().unbind()
-    count = tokens.has_policy().sum().clamp(min=1)
+    policy, kl, clipfrac, ratio_mean, *_ = figures.unbind()
     return PolicyLoss(
         loss=loss,
         policy_loss=policy,
         kl=kl,
         logprobs=logprobs.reshape(shape),
         entropy=None if entropy is None else entropy.reshape(shape),
-        clipfrac=clipped / count,
-        ratio_mean=ratio / count,
-        num_kept=tokens.policy_mask.sum(),
-        overflow=overflow,
+        clipfrac=clipfrac,
+        ratio_mean=ratio_mean,
+        num_kept=num_kept,
+        overflow=None if overflow is None else overflow.view(torch.bool)[0],
     )

@@ -5,6 +5,8 @@ Reference, op schemas with their fake and autograd, public functions, in that or
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,71 +38,143 @@ def reference(
     entropy: bool,
 ) -> PolicyLoss:
     kept = tokens.take(index)
-    logprobs, row_entropy = _rows.logprobs_of(logits, kept.token_ids, kept.temperature, entropy)
-    terms = objective.token_objective(logprobs, kept)
+    ids, heat = kept.token_ids.long(), kept.temperatures()
+    logprobs, row_entropy = _rows.logprobs_of(logits, ids, heat, entropy)
+    terms = objective.token_objective(logprobs, kept, tokens.scales())
     totals = torch.stack([term.sum() for term in terms])
     empty = logprobs.new_zeros(tokens.token_ids.shape)
     if row_entropy is not None:
         row_entropy = empty.index_put((index,), row_entropy.detach())
     logprobs = empty.index_put((index,), logprobs.detach())
-    return objective.record(totals[0] + totals[1], totals, logprobs, row_entropy, tokens, shape)
+    means = totals[2:] / tokens.has_policy().sum().clamp(min=1)
+    figures = torch.cat([totals[:2], means]).detach()
+    num_kept = tokens.policy_mask().sum()
+    return objective.record(totals[0] + totals[1], figures, num_kept, logprobs, row_entropy, shape)
 
 
-def run_rows(
-    backend: str,
+class Launch:
+    """The buffers of one call and the arguments of its kernels (`PolicyLossArgs` in csrc/ops.h)."""
+
+    def __init__(
+        self,
+        backend: str,
+        like: Tensor,  # logits or hidden states
+        vocab: int,
+        tokens: Tokens,  # N tokens
+        entropy: bool,
+        strict: bool,  # bad tokens are an error, not NaN
+        **fields: Any,
+    ):
+        n, self.backend, self.tokens = tokens.token_ids.shape[0], backend, tokens
+        empty, device = torch.empty, like.device
+        self.loss = empty((), device=device)
+        self.figures = empty(5, device=device)
+        self.counts = empty(5, dtype=torch.int64, device=device)
+        self.logprobs = empty(n, device=device)
+        self.entropy = empty(n if entropy else 0, device=device)
+        heat, mask = tokens.temperature, tokens.loss_mask
+        self.fields = fields | vars(tokens)
+        self.fields |= {
+            "tokens": n,
+            "vocab": vocab,
+            "id_bytes": tokens.token_ids.element_size(),
+            "mask_bytes": 1 if mask is None else mask.element_size(),
+            "temperature_stride": int(heat is not None and heat.shape[0] > 1),
+            "policy_norm_is_integer": _is_integer(tokens.policy_norm),
+            "kl_norm_is_integer": _is_integer(tokens.kl_norm),
+            "strict": strict,
+            "uses": empty(n, dtype=torch.uint8, device=device),
+            "scales": empty(3, device=device),
+            "stats": empty((n, 4), device=device),
+            "counts": self.counts,
+            "loss": self.loss,
+            "figures": self.figures,
+            "logprobs": self.logprobs,
+            "entropy": self.entropy if entropy else None,
+        }
+
+    def run(self, phase: str, **fields: Any) -> None:
+        """`policy_prepare`, `policy_finish`, or of `over_rows`."""
+        dispatch.launch("policy_" + phase, self.backend, "PolicyLossArgs", **(self.fields | fields))
+
+    def over_rows(
+        self,
+        phase: str,  # "loss", or "step" for all three phases
+        logits: Tensor,  # (..., V)
+        dlogits: Tensor | None,  # (..., V) of the logits' dtype or half as wide, may be the logits
+        **fields: Any,
+    ) -> None:
+        """The row kernel, which fills dlogits."""
+        rows = logits.numel() // max(logits.shape[-1], 1)
+        fields |= {"dlogits": None} if dlogits is None else _rows.gradient_rows(dlogits, logits)
+        logits, layout = _rows.strided_rows(logits)
+        dtype = _rows.DTYPES.index(logits.dtype)
+        self.run(phase, rows=rows, logits=logits, logits_layout=layout, dtype=dtype, **fields)
+
+    def raise_if_bad(self, vocab: int) -> None:
+        """The only wait for a GPU: ValueError for a bad token or norm."""
+        if self.counts[3].item():
+            self.tokens.check(vocab)
+
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.loss, self.figures, self.counts, self.logprobs, self.entropy
+
+
+def _is_integer(norm: Tensor | None) -> bool:
+    return norm is not None and norm.dtype == torch.int64
+
+
+OUTPUTS = "Tensor loss, Tensor figures, Tensor counts, Tensor logprobs, Tensor entropy"
+
+
+def fake_outputs(like: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+    """As `Launch.outputs`, for torch.compile."""
+    n = ids.shape[0]
+    shapes = ((), (5,), (5,), (n,), (n if entropy else 0,))
+    dtypes = (torch.float32, torch.float32, torch.int64, torch.float32, torch.float32)
+    return tuple(like.new_empty(s, dtype=t) for s, t in zip(shapes, dtypes, strict=True))
+
+
+def _run(
     logits: Tensor,  # (..., V)
-    dlogits: Tensor | None,  # (..., V) of the logits' dtype or bf16, may be logits itself
-    tokens: Tokens,  # N rows
+    dlogits: Tensor | None,  # (..., V), may be the logits; None: allocate it if `needs_grad`
+    needs_grad: bool,
     entropy: bool,
-    zeroed: bool = False,  # dlogits is zero already
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the row kernel, which fills dlogits: totals (4,), logprobs (N,), entropy (N,) or (0,)."""
-    n, vocab = tokens.token_ids.numel(), logits.shape[-1]
-    stats, logprobs = logits.new_empty((n, 4), dtype=torch.float32), tokens.scales.new_empty(n)
-    row_entropy = tokens.scales.new_empty(n if entropy else 0)
-    layout = {}
-    logits, layout["logits_layout"] = _rows.strided_rows(logits)
-    if dlogits is not None:
-        layout["dlogits_dtype"] = _rows.DTYPES.index(dlogits.dtype)
-        dlogits, layout["dlogits_layout"] = _rows.strided_rows(dlogits)
-    if n:
-        dispatch.launch(
-            "policy_loss",
-            backend,
-            "PolicyLossArgs",
-            rows=n,
-            vocab=vocab,
-            dtype=_rows.DTYPES.index(logits.dtype),
-            logits=logits,
-            dlogits=dlogits,
-            dlogits_zeroed=zeroed,
-            **layout,
-            **vars(tokens),
-            temperature_stride=int(tokens.temperature.numel() > 1),
-            logprobs=logprobs,
-            entropy=row_entropy if entropy else None,
-            stats=stats,
-        )
-    return stats.sum(0, dtype=torch.float64).float(), logprobs, row_entropy
+    backend: str,
+    tokens: Tokens,
+) -> tuple[Tensor, ...]:
+    """All phases from logits: `OUTPUTS` and dlogits.
+
+    Bad input is an error; while a CUDA graph is captured nothing can be read, so it gives NaN.
+    """
+    strict, vocab = not _rows.is_captured(logits), logits.shape[-1]
+    scaled = needs_grad and logits.dtype == torch.float16
+    call = Launch(backend, logits, vocab, tokens, entropy, strict, scaled=scaled)
+    in_pages = logits.device.type == "cpu" and logits.nbytes >= memory.SMALLEST
+    if in_pages and needs_grad and dlogits is None:
+        call.run("prepare")
+        call.raise_if_bad(vocab)
+        # Pages of zeros are free where nothing writes. What is written is best a reused buffer.
+        zeroed = 2 * int(call.counts[2]) < tokens.token_ids.numel()
+        allocate = memory.zeros if zeroed else memory.empty
+        dlogits = allocate(logits.shape, logits.dtype, logits.device)
+        call.over_rows("loss", logits, dlogits, dlogits_zeroed=zeroed)
+        call.run("finish")
+        return *call.outputs(), dlogits
+    if needs_grad and dlogits is None:
+        dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    call.over_rows("step", logits, dlogits)
+    if strict:
+        call.raise_if_bad(vocab)
+    return *call.outputs(), logits.new_empty(0) if dlogits is None else dlogits
 
 
 @define(
     f"policy_loss(Tensor logits, bool needs_grad, bool entropy, str backend, {objective.SCHEMA})"
-    " -> (Tensor loss, Tensor totals, Tensor logprobs, Tensor entropy, Tensor dlogits)",
+    f" -> ({OUTPUTS}, Tensor dlogits)",
 )
 def _policy_loss(logits, needs_grad, entropy, backend, *arguments):
-    tokens = Tokens(*arguments)
-    tokens.check(logits.shape[-1])
-    shape = logits.shape if needs_grad else (0,)
-    # Pages of zeros are free where nothing writes. A buffer that is written is best a reused one.
-    zeroed = needs_grad and logits.device.type == "cpu"
-    zeroed = zeroed and 2 * int(tokens.used().sum()) < tokens.token_ids.numel()
-    allocate = memory.zeros if zeroed else memory.empty
-    dlogits = allocate(shape, logits.dtype, logits.device)
-    totals, *outputs = run_rows(
-        backend, logits, dlogits if needs_grad else None, tokens, entropy, zeroed
-    )
-    return totals[0] + totals[1], totals, *outputs, dlogits
+    return _run(logits, None, needs_grad, entropy, backend, Tokens(*arguments))
 
 
 @_policy_loss.register_fake
@@ -109,34 +183,22 @@ def _(logits, needs_grad, entropy, backend, token_ids, *arguments):
     return *fake_outputs(logits, token_ids, entropy), dlogits
 
 
-def fake_outputs(like: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, ...]:
-    n = ids.numel()
-    shapes = ((), (4,), (n,), (n if entropy else 0,))
-    return tuple(like.new_empty(shape, dtype=torch.float32) for shape in shapes)
-
-
-def _setup_policy_loss(ctx, inputs, output):
-    gradients.keep(ctx, inputs, output, {0: 4})
-
-
-_policy_loss.register_autograd(gradients.hand_out, setup_context=_setup_policy_loss)
+_differentiable = gradients.one_pass(_policy_loss, {0: 5})
 
 
 @define(
     f"policy_loss_inplace(Tensor(a!) logits, bool entropy, str backend, {objective.SCHEMA})"
-    " -> (Tensor totals, Tensor logprobs, Tensor entropy)",
+    f" -> ({OUTPUTS})",
 )
 def _policy_loss_inplace(logits, entropy, backend, *arguments):
     # An op that saved the logits now raises in its backward, instead of reading the gradient.
     torch.autograd.graph.increment_version(logits)
-    tokens = Tokens(*arguments)
-    tokens.check(logits.shape[-1])
-    return run_rows(backend, logits, logits, tokens, entropy)
+    return _run(logits, logits, True, entropy, backend, Tokens(*arguments))[:-1]
 
 
 @_policy_loss_inplace.register_fake
 def _(logits, entropy, backend, token_ids, *arguments):
-    return fake_outputs(logits, token_ids, entropy)[1:]
+    return fake_outputs(logits, token_ids, entropy)
 
 
 class _InplaceGrad(torch.autograd.Function):
@@ -144,11 +206,12 @@ class _InplaceGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, entropy, backend, *arguments):
-        totals, logprobs, row_entropy = _policy_loss_inplace(logits, entropy, backend, *arguments)
+        loss, *others = _policy_loss_inplace(logits, entropy, backend, *arguments)
         ctx.save_for_backward(logits)
-        ctx.mark_non_differentiable(totals, logprobs, row_entropy)
+        ctx.unscale = gradients.unscale(others[0], logits)
+        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        return totals[0] + totals[1], totals, logprobs, row_entropy
+        return loss, *others
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -156,7 +219,7 @@ class _InplaceGrad(torch.autograd.Function):
         gradients.refuse_second_order(grad_output)
         (logits,) = ctx.saved_tensors
         dlogits = logits.detach()
-        gradients.scale(dlogits, grad_output)
+        gradients.scale(dlogits, grad_output, ctx.unscale)
         return dlogits, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
@@ -229,10 +292,10 @@ def _loss(
         return masked_ppo_loss_ref(logits, tokens, entropy)
     else:
         needs_grad = torch.is_grad_enabled() and logits.requires_grad
-        outputs = _policy_loss(logits, needs_grad, entropy, backend, *tokens.arguments())
-    loss, totals, logprobs, row_entropy = outputs[:4]
-    shape = logits.shape[:-1]
-    return objective.record(loss, totals, logprobs, row_entropy if entropy else None, tokens, shape)
+        outputs = _differentiable(logits, needs_grad, entropy, backend, *tokens.arguments())
+    loss, figures, counts, logprobs, row_entropy = outputs[:5]
+    row_entropy = row_entropy if entropy else None
+    return objective.record(loss, figures, counts[0], logprobs, row_entropy, logits.shape[:-1])
 
 
 def _check_inplace(logits: Tensor, chosen: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,11 +42,11 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def flat_ids(name: str, ids: Tensor, shape: Sequence[int]) -> Tensor:
-    """Token ids or indices as (N,) int64."""
+    """Token ids as (N,)."""
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int32 or int64, found {ids.dtype}")
     _check_shape(name, ids, shape)
-    return ids.reshape(-1).to(torch.int64).contiguous()
+    return ids.reshape(-1).contiguous()
 
 
 def flat_floats(name: str, values: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -59,6 +60,8 @@ def broadcast_floats(name: str, values: Tensor, shape: Sequence[int], dtype: tor
     """As `flat_floats`, but broadcast first; (B,) against (B, L) means one value per sequence."""
     check_tensors(**{name: values})
     values = values.detach()
+    if values.shape == shape:
+        return values.reshape(-1).to(dtype).contiguous()
     if values.ndim == 1 and len(shape) > 1:
         if values.shape[0] != shape[0]:
             raise ValueError(
@@ -76,25 +79,26 @@ def broadcast_floats(name: str, values: Tensor, shape: Sequence[int], dtype: tor
     return values.expand(shape).reshape(-1).to(dtype).contiguous()
 
 
-def flat_mask(name: str, mask: Tensor | None, ids: Tensor, shape: Sequence[int]) -> Tensor:
-    """A mask of any dtype as (N,) bool, non-zero = trained; None trains all."""
+def flat_mask(name: str, mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """A mask as (N,) bool or integers, not 0 = trained; None trains all."""
     if mask is None:
-        return torch.ones_like(ids, dtype=torch.bool)
+        return None
     _check_shape(name, mask, shape)
-    return mask.reshape(-1) != 0
+    mask = mask.detach().reshape(-1)
+    return (mask != 0 if mask.is_floating_point() else mask).contiguous()
 
 
 def flat_temperature(
-    temperature: float | Tensor, like: Tensor, shape: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    """One temperature as (1,), or one per token as (N,)."""
-    if isinstance(temperature, Tensor) and temperature.ndim > 0:
-        return broadcast_floats("temperature", temperature, shape, dtype)
+    temperature: float | Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor | None:
+    """A tensor of one temperature as (1,), of one per token as (N,); None for a number."""
     if isinstance(temperature, Tensor):
+        if temperature.ndim > 0:
+            return broadcast_floats("temperature", temperature, shape, dtype)
         return temperature.detach().reshape(1).to(dtype)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a positive finite number, found {temperature}")
-    return torch.full((1,), temperature, dtype=dtype, device=like.device)
+    return None
 
 
 def check_rows(
@@ -157,6 +161,17 @@ def strided_rows(logits: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     if logits.ndim == 2:
         return logits, (1, logits.stride(0), 0)
     return logits, (1, 0, 0)
+
+
+def gradient_rows(dlogits: Tensor, logits: Tensor) -> dict[str, Any]:
+    """The fields of a kernel's arguments for dlogits (..., V): of the logits' dtype, or half as
+    wide as fp32 logits. Raises TypeError for another dtype, which no kernel writes."""
+    halves = logits.dtype == torch.float32 and dlogits.dtype in (torch.bfloat16, torch.float16)
+    if dlogits.dtype != logits.dtype and not halves:
+        raise TypeError(f"dlogits: expected {logits.dtype}, found {dlogits.dtype}")
+    rows, layout = strided_rows(dlogits)
+    index = DTYPES.index(dlogits.dtype)
+    return {"dlogits": rows, "dlogits_layout": layout, "dlogits_dtype": index}
 
 
 def logprobs_of(

@@ -219,8 +219,12 @@ def floor(case: Case, shape: Shape, device: str) -> Call:
     if not case.width:
         return copy_of(shape.bytes, device, uncached=True)
     n, options = case.num_kept, {"dtype": case.dtype, "device": device}
-    x, weight = torch.ones(n, case.width, **options), torch.ones(case.vocab, case.width, **options)
-    dlogits = torch.ones(n, case.vocab, **options)
+    # Random: a GPU multiplies ones faster, since fewer of its transistors switch.
+    x, weight = (
+        torch.randn(n, case.width, **options),
+        torch.randn(case.vocab, case.width, **options),
+    )
+    dlogits = torch.randn(n, case.vocab, **options)
     dx, dweight = torch.ones_like(x), torch.ones_like(weight)
     wide = device == "cuda" and case.dtype != torch.float32
     logits = torch.ones_like(dlogits, dtype=torch.float32) if wide else dlogits

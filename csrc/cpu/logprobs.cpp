@@ -65,6 +65,8 @@ void logprobs_rows(const LogprobsArgs& a, bool backward, int64_t begin, int64_t 
   if (a.dtype == kFloat16) return logprobs_range<Float16>(a, backward, begin, end);
   if (backward && a.dlogits_dtype == kBFloat16)
     return logprobs_range<float, BFloat16>(a, backward, begin, end);
+  if (backward && a.dlogits_dtype == kFloat16)
+    return logprobs_range<float, Float16>(a, backward, begin, end);
   logprobs_range<float>(a, backward, begin, end);
 }
 

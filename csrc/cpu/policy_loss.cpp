@@ -17,28 +17,30 @@ static void zero_row(const PolicyLossArgs& a, int64_t row) {
 // T: type of the logits, U: of dlogits.
 template <class T, class U>
 static void policy_loss_row(const PolicyLossArgs& a, int64_t row) {
-  const bool in_kl = a.kl_mask && a.kl_mask[row];
-  // A zero advantage makes the policy term and its gradient 0: such a row needs no logprob.
-  const bool in_policy = a.policy_mask[row] && a.advantages[row] != 0;
+  const int64_t token = a.index ? a.index[row] : row;
+  if (token >= a.tokens) return zero_row<U>(a, row);  // there are fewer tokens than rows
+  const uint8_t use = a.uses[token];
+  const bool in_kl = use & kInKl, in_policy = has_policy(a, use, token);
   TokenLoss loss = {};
   float logprob = 0, entropy = 0;
   if (!in_policy && !in_kl) {
     zero_row<U>(a, row);
   } else {
     const T* x = row_of<T>(a.logits, a.logits_layout, row);
-    const int64_t id = a.token_ids[row];
-    const float temperature = a.temperature[row * a.temperature_stride];
+    const int64_t id = token_id(a, token);
+    const float temperature = temperature_of(a, token);
     const float exp_scale = exponent_scale(temperature);
     const RowSums sums = reduce_row(x, a.vocab, exp_scale, a.entropy != nullptr);
-    const bool known = id >= 0 && id < a.vocab;  // else NaN, if Python could not check
+    // Else NaN, if Python could not check.
+    const bool known = id >= 0 && id < a.vocab && !(use & kLost);
     logprob = known ? static_cast<float>(row_logprob(sums, to_float(x[id]), exp_scale)) : NAN;
     if (a.entropy) entropy = static_cast<float>(row_entropy(sums));
-    loss = token_loss(a, read_token(a, row), in_policy, in_kl, logprob);
+    loss = token_loss(a, read_token(a, token), in_policy, in_kl, logprob);
     if (a.dlogits && loss.dlogprob == 0) {
       zero_row<U>(a, row);
     } else if (a.dlogits) {
       U* out = row_of<U>(a.dlogits, a.dlogits_layout, row);
-      const float g = loss.dlogprob / temperature;
+      const float g = loss.dlogprob / temperature * a.scales[2];
       const float factor = static_cast<float>(-g / sums.sum);
       // 1 - p of the token itself; 1 - exp(logprob) would cancel.
       const float own = -g * expm1f(logprob);
@@ -46,9 +48,9 @@ static void policy_loss_row(const PolicyLossArgs& a, int64_t row) {
       if (known) from_float(own, out + id);
     }
   }
-  a.logprobs[row] = logprob;
-  if (a.entropy) a.entropy[row] = entropy;
-  float* stats = a.stats + 4 * row;
+  a.logprobs[token] = logprob;
+  if (a.entropy) a.entropy[token] = entropy;
+  float* stats = a.stats + 4 * token;
   stats[0] = loss.policy;
   stats[1] = loss.kl;
   stats[2] = loss.clipped;
@@ -65,6 +67,8 @@ void policy_loss_rows(const PolicyLossArgs& a, int64_t begin, int64_t end) {
   if (a.dtype == kFloat16) return policy_loss_range<Float16>(a, begin, end);
   if (a.dlogits && a.dlogits_dtype == kBFloat16)
     return policy_loss_range<float, BFloat16>(a, begin, end);
+  if (a.dlogits && a.dlogits_dtype == kFloat16)
+    return policy_loss_range<float, Float16>(a, begin, end);
   policy_loss_range<float>(a, begin, end);
 }
 

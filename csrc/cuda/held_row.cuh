@@ -26,7 +26,7 @@ constexpr int kMaxPieces = 16;     // at most 228 KB / (512 x 2 x 16 bytes) = 14
 // The objective's inputs of the row. One thread reads them while the logits are in flight: reading
 // them after the sums would cost one more memory latency per row.
 struct RowInputs {
-  float logit;
+  float logit, power;
   Token token;
 };
 

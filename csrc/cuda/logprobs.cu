@@ -75,6 +75,7 @@ void launch_rows(const LogprobsArgs& args, bool backward) {
   if (args.dtype == kBFloat16) return launch_rows<BFloat16>(args, backward);
   if (args.dtype == kFloat16) return launch_rows<Float16>(args, backward);
   if (backward && args.dlogits_dtype == kBFloat16) return launch_rows<float, BFloat16>(args, true);
+  if (backward && args.dlogits_dtype == kFloat16) return launch_rows<float, Float16>(args, true);
   launch_rows<float>(args, backward);
 }
 

@@ -80,28 +80,28 @@ void test_policy_loss(Dtype dtype, Dtype grads_dtype, int64_t vocab, Mode mode, 
   fill(&logits, layout, dtype == spo::kFloat16, &random);
   std::vector<int64_t> ids(kRows);
   std::vector<float> old(kRows), advantages(kRows), ref(kRows), temperature(kRows);
-  std::vector<uint8_t> policy_mask(kRows, 1), kl_mask(kRows, 1);
-  const float scales[2] = {0.25f, 0.05f};
+  std::vector<uint8_t> uses(kRows, spo::kInPolicy | spo::kInKl);
+  float scales[3] = {0.25f, 0.05f, 1};
+  int64_t counts[4] = {};
   for (int64_t i = 0; i < kRows; ++i) {
     ids[i] = i % 4 == 3 ? 0 : i == 4 ? vocab - 1 : random() % vocab;
     temperature[i] = 0.5f + 0.25f * (i % 5);
     old[i] = -3 + normal(random), ref[i] = -3 + normal(random), advantages[i] = normal(random);
   }
   // Row 2 has no policy term; rows 1 and 5 carry no loss: they must not be read.
-  policy_mask[2] = 0, policy_mask[5] = 0, advantages[1] = 0;
-  kl_mask[0] = kl_mask[1] = kl_mask[5] = 0;
+  uses[0] = uses[1] = spo::kInPolicy, uses[2] = spo::kInKl, uses[5] = 0, advantages[1] = 0;
   ids[5] = -100;
   for (int64_t j = 0; j < vocab; ++j)
     for (int64_t i : {1, 5}) logits.set(layout.offset(i) + j, kNan);
   Buffer copy = logits, grads(grads_dtype, layout.size()), want_grads(grads_dtype, layout.size());
 
   spo::PolicyLossArgs a;
-  a.rows = kRows, a.vocab = vocab, a.dtype = dtype, a.logits_layout = layout.rows();
+  a.tokens = a.rows = kRows, a.vocab = vocab, a.dtype = dtype, a.logits_layout = layout.rows();
   a.dlogits_dtype = grads_dtype;
   a.dlogits_layout = where == Out::kFresh ? spo::RowLayout{1, vocab, 0} : layout.rows();
   a.token_ids = ids.data(), a.old_logprobs = old.data(), a.advantages = advantages.data();
   a.ref_logprobs = ref.data(), a.temperature = temperature.data(), a.temperature_stride = 1;
-  a.policy_mask = policy_mask.data(), a.kl_mask = kl_mask.data(), a.scales = scales;
+  a.uses = uses.data(), a.scales = scales, a.counts = counts;
   a.clip_eps_low = 0.2f, a.clip_eps_high = 0.3f, a.log_ratio_clamp = 10;
   a.kl_estimator = spo::kK3;
   Outputs found, want;
@@ -176,14 +176,14 @@ void test_bad_rows(Mode mode) {
   logits[2 * vocab + 299] = kNan;
   const int64_t ids[kRows] = {0, -1, 7, vocab, int64_t{1} << 40, 299, 5};
   const std::vector<float> zeros(kRows), ones(kRows, 1);
-  const std::vector<uint8_t> mask(kRows, 1);
-  const float scales[2] = {1, 0};
+  std::vector<uint8_t> uses(kRows, spo::kInPolicy);
+  float scales[3] = {1, 0, 1};
   Outputs out;
   spo::PolicyLossArgs a;
-  a.rows = kRows, a.vocab = vocab, a.logits = logits.data(), a.dlogits = dlogits.data();
+  a.tokens = a.rows = kRows, a.vocab = vocab, a.logits = logits.data(), a.dlogits = dlogits.data();
   a.logits_layout = a.dlogits_layout = {1, vocab, 0};
   a.token_ids = ids, a.old_logprobs = zeros.data(), a.advantages = ones.data();
-  a.temperature = ones.data(), a.policy_mask = mask.data(), a.scales = scales;
+  a.temperature = ones.data(), a.uses = uses.data(), a.scales = scales;
   a.clip_eps_low = a.clip_eps_high = 1, a.log_ratio_clamp = 10;
   a.logprobs = out.logprobs.data(), a.stats = out.stats.data();
   mode.set(vocab * 4);

@@ -49,8 +49,8 @@ void test_policy_loss(Dtype dtype, int64_t vocab, int32_t threads, bool inplace)
   std::vector<int64_t> ids(rows);
   std::vector<float> old(rows), advantages(rows), ref(rows), temperature(rows),
       logprobs(rows, kNan);
-  std::vector<float> entropy(rows, kNan), stats(4 * rows, kNan), scales = {0.25f, 0.05f};
-  std::vector<uint8_t> policy_mask(rows), kl_mask(rows);
+  std::vector<float> entropy(rows, kNan), stats(4 * rows, kNan), scales = {0.25f, 0.05f, 1.0f};
+  std::vector<uint8_t> uses(rows);
   for (int64_t i = 0; i < rows; ++i) {
     ids[i] = i % 4 == 3 ? 0 : random() % vocab;
     temperature[i] = 0.5f + 0.25f * (i % 5);
@@ -58,8 +58,7 @@ void test_policy_loss(Dtype dtype, int64_t vocab, int32_t threads, bool inplace)
     old[i] = static_cast<float>(row.logprob) + 0.3f * normal(random);
     ref[i] = static_cast<float>(row.logprob) + 0.3f * normal(random);
     advantages[i] = i == 5 ? 0 : normal(random);
-    policy_mask[i] = i != 2 && i != 8;
-    kl_mask[i] = i != 5 && i != 8;
+    uses[i] = (i != 2 && i != 8 ? spo::kInPolicy : 0) | (i != 5 && i != 8 ? spo::kInKl : 0);
   }
   for (int64_t j = 0; j < vocab; ++j) {  // rows 5 and 8 carry no loss: they must not be read
     logits.set(5 * vocab + j, kNan);
@@ -69,12 +68,12 @@ void test_policy_loss(Dtype dtype, int64_t vocab, int32_t threads, bool inplace)
   for (int64_t i = 0; i < rows * vocab; ++i) original.set(i, static_cast<float>(logits.get(i)));
 
   spo::PolicyLossArgs a;
-  a.rows = rows, a.vocab = vocab, a.dtype = dtype;
+  a.tokens = a.rows = rows, a.vocab = vocab, a.dtype = dtype;
   a.logits = logits.data(), a.dlogits = inplace ? logits.data() : grads.data();
   a.logits_layout = a.dlogits_layout = {1, vocab, 0};
   a.token_ids = ids.data(), a.old_logprobs = old.data(), a.advantages = advantages.data();
   a.ref_logprobs = ref.data(), a.temperature = temperature.data(), a.temperature_stride = 1;
-  a.policy_mask = policy_mask.data(), a.kl_mask = kl_mask.data(), a.scales = scales.data();
+  a.uses = uses.data(), a.scales = scales.data();
   a.clip_eps_low = 0.2f, a.clip_eps_high = 0.3f, a.log_ratio_clamp = 10;
   a.kl_estimator = spo::kK3;
   a.logprobs = logprobs.data(), a.entropy = entropy.data(), a.stats = stats.data();
@@ -92,14 +91,14 @@ void test_policy_loss(Dtype dtype, int64_t vocab, int32_t threads, bool inplace)
     CHECK_NEAR(logprobs[i], row.logprob, 4e-6 + 1e-7 * std::abs(row.logprob), "logprob");
     CHECK_NEAR(entropy[i], row.entropy, 4e-6, "entropy");
     double g = 0, policy = 0, kl = 0;
-    if (policy_mask[i]) {
+    if (uses[i] & spo::kInPolicy) {
       const double ratio = std::exp(row.logprob - old[i]);
       const double held = std::min(std::max(ratio, 1 - 0.2), 1 + 0.3);
       const bool clipped = ratio * advantages[i] > held * advantages[i];
       policy = -0.25 * (clipped ? held : ratio) * advantages[i];
       if (!clipped) g -= 0.25 * ratio * advantages[i];
     }
-    if (kl_mask[i]) {
+    if (uses[i] & spo::kInKl) {
       const double d = ref[i] - row.logprob;
       kl = 0.05 * (std::exp(d) - d - 1);
       g += 0.05 * (1 - std::exp(d));

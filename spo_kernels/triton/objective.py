@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Mapping
 from typing import Any
 
 import triton
@@ -14,19 +15,19 @@ from spo_kernels.triton.softmax import expm1
 TokenArgs = namedtuple("TokenArgs", tuple(TYPES))  # a kernel's per-token inputs and scalars
 
 
-def token_args(**fields: Any) -> TokenArgs:
+def token_args(fields: Mapping[str, Any]) -> TokenArgs:
     """The fields of `Tokens` for a kernel, which is compiled for each value of an int or a bool."""
-    constants = {k: tl.constexpr(x) for k, x in fields.items() if isinstance(x, int)}
-    return TokenArgs(**fields | constants)
+    values = {name: fields[name] for name in TYPES}
+    constants = {k: tl.constexpr(x) for k, x in values.items() if isinstance(x, int)}
+    return TokenArgs(**values | constants)
 
 
 @triton.jit
-def policy_term(logprob, row, tokens, advantage):
+def policy_term(logprob, row, tokens, advantage, policy_scale):
     """(policy, clipped, ratio, d policy / d logprob) of -min(ratio A, clip(ratio) A) / Z.
 
     The comparisons let NaN through to the result and count a boundary as inside, as in PyTorch.
     """
-    policy_scale = tl.load(tokens.scales)
     bound = tokens.log_ratio_clamp
     difference = logprob - tl.load(tokens.old_logprobs + row)
     below = difference < -bound
@@ -43,12 +44,11 @@ def policy_term(logprob, row, tokens, advantage):
 
 
 @triton.jit
-def kl_term(logprob, row, tokens):
+def kl_term(logprob, row, tokens, kl_scale):
     """(kl, d kl / d logprob) of k1, k2 or k3, the values 1, 2 and 3 of `KlEstimator` in csrc/ops.h.
 
     With p and q the two logprobs: p - q, (p - q)^2 / 2, exp(d) - d - 1 for d = clamp(q - p, +-10).
     """
-    kl_scale = tl.load(tokens.scales + 1)
     difference = logprob - tl.load(tokens.ref_logprobs + row)
     if tokens.kl_estimator == 1:
         value = difference

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spo_kernels.triton.configs import row_sweep
 from spo_kernels.triton.objective import kl_term, policy_term, token_args
+from spo_kernels.triton.prepare import policy_finish, policy_prepare
 from spo_kernels.triton.softmax import LN2, LOG2E, expm1, row_start, row_sums, write_row, zero_row
 
 
@@ -30,24 +31,35 @@ def policy_loss_kernel(
     dlogits_block_stride,
     dlogits_row_stride,
     vocab,
-    tokens,  # TokenArgs; kl_mask None: no KL term
+    num_tokens,
+    tokens,  # TokenArgs
     temperature_stride,
+    uses,
+    scales,
+    counts,
+    index,  # None: row i belongs to token i
     logprobs,
     entropies,  # None: not wanted
     stats,
+    STRICT: tl.constexpr,  # after bad input no row is touched
     DLOGITS_ZEROED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     x = row_start(logits, row, logits_block_rows, logits_block_stride, logits_row_stride)
-    advantage = tl.load(tokens.advantages + row)
+    token = row
+    if index is not None:
+        token = tl.load(index + row)
+    exists = token < num_tokens  # else there are fewer tokens than rows
+    run = True
+    if STRICT:
+        run = tl.load(counts + 3) == 0
+    exists = exists & run
+    use = tl.load(uses + token, mask=exists, other=0)
+    advantage = tl.load(tokens.advantages + token, mask=exists, other=0.0)
     # A zero advantage makes the policy term and its gradient 0: such a row needs no logprob.
-    in_policy = (tl.load(tokens.policy_mask + row) != 0) & (advantage != 0)
-    used = in_policy
-    in_kl = row < 0  # False
-    if tokens.kl_mask is not None:
-        in_kl = tl.load(tokens.kl_mask + row) != 0
-        used = in_policy | in_kl
+    in_policy = ((use & 1) != 0) & (advantage != 0)
+    in_kl = (use & 2) != 0
     logprob = 0.0
     entropy = 0.0
     policy = 0.0
@@ -58,12 +70,17 @@ def policy_loss_kernel(
     row_max = 0.0
     row_sum = 1.0
     inv_temperature = 1.0
-    token = -1
-    if used:
-        inv_temperature = tl.div_rn(1.0, tl.load(tokens.temperature + row * temperature_stride))
-        id = tl.load(tokens.token_ids + row)
-        known = (id >= 0) & (id < vocab)  # else NaN: in a CUDA graph Python cannot check ids
-        token = tl.where(known, id, -1).to(tl.int32)
+    column = -1
+    if in_policy | in_kl:
+        if tokens.temperature is not None:
+            heat = tl.load(tokens.temperature + token * temperature_stride)
+        else:
+            heat = tokens.temperature_value
+        inv_temperature = tl.div_rn(1.0, heat)
+        id = tl.load(tokens.token_ids + token).to(tl.int64)
+        # Else NaN: in a CUDA graph Python cannot check ids and hidden states.
+        known = (id >= 0) & (id < vocab) & ((use & 4) == 0)
+        column = tl.where(known, id, -1).to(tl.int32)
         # Before the sweeps: dlogits may be the logits.
         chosen = tl.load(x + id, mask=known, other=float("nan")).to(tl.float32)
         row_max, row_sum, weighted = row_sums(
@@ -73,27 +90,29 @@ def policy_loss_kernel(
         logprob = (chosen - row_max) * inv_temperature - log_sum
         entropy = log_sum - LN2 * weighted / row_sum
         if in_policy:
-            policy, clipped, ratio, slope = policy_term(logprob, row, tokens, advantage)
-        if tokens.kl_mask is not None:
+            policy, clipped, ratio, slope = policy_term(
+                logprob, token, tokens, advantage, tl.load(scales)
+            )
+        if tokens.kl_estimator != 0:
             if in_kl:
-                kl, kl_slope = kl_term(logprob, row, tokens)
+                kl, kl_slope = kl_term(logprob, token, tokens, tl.load(scales + 1))
                 slope += kl_slope
-    tl.store(logprobs + row, logprob)
+    tl.store(logprobs + token, logprob, mask=exists)
     if entropies is not None:
-        tl.store(entropies + row, entropy)
-    tl.store(stats + 4 * row, policy)
-    tl.store(stats + 4 * row + 1, kl)
-    tl.store(stats + 4 * row + 2, clipped)
-    tl.store(stats + 4 * row + 3, ratio)
+        tl.store(entropies + token, entropy, mask=exists)
+    tl.store(stats + 4 * token, policy, mask=exists)
+    tl.store(stats + 4 * token + 1, kl, mask=exists)
+    tl.store(stats + 4 * token + 2, clipped, mask=exists)
+    tl.store(stats + 4 * token + 3, ratio, mask=exists)
     if dlogits is not None:
         out = row_start(dlogits, row, dlogits_block_rows, dlogits_block_stride, dlogits_row_stride)
         if slope != 0:
-            g = slope * inv_temperature
+            g = slope * inv_temperature * tl.load(scales + 2)
             # 1 - p of the token itself; 1 - exp(logprob) would cancel.
             own = -g * expm1(logprob)
             scale = LOG2E * inv_temperature
-            write_row(x, out, vocab, row_max, scale, -g / row_sum, 0.0, token, own, False, BLOCK_V)
-        elif not DLOGITS_ZEROED:
+            write_row(x, out, vocab, row_max, scale, -g / row_sum, 0.0, column, own, False, BLOCK_V)
+        elif run & (not DLOGITS_ZEROED):
             zero_row(out, vocab, BLOCK_V)
 
 
@@ -101,20 +120,26 @@ def policy_loss(
     *,
     rows: int,
     vocab: int,
-    dtype: int,  # for native code, as dlogits_dtype: the tensors know theirs
+    tokens: int,
     logits: Tensor,  # (..., V)
     logits_layout: tuple[int, int, int],
     dlogits: Tensor | None,  # as in logprobs_backward; None: forward only
     dlogits_layout: tuple[int, int, int] = (1, 0, 0),
-    dlogits_dtype: int = 0,
-    dlogits_zeroed: bool,
+    dlogits_zeroed: bool = False,
+    index: Tensor | None = None,  # (rows,)
+    strict: bool,
     temperature_stride: int,
+    uses: Tensor,  # (N,)
+    scales: Tensor,  # (3,)
+    counts: Tensor,  # (5,)
     logprobs: Tensor,  # (N,)
     entropy: Tensor | None,  # (N,)
     stats: Tensor,  # (N, 4)
-    **fields: Any,  # of `Tokens`
+    **fields: Any,  # of `Tokens`; dtypes and sizes for native code
 ) -> None:
     """Fill logprobs, entropy, stats and dlogits: `policy_loss_cpu` on `PolicyLossArgs`."""
+    if rows == 0:
+        return
     with torch.cuda.device_of(logits):
         policy_loss_kernel[(rows,)](
             logits,
@@ -122,11 +147,24 @@ def policy_loss(
             dlogits,
             *dlogits_layout,
             vocab,
-            token_args(**fields),
+            tokens,
+            token_args(fields),
             temperature_stride,
+            uses,
+            scales,
+            counts,
+            index,
             logprobs,
             entropy,
             stats,
+            STRICT=strict,
             DLOGITS_ZEROED=dlogits_zeroed,
             **row_sweep(vocab),
         )
+
+
+def policy_step(**fields: Any) -> None:
+    """All three phases: `policy_step_cpu` on `PolicyLossArgs`."""
+    policy_prepare(**fields)
+    policy_loss(**fields)
+    policy_finish(**fields)

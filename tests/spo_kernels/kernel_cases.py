@@ -1,16 +1,21 @@
 """What the tests of several kernels share."""
 
+import math
 import os
 
 import pytest
 import torch
 
 from spo_kernels.dispatch import unavailable
-from spo_kernels.testing import FAST, assert_as_good_as_torch
+from spo_kernels.objective import Tokens
+from spo_kernels.testing import DEVICE, FAST, assert_as_good_as_torch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# A backend that cannot run the tensors of these tests.
+ELSEWHERE = "cpu" if DEVICE.type == "cuda" else "cuda"
 INTERPRETED = FAST == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 FIGURES = ("loss", "policy_loss", "kl", "clipfrac", "ratio_mean", "logprobs", "entropy")
+on_cpu_tensors = pytest.mark.skipif(DEVICE.type != "cpu", reason="it is about CPU tensors")
 slow_if_interpreted = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter takes minutes")
 
 
@@ -45,3 +50,15 @@ def assert_compiles(step, *tensors):
         loss.backward()
         results.append([loss.detach(), *others, *(x.grad for x in leaves)])
     torch.testing.assert_close(results[1], results[0])
+
+
+def tokens_from(inputs, **changes):
+    """`Tokens` of all rows of `LossInputs`: nothing masked, no KL term, one temperature."""
+    fields = {
+        **{name: getattr(inputs, name) for name in ("token_ids", "old_logprobs", "advantages")},
+        **dict.fromkeys(("ref_logprobs", "loss_mask", "temperature", "policy_norm", "kl_norm")),
+        **{"temperature_value": 1.0, "policy_norm_value": -1.0, "kl_norm_value": -1.0},
+        **{"log_threshold": math.inf, "clip_eps_low": 0.2, "clip_eps_high": 0.2},
+        **{"log_ratio_clamp": 10.0, "kl_coef": 0.0, "kl_estimator": 0, "kl_scope": 0},
+    }
+    return Tokens(**fields | changes)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from kernel_cases import on_cpu_tensors
 
 import spo_kernels
 from spo_kernels import dispatch
@@ -24,6 +25,7 @@ def test_backends_reports_every_op():
 
 
 @native
+@on_cpu_tensors
 def test_order_and_precision():
     assert dispatch.choose("policy_loss", torch.zeros(1)) == "cpu"
     assert dispatch.choose("policy_loss", torch.zeros(1, dtype=torch.float64)) == "reference"
@@ -32,6 +34,7 @@ def test_order_and_precision():
 
 
 @native
+@on_cpu_tensors
 def test_explicit_backend_never_falls_back():
     with pytest.raises(ValueError, match="float64 runs on the reference only"):
         dispatch.choose("logprobs", torch.zeros(1, dtype=torch.float64), "cpu")
@@ -79,6 +82,7 @@ def test_without_native_code():
 
 
 @native
+@on_cpu_tensors
 def test_cpu_isa_can_be_chosen(monkeypatch):
     """Every instruction set gives the same gradient; one that is not here is refused by name."""
     generator = torch.Generator().manual_seed(0)

@@ -1,14 +1,20 @@
 """The list of the policy loss's arguments in csrc/ops.h and the one in Python are the same."""
 
+import types
+
 import pytest
 import torch
+from kernel_cases import tokens_from
 
 from spo_kernels import dispatch, objective
 
 # What the row kernel is told beyond the tokens: the logits, where results go, how to run.
 OF_THE_KERNEL = {
-    *("rows", "vocab", "dtype", "logits", "logits_layout", "temperature_stride"),
-    *("dlogits", "dlogits_layout", "dlogits_dtype", "dlogits_zeroed"),
+    *("tokens", "rows", "vocab", "dtype", "logits", "logits_layout", "temperature_stride"),
+    *("dlogits", "dlogits_layout", "dlogits_dtype", "dlogits_zeroed", "id_bytes", "mask_bytes"),
+    *("policy_norm_is_integer", "kl_norm_is_integer", "strict", "scaled", "uses", "scales"),
+    *("counts", "index", "states", "sources", "capacity"),
+    *("hidden_index", "num_states", "loss", "figures"),
     *("logprobs", "entropy", "stats", "num_threads", "stream"),
 }
 
@@ -40,20 +46,16 @@ def test_schemas_hold_the_list():
         assert found == {k: kinds.get(t, t) for k, t in objective.TYPES.items()}
 
 
-def test_rows_are_taken_and_padded():
-    """Per-token tensors follow the rows, one temperature for all and the scales do not."""
+def test_tokens_are_taken():
+    """Per-token tensors follow the index; one temperature for all and the norms do not."""
     two = torch.tensor([1.0, 2.0])
     ids, mask = torch.tensor([5, 6]), torch.tensor([True, False])
+    inputs = types.SimpleNamespace(token_ids=ids, old_logprobs=two, advantages=two)
     for heat in (torch.ones(1), two):
-        tokens = objective.Tokens(
-            ids, two, two, None, heat, mask, None, torch.tensor([0.5, 0.0]), 0.2, 0.3, 10.0, 0
-        )
+        norm = torch.tensor([3.0])
+        tokens = tokens_from(inputs, temperature=heat, loss_mask=mask, policy_norm=norm)
         last = tokens.take(torch.tensor([1, 1, 1]))
         assert last.token_ids.tolist() == [6, 6, 6] and last.advantages.tolist() == [2, 2, 2]
+        assert last.loss_mask.tolist() == [False] * 3 and last.ref_logprobs is None
         assert last.temperature.tolist() == ([1] if heat is not two else [2, 2, 2])
-        more = tokens.padded()
-        assert more.policy_mask.tolist() == [True, False, False]
-        assert more.temperature.tolist() == ([1] if heat is not two else [1, 2, 1])
-        for changed in (last, more):
-            assert changed.ref_logprobs is None and changed.scales.tolist() == [0.5, 0.0]
-            assert changed.arguments()[8:] == (0.2, 0.3, 10.0, 0)
+        assert last.policy_norm is norm and last.arguments()[12:] == tokens.arguments()[12:]

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import types
 
 import pytest
 import torch
@@ -9,11 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
     DTYPES,
+    ELSEWHERE,
     INTERPRETED,
     assert_compiles,
     assert_figures_as_good,
     backends_of,
     needs_fast,
+    on_cpu_tensors,
+    tokens_from,
 )
 from torch import tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +27,6 @@ from spo_kernels import (
     linear_masked_ppo_loss,
     linear_policy_loss,
     masked_ppo_loss,
-    objective,
     policy_loss,
     rows,
 )
@@ -260,17 +263,16 @@ def test_fuzz(rows, vocab, width, states, dtype, kept, threshold, seed):
 def test_bf16_gradient_of_fp32_logits(vocab):
     """What the head asks of the row kernel where bf16 products are fast: fp32 in, bf16 out."""
     inputs = loss_inputs(9, vocab, kept=0.7)
-    mask = inputs.loss_mask & (inputs.old_logprobs < math.log(0.9))
-    tokens = objective.Tokens(
-        *(inputs.token_ids, inputs.old_logprobs, inputs.advantages, None, torch.ones(1)),
-        *(mask, None, tensor([0.25, 0.0]), 0.2, 0.2, 10.0, 0),
-    )
+    tokens = tokens_from(inputs, loss_mask=inputs.loss_mask, log_threshold=math.log(0.9))
     wide = torch.full((9, vocab), math.nan)
     narrow = torch.full((9, vocab), math.nan, dtype=torch.bfloat16)
-    sums = [
-        policy_loss.run_rows(FAST, inputs.logits, out, tokens, False)[0] for out in (wide, narrow)
-    ]
-    assert torch.equal(*sums) and wide.count_nonzero() > 0
+    figures = []
+    for out in (wide, narrow):
+        call = policy_loss.Launch(FAST, inputs.logits, vocab, tokens, False, True, scaled=False)
+        call.over_rows("step", inputs.logits, out)
+        figures.append(call.figures)
+    torch.testing.assert_close(*figures, rtol=1e-6, atol=0)  # Triton's are two kernels
+    assert wide.count_nonzero() > 0
     if INTERPRETED:  # it truncates
         assert ((narrow.float() - wide).abs() <= wide.abs() * 2**-7 + 1e-38).all()
     else:
@@ -278,6 +280,7 @@ def test_bf16_gradient_of_fp32_logits(vocab):
 
 
 @needs_native
+@on_cpu_tensors
 def test_bf16_products_with_other_threads(monkeypatch):
     """The switch to bf16 tiles is global, so it stays off while other threads run."""
     settings = torch.backends.mkldnn.matmul
@@ -308,9 +311,9 @@ def test_gradcheck_of_reference():
 @pytest.mark.parametrize("states", [None, 4])
 def test_opcheck(states):
     tensors, arguments = make(8, 19, 5, states=states)
-    mask = arguments["loss_mask"] & (arguments["old_logprobs"] < math.log(0.9))
-    tokens = (arguments["token_ids"], arguments["old_logprobs"], arguments["advantages"], None)
-    tokens += (torch.ones(1), mask, None, tensor([0.25, 0.0]), 0.2, 0.2, 10.0, 0)
+    inputs = types.SimpleNamespace(**arguments)
+    tokens = tokens_from(inputs, loss_mask=inputs.loss_mask, log_threshold=math.log(0.9))
+    tokens = tokens.arguments()
     leaves = [x.requires_grad_() for x in tensors.values()]
     op = torch.ops.spo_kernels.linear_policy_loss.default
     for room in ((None, False), (8, True)):
@@ -403,7 +406,7 @@ def test_compiles_into_one_graph(room):
         ({"hidden_index": torch.zeros(3, dtype=torch.int64)}, ValueError, r"shape \(3,\)"),
         ({"token_ids": torch.full((4,), 9)}, ValueError, r"\[0, 9\)"),
         ({"logits_dtype": torch.float16}, ValueError, "logits_dtype: expected"),
-        ({"backend": "triton"}, ValueError, "backend='triton' cannot run policy_loss"),
+        ({"backend": ELSEWHERE}, ValueError, f"backend='{ELSEWHERE}' cannot run policy_loss"),
     ],
 )
 def test_errors(change, error, message):

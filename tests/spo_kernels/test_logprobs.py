@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
     DTYPES,
+    ELSEWHERE,
     assert_compiles,
     backends_of,
     needs_fast,
@@ -288,7 +289,7 @@ def test_compiles_into_one_graph():
         ({"logits": torch.zeros(3, 5, dtype=torch.int32)}, TypeError, "logits: expected float32"),
         ({"loss_mask": torch.ones(2)}, ValueError, "loss_mask: expected the tokens' shape"),
         ({"temperature": -1.0}, ValueError, "temperature: expected a positive finite"),
-        ({"backend": "cuda"}, ValueError, "backend='cuda' cannot run logprobs"),
+        ({"backend": ELSEWHERE}, ValueError, f"backend='{ELSEWHERE}' cannot run logprobs"),
     ],
 )
 def test_errors(change, error, message):

@@ -14,11 +14,12 @@ from kernel_cases import (
     backends_of,
     needs_fast,
     slow_if_interpreted,
+    tokens_from,
 )
 from torch import tensor
 
 import spo_kernels
-from spo_kernels import masked_ppo_loss, objective, policy_loss
+from spo_kernels import masked_ppo_loss, policy_loss, rows
 from spo_kernels.testing import FAST, assert_as_good_as_torch, loss_inputs, poison
 
 needs_native, BACKENDS = needs_fast("policy_loss"), backends_of("policy_loss")
@@ -339,26 +340,32 @@ def test_more_rows_than_a_grid_dimension():
 
 
 def tokens_of(inputs, **changes):
-    """What the row kernel is told of all rows, without the checks of the public function."""
-    rows = inputs.token_ids.numel()
-    tokens = objective.Tokens(
-        *(inputs.token_ids, inputs.old_logprobs, inputs.advantages, None, torch.ones(1)),
-        *(torch.ones(rows, dtype=torch.bool), None, tensor([0.7, 0.3]), 0.2, 0.2, 10.0, 0),
-    )
-    return dataclasses.replace(tokens, **changes)
+    """What the kernels are told of all rows, without the checks of the public function."""
+    given = {"policy_norm_value": 1.5, "kl_norm_value": 1.0, "log_threshold": math.inf}
+    return tokens_from(inputs, **given | changes)
+
+
+def run_rows(logits, dlogits, tokens):
+    """All phases, as while a CUDA graph is captured; figures, logprobs, entropy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "is_captured", lambda _: True)
+        _, figures, _, logprobs, entropy, _ = policy_loss._run(
+            logits, dlogits, True, True, FAST, tokens
+        )
+    return figures, logprobs, entropy
 
 
 @needs_native
 def test_rows_that_lie_far_apart():
     """Rows 2^30 elements apart in a buffer of which only the rows are ever touched."""
-    rows, vocab, stride = 4, 1003, 2**30
-    inputs = loss_inputs(rows, vocab, torch.bfloat16, kept=1.0)
-    base = torch.empty((rows - 1) * stride + vocab, dtype=torch.bfloat16)
-    far = base.as_strided((rows, vocab), (stride, 1))
+    count, vocab, stride = 4, 1003, 2**30
+    inputs = loss_inputs(count, vocab, torch.bfloat16, kept=1.0)
+    base = torch.empty((count - 1) * stride + vocab, dtype=torch.bfloat16)
+    far = base.as_strided((count, vocab), (stride, 1))
     far.copy_(inputs.logits)
     near, tokens = torch.zeros_like(inputs.logits), tokens_of(inputs)
-    want = policy_loss.run_rows(FAST, inputs.logits, near, tokens, True)
-    got = policy_loss.run_rows(FAST, far, far, tokens, True)
+    want = run_rows(inputs.logits, near, tokens)
+    got = run_rows(far, far, tokens)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert torch.equal(far, near) and (near[-1] != 0).any()
 
@@ -371,15 +378,14 @@ def test_unknown_ids_are_not_read():
     ids[1], ids[2], ids[3] = -1, 100, 2**45
     dlogits = torch.zeros_like(inputs.logits)
     tokens = tokens_of(inputs, token_ids=ids)
-    _, chosen, entropy = policy_loss.run_rows(FAST, inputs.logits, dlogits, tokens, True)
+    _, chosen, entropy = run_rows(inputs.logits, dlogits, tokens)
     unknown = [False, True, True, True, False]
     assert chosen.isnan().tolist() == unknown and not entropy.isnan().any()
     assert dlogits.isnan().all(1).tolist() == unknown
     # The slope of k1 does not depend on the logprob: no column counts as the chosen one.
-    zeros, ones = torch.zeros(5), torch.ones(5, dtype=torch.bool)
-    k1 = {"advantages": zeros, "ref_logprobs": zeros, "kl_mask": ones, "kl_estimator": 1}
-    tokens = tokens_of(inputs, token_ids=ids, scales=torch.ones(2), **k1)
-    policy_loss.run_rows(FAST, inputs.logits, dlogits, tokens, True)
+    zeros = torch.zeros(5)
+    k1 = {"advantages": zeros, "ref_logprobs": zeros, "kl_coef": 1.0, "kl_estimator": 1}
+    run_rows(inputs.logits, dlogits, tokens_of(inputs, token_ids=ids, **k1))
     torch.testing.assert_close(dlogits[1:4], -inputs.logits[1:4].softmax(-1))
 
 
@@ -450,16 +456,16 @@ def test_gradcheck_of_reference(estimator):
 @pytest.mark.parametrize("needs_grad", [True, False])
 def test_opcheck(needs_grad):
     inputs = loss_inputs(5, 23)
-    mask = inputs.old_logprobs < math.log(0.9)
-    tokens = tokens_of(inputs, ref_logprobs=inputs.ref_logprobs, policy_mask=mask, kl_mask=mask)
-    tokens = dataclasses.replace(tokens, kl_estimator=3).arguments()
+    options = {"log_threshold": math.log(0.9), "kl_coef": 0.5, "kl_estimator": 3}
+    tokens = tokens_of(inputs, ref_logprobs=inputs.ref_logprobs, **options).arguments()
     logits = inputs.logits.clone().requires_grad_(needs_grad)
     ops = torch.ops.spo_kernels
     torch.library.opcheck(ops.policy_loss.default, (logits, needs_grad, True, FAST, *tokens))
     torch.library.opcheck(
         ops.policy_loss_inplace.default, (inputs.logits.clone(), True, FAST, *tokens)
     )
-    torch.library.opcheck(ops.scale.default, (inputs.logits.clone(), tensor(2.0)))
+    for unscale in (None, tensor(0.5)):
+        torch.library.opcheck(ops.scale.default, (inputs.logits.clone(), tensor(2.0), unscale))
 
 
 @needs_native
@@ -529,6 +535,7 @@ def test_second_derivatives_are_refused():
         ({"loss_mask": [1] * 4}, TypeError, "loss_mask: expected a tensor, found list"),
         ({"policy_norm": -1}, ValueError, "policy_norm: expected a finite count"),
         ({"policy_norm": tensor(-1.0)}, ValueError, "policy_norm: expected a finite count"),
+        ({"policy_norm": tensor(math.nan)}, ValueError, "policy_norm: expected a finite count"),
         ({"policy_norm": torch.ones(2)}, ValueError, "policy_norm: expected one number"),
         ({"log_ratio_clamp": 0}, ValueError, "log_ratio_clamp > 0"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of"),

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from kernel_cases import tokens_from  # noqa: E402
 from torch import tensor  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from spo_kernels import objective  # noqa: E402
 from spo_kernels.objective import TYPES  # noqa: E402
-from spo_kernels.triton import configs, logprobs, policy_loss  # noqa: E402
+from spo_kernels.triton import configs, logprobs, policy_loss, prepare  # noqa: E402
 from spo_kernels.triton.objective import TokenArgs, kl_term, policy_term, token_args  # noqa: E402
 
 SHARED = [
@@ -66,8 +68,8 @@ def objective_kernel(logprobs, tokens, out):
     i = tl.arange(0, N)
     logprob = tl.load(logprobs + i)
     advantage = tl.load(tokens.advantages + i)
-    policy, clipped, ratio, slope = policy_term(logprob, i, tokens, advantage)
-    kl, kl_slope = kl_term(logprob, i, tokens)
+    policy, clipped, ratio, slope = policy_term(logprob, i, tokens, advantage, 0.7)
+    kl, kl_slope = kl_term(logprob, i, tokens, 0.3)
     tl.store(out + i, policy)
     tl.store(out + N + i, kl)
     tl.store(out + 2 * N + i, clipped)
@@ -88,31 +90,28 @@ def test_objective(estimator, clips, clamp):
     for sign in (1.0, -1.0):
         # In fp64, since PyTorch's slope of expm1(d) - d cancels near 0.
         leaf = steps.double().requires_grad_()
-        zeros, ones = torch.zeros_like(leaf), torch.ones_like(leaf)
-        scales = tensor([0.7, 0.3], device=DEVICE)
+        zeros = torch.zeros_like(leaf)
         advantages = torch.full_like(steps, 1.5 * sign)
-        tokens = objective.Tokens(
-            token_ids=zeros.long(),
-            old_logprobs=zeros,
-            advantages=advantages.double(),
+        inputs = SimpleNamespace(
+            token_ids=zeros.long(), old_logprobs=zeros, advantages=advantages.double()
+        )
+        tokens = tokens_from(
+            inputs,
             ref_logprobs=zeros,
-            temperature=ones,
-            policy_mask=ones.bool(),
-            kl_mask=ones.bool(),
-            scales=scales.double(),
             clip_eps_low=clips[0],
             clip_eps_high=clips[1],
             log_ratio_clamp=clamp,
             kl_estimator=estimator,
         )
-        want = objective.token_objective(leaf, tokens)
+        scales = tensor([0.7, 0.3], device=DEVICE).double().unbind()
+        want = objective.token_objective(leaf, tokens, scales)
         (slope,) = torch.autograd.grad((want[0] + want[1]).sum(), leaf)
         expected = torch.stack([*want, slope]).detach().float()
         expected[4, -1] = math.nan  # a kernel shows it, the derivative of PyTorch's clamp hides it
         got, zeros = torch.full_like(expected, 99.0), torch.zeros_like(steps)
         floats = {"old_logprobs": zeros, "advantages": advantages, "ref_logprobs": zeros}
-        tokens = dataclasses.replace(tokens, scales=scales, **floats)
-        objective_kernel[(1,)](steps, token_args(**vars(tokens)), got)
+        tokens = dataclasses.replace(tokens, **floats)
+        objective_kernel[(1,)](steps, token_args(vars(tokens)), got)
         torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-9, equal_nan=True)
 
 
@@ -125,10 +124,22 @@ TARGETS = {
 LOSS = policy_loss.policy_loss_kernel
 FORWARD = logprobs.logprobs_kernel
 BACKWARD = logprobs.logprobs_backward_kernel
-NO_KL = {"kl_estimator": 0, "DLOGITS_ZEROED": False, "kl_mask": None, "ref_logprobs": None}
+PREPARE, FINISH = prepare.prepare_kernel, prepare.finish_kernel
+GIVEN = {"kl_scope": 0, "policy_norm": None, "kl_norm": None, "index": None, "STRICT": True}
+GIVEN |= {"DLOGITS_ZEROED": False}
+NO_KL = {**GIVEN, "kl_estimator": 0, "ref_logprobs": None, "temperature": None}
 PLAIN = {**NO_KL, "entropies": None}
 NO_GRAD = {"dlogits": None, **{f"dlogits_{x}": 0 for x in ("block_stride", "row_stride")}}
-K3 = {"kl_estimator": 3, "DLOGITS_ZEROED": False}
+K3 = {**GIVEN, "kl_estimator": 3}
+PREPARED = {**PLAIN, "SCALED": False, "BLOCK": prepare.BLOCK, "hidden_index": None}
+del PREPARED["DLOGITS_ZEROED"]
+GATHERED = {"kl_estimator": 2, "kl_scope": 1, "STRICT": False, "SCALED": True, "BLOCK": 1024}
+
+
+def without(constants, *names):
+    return {name: value for name, value in constants.items() if name not in names}
+
+
 VARIANTS = {  # kernel, dtypes of logits and dlogits, arguments that are no run-time values
     "loss fp32": (LOSS, "fp32", "fp32", PLAIN),
     "loss bf16": (LOSS, "bf16", "bf16", PLAIN),
@@ -143,6 +154,10 @@ VARIANTS = {  # kernel, dtypes of logits and dlogits, arguments that are no run-
     "loss entropy k3 fp32": (LOSS, "fp32", "fp32", K3),
     "loss entropy k3 bf16": (LOSS, "bf16", "bf16", K3),
     "loss entropy k3 fp16": (LOSS, "fp16", "fp16", K3),
+    "loss of gathered rows": (LOSS, "fp32", "bf16", without(K3, "index")),
+    "prepare": (PREPARE, "", "", PREPARED),
+    "prepare gathered rows": (PREPARE, "", "", GATHERED),
+    "finish": (FINISH, "", "", {"BLOCK": prepare.BLOCK}),
     "logprobs fp32": (FORWARD, "fp32", "", {"entropies": None}),
     "logprobs bf16": (FORWARD, "bf16", "", {"entropies": None}),
     "logprobs of all rows": (FORWARD, "fp16", "", {"entropies": None, "mask": None}),
@@ -161,9 +176,13 @@ UNALIGNED = ("loss entropy k3 fp16", "logprobs of all rows", "backward entropy b
 def compile_for(target, kernel, dtype, dlogits_dtype, constants, vocab):
     """The kernel as a launch on `vocab` logits, in rows 16 bytes aligned or not, specialises it."""
     options = configs.row_sweep(vocab, target.warp_size)
-    constants = {**constants, "BLOCK_V": options.pop("BLOCK_V")}
+    block = options.pop("BLOCK_V")
+    constants = {"BLOCK_V": block} | constants if "BLOCK_V" in kernel.arg_names else dict(constants)
     signature, values, attributes = {}, {}, {}
-    types = {"logits": "*" + dtype, "dlogits": "*" + dlogits_dtype, "token_ids": "*i64"}
+    types = {"logits": "*" + dtype, "dlogits": "*" + dlogits_dtype, "uses": "*u8"}
+    types |= dict.fromkeys(
+        ("token_ids", "counts", "index", "states", "sources", "hidden_index"), "*i64"
+    )
 
     def type_of(name, place):
         if name.endswith("block_rows") and vocab % 16 == 0:
@@ -171,7 +190,8 @@ def compile_for(target, kernel, dtype, dlogits_dtype, constants, vocab):
         if name in constants:
             values[place] = constants[name]
             return "constexpr"
-        size = name == "vocab" or name.endswith(("_stride", "block_rows"))
+        sizes = ("vocab", "num_tokens", "num_states", "capacity")
+        size = name in sizes or name.endswith(("_stride", "block_rows"))
         if size:
             kind = "i64" if name.endswith("block_stride") else "i32"
         elif TYPES.get(name) == "float":

@@ -1,0 +1,126 @@
+// What masked_ppo_loss does before and after its rows, on CUDA. One block does it, in a fixed
+// order: a token costs it a nanosecond, a row of logits on the whole device a hundred times that.
+// Nothing here waits for the host.
+#include "csrc/cuda/row.cuh"
+#include "csrc/objective.h"
+
+namespace spo {
+namespace {
+
+constexpr int kThreads = 1024;
+
+__device__ __forceinline__ int64_t* warp_sums() {
+  return reinterpret_cast<int64_t*>(block_memory());
+}
+
+// The sum over the block's threads, in all of them.
+template <class T>
+__device__ __forceinline__ T block_total(T value) {
+  T total;
+  prefix_sum(value, reinterpret_cast<T*>(block_memory()), &total);
+  return total;
+}
+
+// Takes a used token into `index` and `states`, if there is room; what is wrong with it.
+__device__ __forceinline__ int64_t take_token(const PolicyLossArgs& a, int64_t token,
+                                              int64_t slot) {
+  const int64_t state = a.hidden_index ? a.hidden_index[token] : token;
+  const bool known = state >= 0 && state < a.num_states;
+  if (!known) a.uses[token] |= kLost;
+  if (slot < a.capacity) {
+    a.index[slot] = token;
+    a.states[slot] = known ? state : a.num_states;
+    a.sources[slot] = known ? state : 0;
+  }
+  return known ? 0 : kBadState;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    prepare_tokens(const __grid_constant__ PolicyLossArgs a) {
+  int64_t kept = 0, with_policy = 0, used = 0, bad = 0;
+  float largest = 0;
+  for (int64_t first = 0; first < a.tokens; first += kThreads) {
+    const int64_t i = first + threadIdx.x;
+    bool takes = false;
+    if (i < a.tokens) {
+      const uint8_t use = token_use(a, i);
+      const bool policy = has_policy(a, use, i);
+      takes = policy || (use & kInKl);
+      a.uses[i] = use;
+      kept += use & kInPolicy;
+      with_policy += policy;
+      if (policy) largest = fmaxf(largest, fabsf(a.advantages[i]));
+      if (is_bad(a, use, i)) bad |= kBadToken;
+      if (a.index) {  // rows of other tokens are not run
+        a.logprobs[i] = 0;
+        if (a.entropy) a.entropy[i] = 0;
+        reinterpret_cast<Granule*>(a.stats)[i] = Granule{};
+      }
+    }
+    if (!a.index) {
+      used += takes;
+      continue;
+    }
+    int64_t here;
+    const int64_t before = prefix_sum<int64_t>(takes, warp_sums(), &here);
+    if (takes) bad |= take_token(a, i, used + before);
+    used += here;
+  }
+  kept = block_total(kept);
+  with_policy = block_total(with_policy);
+  if (!a.index) used = block_total(used);
+  const int64_t bad_tokens = block_total(bad & kBadToken),
+                bad_states = block_total(bad & kBadState);
+  if (a.scaled) {
+#pragma unroll
+    for (int mask = kWarp / 2; mask > 0; mask /= 2)
+      largest = fmaxf(largest, shuffle_xor(largest, mask));
+    float* warps = reinterpret_cast<float*>(block_memory());
+    if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = largest;
+    sync_block();
+    for (int w = 0; w < kThreads / kWarp; ++w) largest = fmaxf(largest, warps[w]);
+  }
+  if (a.index && !a.strict) {
+    for (int64_t slot = used + threadIdx.x; slot < a.capacity; slot += kThreads)
+      a.index[slot] = a.tokens, a.states[slot] = a.num_states, a.sources[slot] = 0;
+  }
+  if (threadIdx.x != 0) return;
+  a.counts[0] = kept, a.counts[1] = with_policy, a.counts[2] = used;
+  a.counts[3] = (bad_tokens ? kBadToken : 0) | (bad_states ? kBadState : 0);
+  a.counts[4] = a.index && used > a.capacity;
+  write_scales(a, kept, largest);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    finish_tokens(const __grid_constant__ PolicyLossArgs a) {
+  double sums[4] = {};
+  for (int64_t i = threadIdx.x; i < a.tokens; i += kThreads) {
+    const Granule stats = reinterpret_cast<const Granule*>(a.stats)[i];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sums[k] += bits_to_float(stats.words[k]);
+  }
+#pragma unroll
+  for (double& sum : sums) sum = block_total(sum);
+  if (threadIdx.x == 0) write_figures(a, sums);
+}
+
+void launch_block(void (*kernel)(PolicyLossArgs), const PolicyLossArgs& args) {
+  LaunchShape shape;
+  shape.blocks = 1;
+  shape.threads = kThreads;
+  shape.shared_bytes = kMaxWarps * sizeof(int64_t);
+  launch(kernel, shape, args.stream, args);
+}
+
+}  // namespace
+
+void policy_prepare_cuda(const PolicyLossArgs& args) { launch_block(prepare_tokens, args); }
+void policy_finish_cuda(const PolicyLossArgs& args) { launch_block(finish_tokens, args); }
+
+void policy_step_cuda(const PolicyLossArgs& args) {
+  policy_prepare_cuda(args);
+  policy_loss_cuda(args);
+  policy_finish_cuda(args);
+}
+
+}  // namespace spo

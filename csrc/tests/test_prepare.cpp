@@ -1,0 +1,202 @@
+// The phases of masked_ppo_loss before and after its rows: numbers worked by hand, then the CUDA
+// kernels, emulated, against the CPU's on random tokens.
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "csrc/cuda/row.cuh"
+#include "csrc/ops.h"
+#include "csrc/tests/check.h"
+#include "csrc/tests/logits.h"
+
+namespace {
+
+using spo::check::kInf;
+using spo::check::kNan;
+
+struct Inputs {
+  std::vector<int64_t> ids, hidden_index;
+  std::vector<int32_t> mask;
+  std::vector<float> old, advantages, temperature;
+};
+
+struct Results {
+  std::vector<uint8_t> uses;
+  std::vector<float> logprobs, stats, scales, figures;
+  std::vector<int64_t> counts, index, states, sources;
+  float loss = kNan;
+
+  explicit Results(size_t n)
+      : uses(n, 99),
+        logprobs(n, kNan),
+        stats(4 * n, kNan),
+        scales(3, kNan),
+        figures(5, kNan),
+        counts(5, -7),
+        index(n + 2, -7),
+        states(n + 2, -7),
+        sources(n + 2, -7) {}
+};
+
+spo::PolicyLossArgs arguments(const Inputs& in, Results* out, bool gathers) {
+  spo::PolicyLossArgs a;
+  a.tokens = static_cast<int64_t>(in.ids.size()), a.vocab = 10;
+  a.token_ids = in.ids.data(), a.old_logprobs = in.old.data(), a.advantages = in.advantages.data();
+  a.loss_mask = in.mask.data(), a.mask_bytes = 4;
+  a.temperature = in.temperature.data(), a.temperature_stride = 1;
+  a.log_threshold = -0.1f;
+  a.uses = out->uses.data(), a.scales = out->scales.data(), a.counts = out->counts.data();
+  a.logprobs = out->logprobs.data(), a.stats = out->stats.data();
+  a.loss = &out->loss, a.figures = out->figures.data();
+  if (!gathers) return a;
+  a.index = out->index.data(), a.states = out->states.data(), a.sources = out->sources.data();
+  a.hidden_index = in.hidden_index.data(), a.num_states = 5;
+  a.capacity = static_cast<int64_t>(out->index.size());
+  return a;
+}
+
+using Phase = void (*)(const spo::PolicyLossArgs&);
+
+// Token 0 trains; 1 has no advantage; 2 was sure; 3 is masked; 4 trains, with a ratio far away.
+void test_by_hand(Phase prepare, Phase finish) {
+  const Inputs in = {{1, 2, 3, -100, 9},        {4, 4, 0, -1, 2},    {1, 7, -1, 0, 1},
+                     {-1, -1, -0.1f, kNan, -2}, {2, 0, 5, kNan, -8}, {1, 1, 1, 0, 0.5f}};
+  Results out(5);
+  spo::PolicyLossArgs a = arguments(in, &out, true);
+  a.kl_estimator = spo::kK3, a.kl_scope = spo::kAll, a.kl_coef = 0.5, a.kl_norm_value = 4;
+  prepare(a);
+  CHECK((out.uses == std::vector<uint8_t>{3, 3, 2, 0, 3}));
+  CHECK((out.counts == std::vector<int64_t>{3, 2, 4, 0, 0}));
+  CHECK((out.index == std::vector<int64_t>{0, 1, 2, 4, 5, 5, 5}));
+  CHECK((out.states == std::vector<int64_t>{4, 4, 0, 2, 5, 5, 5}));
+  CHECK((out.sources == std::vector<int64_t>{4, 4, 0, 2, 0, 0, 0}));
+  CHECK_NEAR(out.scales[0], 1.0 / 3, 1e-7, "1 / Z");
+  CHECK_NEAR(out.scales[1], 0.125, 0, "kl_coef / Z_kl");
+  CHECK_NEAR(out.scales[2], 1, 0, "power");
+  a.scaled = true;  // 8 / 3 + 1 / 8 is in [2, 4)
+  prepare(a);
+  CHECK_NEAR(out.scales[2], 0.5, 0, "power");
+  CHECK_NEAR(out.figures[4], 2, 0, "its inverse");
+  for (int i = 0; i < 20; ++i) out.stats[i] = static_cast<float>(i % 4 + 1);
+  finish(a);
+  CHECK_NEAR(out.figures[0], 5, 0, "policy");
+  CHECK_NEAR(out.figures[1], 10, 0, "KL");
+  CHECK_NEAR(out.figures[2], 7.5, 0, "clipfrac");
+  CHECK_NEAR(out.figures[3], 10, 0, "ratio");
+  CHECK_NEAR(out.loss, 15, 0, "loss");
+}
+
+// What each of them may not hold where a token is kept; masked tokens hold anything.
+void test_bad_tokens(Phase prepare) {
+  const Inputs good = {{1, -5}, {0, -9}, {1, 0}, {-1, kNan}, {1, kNan}, {1, kNan}};
+  const auto found = [&](const Inputs& in, int64_t capacity) {
+    Results out(2);
+    spo::PolicyLossArgs a = arguments(in, &out, true);
+    a.capacity = capacity;
+    prepare(a);
+    CHECK(out.counts[4] == (capacity == 0));
+    return out.counts[3];
+  };
+  CHECK(found(good, 2) == 0);
+  CHECK(found(good, 0) == 0);
+  int64_t seven = 7;
+  Results integer(2);
+  spo::PolicyLossArgs b = arguments(good, &integer, false);
+  b.policy_norm = &seven, b.policy_norm_is_integer = true;
+  prepare(b);
+  CHECK_NEAR(integer.scales[0], 1.0 / 7, 1e-8, "1 / Z of an integer");
+  for (int64_t id : {int64_t{-1}, int64_t{10}, int64_t{1} << 40}) {
+    Inputs in = good;
+    in.ids[0] = id;
+    CHECK(found(in, 2) == spo::kBadToken);
+  }
+  for (float temperature : {0.0f, -1.0f, kInf, kNan}) {
+    Inputs in = good;
+    in.temperature[0] = temperature;
+    CHECK(found(in, 2) == spo::kBadToken);
+  }
+  Inputs in = good;
+  in.old[0] = kNan;
+  CHECK(found(in, 2) == spo::kBadToken);
+  for (float norm : {-1.0f, kInf, kNan}) {
+    Results out(2);
+    spo::PolicyLossArgs a = arguments(good, &out, true);
+    a.policy_norm = &norm;
+    prepare(a);
+    CHECK(out.counts[3] == spo::kBadNorm);
+  }
+  for (int64_t state : {-1, 5}) {
+    in = good;
+    in.hidden_index[0] = state;
+    CHECK(found(in, 2) == spo::kBadState);
+  }
+}
+
+void test_random(size_t size, bool gathers, bool strict) {
+  std::mt19937 random(static_cast<uint32_t>(size));
+  Inputs in;
+  for (size_t i = 0; i < size; ++i) {
+    in.ids.push_back(random() % 10), in.hidden_index.push_back(random() % 6);  // 5 is no state
+    in.mask.push_back(random() % 3), in.old.push_back(-0.001f * (random() % 200));
+    in.advantages.push_back(static_cast<float>(random() % 3) - 1), in.temperature.push_back(1);
+  }
+  Results want(size), found(size);
+  for (Results* out : {&want, &found}) {
+    spo::PolicyLossArgs a = arguments(in, out, gathers);
+    a.strict = strict, a.scaled = true;
+    const bool on_cpu = out == &want;
+    (on_cpu ? spo::policy_prepare_cpu : spo::policy_prepare_cuda)(a);
+    std::mt19937 again(7);
+    for (float& x : out->stats) x = static_cast<float>(again() % 1000);
+    (on_cpu ? spo::policy_finish_cpu : spo::policy_finish_cuda)(a);
+  }
+  CHECK(want.uses == found.uses && want.counts == found.counts);
+  CHECK(want.index == found.index && want.states == found.states);
+  CHECK(want.sources == found.sources);
+  CHECK(want.scales == found.scales && want.figures == found.figures && want.loss == found.loss);
+  if (gathers) CHECK(want.logprobs == found.logprobs);
+}
+
+// Rows without tokens, and rows of tokens without a hidden state.
+void test_gathered_rows(Phase rows) {
+  const Inputs in = {{1, 2, 3}, {0, 0, 0}, {1, 1, 1}, {-1, -1, -1}, {1, 1, 1}, {1, 1, 1}};
+  Results out(3);
+  out.uses = {spo::kInPolicy, 0, spo::kInPolicy | spo::kLost}, out.scales = {1, 0, 1};
+  out.index = {2, 3, 0, 3, 3}, out.counts = {2, 2, 2, 0, 0};
+  std::vector<float> logits(3 * 10, 0), dlogits(3 * 10, kNan);
+  spo::PolicyLossArgs a = arguments(in, &out, true);
+  a.rows = 3, a.logits = logits.data(), a.dlogits = dlogits.data();
+  a.logits_layout = a.dlogits_layout = {1, 10, 0};
+  a.clip_eps_low = a.clip_eps_high = 1, a.log_ratio_clamp = 10;
+  rows(a);
+  CHECK_NEAR(out.logprobs[0], -std::log(10.0), 1e-6, "logprob");
+  CHECK(std::isnan(out.logprobs[1]));  // no row belongs to it, so nothing wrote it
+  CHECK(std::isnan(out.logprobs[2]) && std::isnan(dlogits[0]));
+  for (int j = 0; j < 10; ++j) {
+    CHECK_NEAR(dlogits[10 + j], 0, 0, "row without a token");
+    const double g = -std::exp(1.0) / 10;
+    CHECK_NEAR(dlogits[20 + j], g * ((j == 1) - 0.1), 1e-6, "dlogits");
+  }
+  a.strict = true, out.counts[3] = spo::kBadToken;
+  dlogits.assign(30, 7);
+  rows(a);
+  if (rows == spo::policy_loss_cuda) CHECK(dlogits == std::vector<float>(30, 7));
+}
+
+}  // namespace
+
+int main() {
+  for (bool clusters : {false, true}) {
+    spo::emulation::machine.clusters = clusters;
+    test_gathered_rows(spo::policy_loss_cuda);
+  }
+  test_gathered_rows(spo::policy_loss_cpu);
+  test_by_hand(spo::policy_prepare_cpu, spo::policy_finish_cpu);
+  test_by_hand(spo::policy_prepare_cuda, spo::policy_finish_cuda);
+  test_bad_tokens(spo::policy_prepare_cpu);
+  test_bad_tokens(spo::policy_prepare_cuda);
+  for (size_t size : {0, 1, 31, 1024, 1025, 5000})
+    for (bool gathers : {false, true})
+      for (bool strict : {false, true}) test_random(size, gathers, strict);
+  return spo::check::finish("test_prepare");
+}
