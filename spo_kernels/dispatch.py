@@ -24,6 +24,12 @@ except ImportError as error:  # installed with SPO_BUILD_NATIVE=0, or built for 
 
 OPS = ("policy_loss", "logprobs", "segments", "tree", "gae")
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in the order `choose` tries them
+SIBLINGS = {  # kernels that stand in the Triton module of an op with another name
+    "logprobs_backward": "logprobs",
+    "segment_advantages": "segments",
+    "tree_advantages": "tree",
+    "tree_stats": "tree",
+}
 
 
 def native() -> ModuleType:
@@ -108,7 +114,7 @@ def launch(kernel: str, backend: str, struct: str, **fields: Any) -> Any:
     take the fields as keyword arguments.
     """
     if backend == "triton":
-        op = kernel.removesuffix("_backward")
+        op = SIBLINGS.get(kernel, kernel)
         return getattr(importlib.import_module(f"spo_kernels.triton.{op}"), kernel)(**fields)
     args = getattr(native(), struct)()
     device = None
