@@ -20,11 +20,12 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from spo_kernels import objective  # noqa: E402
 from spo_kernels.objective import TYPES  # noqa: E402
-from spo_kernels.triton import configs, logprobs, policy_loss  # noqa: E402
+from spo_kernels.triton import configs, logprobs, policy_loss, segments, tree  # noqa: E402
 from spo_kernels.triton.objective import TokenArgs, kl_term, policy_term, token_args  # noqa: E402
 
 SHARED = [
     *("test_policy_loss.py", "test_logprobs.py", "test_triton.py::test_objective"),
+    *("test_tree.py", "test_segments.py"),
     *(f"test_linear_policy_loss.py::test_{n}" for n in ("options", "bf16_gradient_of_fp32_logits")),
 ]
 LEFT_OUT = [
@@ -219,6 +220,56 @@ def test_compiles_without_spilling(name, variant, vocab, tmp_path):
     assert code.startswith(b"\x7fELF")
     text = binary.asm["amdgcn" if target.backend == "hip" else "ptx"]
     assert name.removesuffix("0") in text  # sm_100 is written sm_100a
+    assert stack_bytes(binary, target, tmp_path) == 0
+
+
+POINTERS = {
+    "i1": "in_value",
+    "i32": "parent keys sorted_keys begin end arrived counts malformed",
+    "i64": "children cu_seqlens cu_segments cu_seq_segments num_segments",
+    "fp32": "rewards values advantages logprobs",
+    "fp64": "exact sums variances eps",
+}
+TYPES_OF = {name: "*" + kind for kind, names in POINTERS.items() for name in names.split()}
+PLAIN_TREE = {"LEAVE_ONE_OUT": False, "SCALE_BY_STD": False, "counts": None, "sums": None}
+FOREST = {  # kernel, launch constants, arguments that are no run-time values or of another type
+    "sort keys": (tree.sort_keys_kernel, configs.PER_ITEM, {}),
+    "find children": (tree.find_children_kernel, configs.PER_ITEM, {}),
+    "climb": (tree.climb_kernel, None, {}),
+    "moments": (tree.moments_kernel, None, {}),
+    "stats": (tree.moments_kernel, None, {"sums": None, "variances": "*fp32"}),
+    "advantages": (tree.advantages_kernel, configs.PER_ITEM, {**PLAIN_TREE, "variances": None}),
+    "advantages loo std": (
+        tree.advantages_kernel,
+        configs.PER_ITEM,
+        {"LEAVE_ONE_OUT": True, "SCALE_BY_STD": True},
+    ),
+    "count segments": (segments.count_segments_kernel, configs.PER_SEQUENCE, {"counts": "*i64"}),
+    "write segments": (segments.write_segments_kernel, configs.PER_SEQUENCE, {"interval": "i64"}),
+    "advance tokens": (segments.advance_tokens_kernel, configs.PER_ITEM, {}),
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton interprets")
+@pytest.mark.parametrize("variant", FOREST)
+@pytest.mark.parametrize("name", TARGETS)
+def test_forest_kernels_compile_without_spilling(name, variant, tmp_path):
+    target = TARGETS[name]
+    kernel, launch_constants, changes = FOREST[variant]
+    options = dict(launch_constants or configs.child_sums(target.warp_size))
+    constants = {key: options.pop(key) for key in list(options) if key.isupper()}
+    constants |= {key: value for key, value in changes.items() if not isinstance(value, str)}
+    types = TYPES_OF | {"log_threshold": "fp32"} | changes
+    signature, values, attributes = {}, {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument], values[i,] = "constexpr", constants[argument]
+        else:
+            signature[argument] = types.get(argument, "i32")
+            if signature[argument].startswith("*"):
+                attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attributes)
+    binary = triton.compile(source, target=target, options=options)
     assert stack_bytes(binary, target, tmp_path) == 0
 
 
