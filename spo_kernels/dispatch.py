@@ -23,10 +23,14 @@ except ImportError as error:  # installed with SPO_BUILD_NATIVE=0, or built for 
     _NO_NATIVE = f"the native extension spo_kernels._C was not found ({error})"
 
 OPS = ("policy_loss", "logprobs", "segments", "tree", "gae")
-_OP_OF = {"logprobs_backward": "logprobs"} | {  # kernels that are not named after their op
-    f"policy_{phase}": "policy_loss" for phase in ("prepare", "finish", "step")
-}
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in the order `choose` tries them
+SIBLINGS = {  # kernels that stand in the Triton module of an op with another name
+    "logprobs_backward": "logprobs",
+    **{f"policy_{phase}": "policy_loss" for phase in ("prepare", "finish", "step")},
+    "segment_advantages": "segments",
+    "tree_advantages": "tree",
+    "tree_stats": "tree",
+}
 
 
 def native() -> ModuleType:
@@ -116,7 +120,7 @@ def launch(kernel: str, backend: str, struct: str, **fields: Any) -> Any:
     take the fields as keyword arguments.
     """
     if backend == "triton":
-        op = _OP_OF.get(kernel, kernel)
+        op = SIBLINGS.get(kernel, kernel)
         return getattr(importlib.import_module(f"spo_kernels.triton.{op}"), kernel)(**fields)
     args = getattr(native(), struct)()
     device = None

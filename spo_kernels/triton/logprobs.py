@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spo_kernels.triton.configs import row_sweep
+from spo_kernels.triton.configs import aligned_alike, row_sweep
 from spo_kernels.triton.softmax import LN2, LOG2E, expm1, row_start, row_sums, write_row, zero_row
 
 
@@ -29,6 +29,7 @@ def logprobs_kernel(
     row_maxes,
     row_logsums,
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     kept = row >= 0
@@ -37,13 +38,19 @@ def logprobs_kernel(
     logprob = 0.0
     entropy = 0.0
     if kept:
-        x = row_start(logits, row, block_rows, block_stride, row_stride)
+        start = row_start(row, block_rows, block_stride, row_stride)
         inv_temperature = tl.div_rn(1.0, tl.load(temperature + row * temperature_stride))
         id = tl.load(token_ids + row)
         known = (id >= 0) & (id < vocab)  # else NaN: in a CUDA graph Python cannot check ids
-        chosen = tl.load(x + id, mask=known, other=float("nan")).to(tl.float32)
+        chosen = tl.load(logits + start + id, mask=known, other=float("nan")).to(tl.float32)
         row_max, row_sum, weighted = row_sums(
-            x, vocab, LOG2E * inv_temperature, entropies is not None, BLOCK_V
+            logits,
+            start,
+            vocab,
+            LOG2E * inv_temperature,
+            entropies is not None,
+            BLOCK_V,
+            STAGES,
         )
         log_sum = tl.log(row_sum)
         logprob = (chosen - row_max) * inv_temperature - log_sum
@@ -76,11 +83,13 @@ def logprobs_backward_kernel(
     row_logsums,
     grad_logprobs,
     grad_entropy,  # None: zero
+    ALIKE: tl.constexpr,  # as in write_row
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dlogits_j = g (1[j = token] - p_j) - h p_j (log p_j + H), g and h divided by temperature."""
     row = tl.program_id(0).to(tl.int64)
-    out = row_start(dlogits, row, dlogits_block_rows, dlogits_block_stride, dlogits_row_stride)
+    out_start = row_start(row, dlogits_block_rows, dlogits_block_stride, dlogits_row_stride)
     kept = row >= 0
     if mask is not None:
         kept = tl.load(mask + row) != 0
@@ -93,7 +102,7 @@ def logprobs_backward_kernel(
         if grad_entropy is not None:
             h = tl.load(grad_entropy + row) * inv_temperature
     if (g != 0) | (h != 0):
-        x = row_start(logits, row, block_rows, block_stride, row_stride)
+        start = row_start(row, block_rows, block_stride, row_stride)
         id = tl.load(token_ids + row)
         token = tl.where((id >= 0) & (id < vocab), id, -1).to(tl.int32)
         scale = LOG2E * inv_temperature
@@ -103,17 +112,32 @@ def logprobs_backward_kernel(
         inv_sum = tl.exp(-log_sum)
         own = -g * expm1(logprob)
         factor = -g * inv_sum
-        if grad_entropy is None:
-            write_row(x, out, vocab, row_max, scale, factor, 0.0, token, own, False, BLOCK_V)
-        else:
+        slope = 0.0
+        if grad_entropy is not None:
             entropy = tl.load(entropies + row)
             p_log_p = tl.where(logprob == float("-inf"), 0.0, tl.exp(logprob) * (logprob + entropy))
             own -= h * p_log_p
             factor -= h * (entropy - log_sum) * inv_sum
             slope = -h * inv_sum * LN2
-            write_row(x, out, vocab, row_max, scale, factor, slope, token, own, True, BLOCK_V)
+        write_row(
+            logits,
+            start,
+            dlogits,
+            out_start,
+            vocab,
+            row_max,
+            scale,
+            factor,
+            slope,
+            token,
+            own,
+            grad_entropy is not None,
+            ALIKE,
+            BLOCK_V,
+            STAGES,
+        )
     else:
-        zero_row(out, vocab, BLOCK_V)
+        zero_row(dlogits, out_start, vocab, BLOCK_V)
 
 
 def logprobs(
@@ -189,5 +213,6 @@ def logprobs_backward(
             row_logsum,
             grad_logprobs,
             grad_entropy,
+            ALIKE=aligned_alike(logits_layout, dlogits_layout),
             **row_sweep(vocab),
         )

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spo_kernels.triton.configs import row_sweep
+from spo_kernels.triton.configs import aligned_alike, row_sweep
 from spo_kernels.triton.objective import kl_term, policy_term, token_args
 from spo_kernels.triton.prepare import policy_finish, policy_prepare
 from spo_kernels.triton.softmax import LN2, LOG2E, expm1, row_start, row_sums, write_row, zero_row
@@ -43,10 +43,12 @@ def policy_loss_kernel(
     stats,
     STRICT: tl.constexpr,  # after bad input no row is touched
     DLOGITS_ZEROED: tl.constexpr,
+    ALIKE: tl.constexpr,  # as in write_row
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    x = row_start(logits, row, logits_block_rows, logits_block_stride, logits_row_stride)
+    start = row_start(row, logits_block_rows, logits_block_stride, logits_row_stride)
     token = row
     if index is not None:
         token = tl.load(index + row)
@@ -82,9 +84,10 @@ def policy_loss_kernel(
         known = (id >= 0) & (id < vocab) & ((use & 4) == 0)
         column = tl.where(known, id, -1).to(tl.int32)
         # Before the sweeps: dlogits may be the logits.
-        chosen = tl.load(x + id, mask=known, other=float("nan")).to(tl.float32)
+        chosen = tl.load(logits + start + id, mask=known, other=float("nan")).to(tl.float32)
+        scale = LOG2E * inv_temperature
         row_max, row_sum, weighted = row_sums(
-            x, vocab, LOG2E * inv_temperature, entropies is not None, BLOCK_V
+            logits, start, vocab, scale, entropies is not None, BLOCK_V, STAGES
         )
         log_sum = tl.log(row_sum)
         logprob = (chosen - row_max) * inv_temperature - log_sum
@@ -105,15 +108,30 @@ def policy_loss_kernel(
     tl.store(stats + 4 * token + 2, clipped, mask=exists)
     tl.store(stats + 4 * token + 3, ratio, mask=exists)
     if dlogits is not None:
-        out = row_start(dlogits, row, dlogits_block_rows, dlogits_block_stride, dlogits_row_stride)
+        out_start = row_start(row, dlogits_block_rows, dlogits_block_stride, dlogits_row_stride)
         if slope != 0:
             g = slope * inv_temperature * tl.load(scales + 2)
             # 1 - p of the token itself; 1 - exp(logprob) would cancel.
             own = -g * expm1(logprob)
-            scale = LOG2E * inv_temperature
-            write_row(x, out, vocab, row_max, scale, -g / row_sum, 0.0, column, own, False, BLOCK_V)
+            write_row(
+                logits,
+                start,
+                dlogits,
+                out_start,
+                vocab,
+                row_max,
+                LOG2E * inv_temperature,
+                -g / row_sum,
+                0.0,
+                column,
+                own,
+                False,
+                ALIKE,
+                BLOCK_V,
+                STAGES,
+            )
         elif run & (not DLOGITS_ZEROED):
-            zero_row(out, vocab, BLOCK_V)
+            zero_row(dlogits, out_start, vocab, BLOCK_V)
 
 
 def policy_loss(
@@ -159,6 +177,7 @@ def policy_loss(
             stats,
             STRICT=strict,
             DLOGITS_ZEROED=dlogits_zeroed,
+            ALIKE=aligned_alike(logits_layout, dlogits_layout),
             **row_sweep(vocab),
         )
 

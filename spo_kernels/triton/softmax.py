@@ -17,46 +17,99 @@ IMPOSSIBLE = tl.constexpr(float("-inf"))  # pads the last block
 
 
 @triton.jit
-def row_start(base, row, block_rows, block_stride, row_stride):
-    """Address of row `row`, an int64, in the `RowLayout` of csrc/ops.h."""
-    return base + row // block_rows * block_stride + row % block_rows * row_stride
+def row_start(row, block_rows, block_stride, row_stride):
+    """First element of row `row`, an int64, in the `RowLayout` of csrc/ops.h."""
+    return row // block_rows * block_stride + row % block_rows * row_stride
 
 
 @triton.jit
-def row_sums(x, vocab, scale, WEIGHTED: tl.constexpr, BLOCK_V: tl.constexpr):
+def row_parts(start, vocab, VECTOR: tl.constexpr):
+    """(first element, number of vectors) of a row's body.
+
+    The body is what whole vectors of 16 bytes cover; before and behind it are less than VECTOR
+    elements each. Its start is computed as a multiple of VECTOR, by which the compiler sees that
+    its addresses are aligned, for any vocabulary.
+    """
+    body = (start + VECTOR - 1) // VECTOR * VECTOR
+    vectors = (tl.maximum(start + vocab - body, 0) // VECTOR).to(tl.int32)
+    return body, vectors
+
+
+@triton.jit
+def edges(start, vocab, body, vectors, VECTOR: tl.constexpr):
+    """(columns, whether they are used) of the elements before and behind the body, (2 VECTOR,)."""
+    lane = tl.arange(0, 2 * VECTOR)
+    head = (body - start).to(tl.int32)
+    column = tl.where(lane < VECTOR, lane, head + vectors * VECTOR + lane - VECTOR)
+    return column, (column < vocab) & ((lane >= VECTOR) | (lane < head))
+
+
+@triton.jit
+def row_sums(
+    x,
+    start,  # of the row in x
+    vocab,
+    scale,
+    WEIGHTED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """(max x, sum 2^d, sum 2^d d); the last is 0 unless WEIGHTED.
 
-    Every lane keeps its own maximum and sums, which are merged once, after the loop. There is one
-    exponential per element: the smaller of the element and the lane's maximum is scaled to the
-    larger. The maximum ignores NaN; the sums do not.
+    Every vector of a block has its own maximum and sums, which are merged once, after the loop.
+    They are rescaled when a vector's maximum rises: one exponential more per vector. The maximum
+    ignores NaN; the sums do not.
     """
-    lanes = tl.arange(0, BLOCK_V)
-    top = tl.full((BLOCK_V,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_V,), tl.float32)
-    weighted = tl.zeros((BLOCK_V,), tl.float32)
-    for begin in range(0, vocab, BLOCK_V):
-        column = begin + lanes
-        value = tl.load(x + column, mask=column < vocab, other=IMPOSSIBLE).to(tl.float32)
-        step = (value - top) * scale
-        rises = step > 0
-        d = -tl.abs(step)
-        e = tl.exp2(d)
-        if WEIGHTED:
-            d = tl.maximum(d, FLOOR)
-            weighted = tl.where(rises, e * (weighted + d * total), weighted + e * d)
-        total = tl.where(rises, total * e + 1, total + e)
-        top = tl.where(rises, value, top)
-    row_max = tl.max(top, 0)
+    VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    body, vectors = row_parts(start, vocab, VECTOR)
+    ROWS: tl.constexpr = BLOCK_V // VECTOR
+    column, used = edges(start, vocab, body, vectors, VECTOR)
+    edge = tl.load(x + start + column, mask=used, other=IMPOSSIBLE).to(tl.float32)
+    row = tl.arange(0, ROWS)[:, None]
+    lanes = row * VECTOR + tl.arange(0, VECTOR)[None, :]
+    top = tl.full((ROWS,), LOWEST, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    weighted = tl.zeros((ROWS,), tl.float32)
+    blocks = vectors // ROWS
+    for block in tl.range(0, blocks, num_stages=STAGES):
+        value = tl.load(x + body + block * BLOCK_V + lanes)
+        top, total, weighted = add_block(value, scale, top, total, weighted, WEIGHTED)
+    inside = (blocks * ROWS + row < vectors) & (lanes >= 0)
+    value = tl.load(x + body + blocks * BLOCK_V + lanes, mask=inside, other=IMPOSSIBLE)
+    top, total, weighted = add_block(value, scale, top, total, weighted, WEIGHTED)
+    row_max = tl.maximum(tl.max(top, 0), tl.max(edge, 0))
     d = (top - row_max) * scale
     e = tl.exp2(d)
-    row_weighted = tl.sum(e * (weighted + tl.maximum(d, FLOOR) * total), 0) if WEIGHTED else 0.0
-    return row_max, tl.sum(e * total, 0), row_weighted
+    edge_d = (edge - row_max) * scale
+    edge_e = tl.exp2(edge_d)
+    row_weighted = 0.0
+    if WEIGHTED:
+        row_weighted = tl.sum(e * (weighted + tl.maximum(d, FLOOR) * total), 0)
+        row_weighted += tl.sum(edge_e * tl.maximum(edge_d, FLOOR), 0)
+    return row_max, tl.sum(e * total, 0) + tl.sum(edge_e, 0), row_weighted
+
+
+@triton.jit
+def add_block(value, scale, top, total, weighted, WEIGHTED: tl.constexpr):
+    """The maxima and sums (ROWS,) with a block (ROWS, VECTOR) of logits added."""
+    value = value.to(tl.float32)
+    risen = tl.maximum(top, tl.max(value, 1))
+    d = (value - risen[:, None]) * scale
+    e = tl.exp2(d)
+    fall = (top - risen) * scale
+    shrink = tl.exp2(fall)
+    if WEIGHTED:
+        weighted = shrink * (weighted + tl.maximum(fall, FLOOR) * total)
+        weighted += tl.sum(e * tl.maximum(d, FLOOR), 1)
+    return risen, total * shrink + tl.sum(e, 1), weighted
 
 
 @triton.jit
 def write_row(
     x,
-    out,  # may be x: every element is read and written by one thread
+    start,  # of the row in x
+    out,  # may be x: every element is read and written by one thread, after which none reads it
+    out_start,
     vocab,
     shift,
     scale,
@@ -65,30 +118,66 @@ def write_row(
     token,  # column of the chosen token, -1 for none
     own,  # the value written at that column
     SLOPED: tl.constexpr,
+    ALIKE: tl.constexpr,  # the rows of x and of out start at the same place within VECTOR elements
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """out_j = 2^d (factor + slope d), d = (x_j - shift) * scale; the slope only if SLOPED."""
-    lanes = tl.arange(0, BLOCK_V)
-    for begin in range(0, vocab, BLOCK_V):
-        column = begin + lanes
-        inside = column < vocab
-        value = tl.load(x + column, mask=inside, other=IMPOSSIBLE).to(tl.float32)
-        d = (value - shift) * scale
-        e = tl.exp2(d)
-        if SLOPED:
-            value = e * (tl.maximum(d, FLOOR) * slope + factor)
-        else:
-            value = e * factor
-        value = tl.where(column == token, own, value)
-        tl.store(out + column, value.to(out.dtype.element_ty), mask=inside)
+    """out_j = 2^d (factor + slope d), d = (x_j - shift) * scale; the slope only if SLOPED.
+
+    It goes from the end of the row to its start: the end is what the L2 cache still has of the
+    sweep before, where it cannot hold the rows of all programs.
+    """
+    VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    body, vectors = row_parts(start, vocab, VECTOR)
+    ROWS: tl.constexpr = BLOCK_V // VECTOR
+    head = (body - start).to(tl.int32)
+    out_body = out_start + head
+    if ALIKE:  # the same number, as one that the compiler sees is a multiple of VECTOR
+        out_body = (out_start + VECTOR - 1) // VECTOR * VECTOR
+    column, used = edges(start, vocab, body, vectors, VECTOR)
+    value = tl.load(x + start + column, mask=used, other=IMPOSSIBLE)
+    value = gradient(value, column, shift, scale, factor, slope, token, own, SLOPED)
+    tl.store(out + out_start + column, value.to(out.dtype.element_ty), mask=used)
+    row = tl.arange(0, ROWS)[:, None]
+    lanes = row * VECTOR + tl.arange(0, VECTOR)[None, :]
+    blocks = vectors // ROWS
+    token -= head
+    inside = (blocks * ROWS + row < vectors) & (lanes >= 0)
+    at = blocks * BLOCK_V
+    value = tl.load(x + body + at + lanes, mask=inside, other=IMPOSSIBLE)
+    value = gradient(value, lanes, shift, scale, factor, slope, token - at, own, SLOPED)
+    tl.store(out + out_body + at + lanes, value.to(out.dtype.element_ty), mask=inside)
+    for block in tl.range(0, blocks, num_stages=STAGES):
+        at = (blocks - 1 - block) * BLOCK_V
+        value = tl.load(x + body + at + lanes)
+        value = gradient(value, lanes, shift, scale, factor, slope, token - at, own, SLOPED)
+        tl.store(out + out_body + at + lanes, value.to(out.dtype.element_ty))
 
 
 @triton.jit
-def zero_row(out, vocab, BLOCK_V: tl.constexpr):
-    lanes = tl.arange(0, BLOCK_V)
-    zero = tl.zeros((BLOCK_V,), out.dtype.element_ty)
-    for begin in range(0, vocab, BLOCK_V):
-        tl.store(out + begin + lanes, zero, mask=begin + lanes < vocab)
+def gradient(value, column, shift, scale, factor, slope, token, own, SLOPED: tl.constexpr):
+    d = (value.to(tl.float32) - shift) * scale
+    e = tl.exp2(d)
+    if SLOPED:
+        value = e * (tl.maximum(d, FLOOR) * slope + factor)
+    else:
+        value = e * factor
+    return tl.where(column == token, own, value)
+
+
+@triton.jit
+def zero_row(out, start, vocab, BLOCK_V: tl.constexpr):
+    VECTOR: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
+    body, vectors = row_parts(start, vocab, VECTOR)
+    column, used = edges(start, vocab, body, vectors, VECTOR)
+    zero = tl.zeros((2 * VECTOR,), out.dtype.element_ty)
+    tl.store(out + start + column, zero, mask=used)
+    row = tl.arange(0, BLOCK_V // VECTOR)[:, None]
+    lanes = row * VECTOR + tl.arange(0, VECTOR)[None, :]
+    zeros = tl.zeros((BLOCK_V // VECTOR, VECTOR), out.dtype.element_ty)
+    for first in range(0, vectors, BLOCK_V // VECTOR):
+        inside = (first + row < vectors) & (lanes >= 0)
+        tl.store(out + body + first * VECTOR + lanes, zeros, mask=inside)
 
 
 @triton.jit

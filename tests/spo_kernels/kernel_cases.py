@@ -19,6 +19,11 @@ on_cpu_tensors = pytest.mark.skipif(DEVICE.type != "cpu", reason="it is about CP
 slow_if_interpreted = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter takes minutes")
 
 
+def examples(number):
+    """How many examples a property is tried on: a tenth in Triton's interpreter."""
+    return number // 10 if INTERPRETED else number
+
+
 def needs_fast(op):
     """The mark of a test that runs the fast backend of an op."""
     reason = unavailable(op, FAST)

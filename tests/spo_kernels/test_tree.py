@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import needs_fast
+from kernel_cases import examples, needs_fast, slow_if_interpreted
 from torch import Tensor
 
 from spo_kernels import tree_advantages, tree_stats, tree_values
@@ -268,7 +268,7 @@ def mean(numbers):  # math.fsum is exact, whatever the order
     return NAN if any(map(math.isnan, numbers)) else math.fsum(numbers) / len(numbers)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(nodes=forests())
 def test_random_forests_against_plain_python(backend, nodes):
     parent, rewards, in_value = nodes
@@ -305,7 +305,7 @@ def test_random_forests_against_plain_python(backend, nodes):
         expect(got, want)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(rewards=st.lists(st.floats(-4, 4, width=32), min_size=2, max_size=20))
 def test_loo_is_the_group_advantage_stretched(backend, rewards):
     # r - mean(others) = (r - mean) * k / (k - 1).
@@ -329,8 +329,18 @@ def random_forest(size: int, reach: int, seed: int):
 
 
 @needs_fast(OP)
-@pytest.mark.parametrize("size, reach", [(1_000_000, 1_000_000), (1_000_000, 30), (9999, 1)])
-def test_a_million_nodes_agree_with_the_reference(size, reach):
+@pytest.mark.parametrize(
+    "size, reach",
+    [
+        (700, 1),
+        (2000, 30),
+        *(
+            pytest.param(*sizes, marks=slow_if_interpreted)
+            for sizes in ((1_000_000, 1_000_000), (1_000_000, 30), (9999, 1))
+        ),
+    ],
+)
+def test_large_forests(size, reach):
     parent, rewards, in_value = random_forest(size, reach, seed=size + reach)
     values = tree_values(parent, rewards, in_value, backend=FAST)
     exact = tree_values(parent, rewards.double(), in_value)

@@ -20,13 +20,22 @@ from torch import tensor  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from spo_kernels import objective  # noqa: E402
+from spo_kernels import objective, token_logprobs  # noqa: E402
 from spo_kernels.objective import TYPES  # noqa: E402
-from spo_kernels.triton import configs, logprobs, policy_loss, prepare  # noqa: E402
+from spo_kernels.testing import assert_as_good_as_torch  # noqa: E402
+from spo_kernels.triton import (  # noqa: E402
+    configs,
+    logprobs,
+    policy_loss,
+    prepare,
+    segments,
+    tree,
+)
 from spo_kernels.triton.objective import TokenArgs, kl_term, policy_term, token_args  # noqa: E402
 
 SHARED = [
-    *("test_policy_loss.py", "test_logprobs.py", "test_triton.py::test_objective"),
+    *("test_policy_loss.py", "test_logprobs.py", "test_tree.py", "test_segments.py"),
+    *(f"test_triton.py::{n}" for n in ("test_objective", "test_rows_of_several_blocks")),
     *(f"test_linear_policy_loss.py::test_{n}" for n in ("options", "bf16_gradient_of_fp32_logits")),
 ]
 LEFT_OUT = [
@@ -115,6 +124,30 @@ def test_objective(estimator, clips, clamp):
         torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-9, equal_nan=True)
 
 
+@pytest.mark.skipif(not CAN_RUN, reason="there is no GPU, and Triton does not interpret")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 6, 9, 255, 256, 259, 512, 1003])
+def test_rows_of_several_blocks(vocab, dtype, monkeypatch):
+    """Sweeps of up to 4 blocks, in rows that start at any alignment and are written at another."""
+    monkeypatch.setattr(configs, "MAX_BLOCK_V", 256)
+    generator = torch.Generator(DEVICE).manual_seed(vocab)
+    logits = torch.randn(3, 4, vocab, generator=generator, device=DEVICE).to(dtype)[:, 1:]
+    ids = torch.randint(vocab, (3, 3), generator=generator, device=DEVICE)
+    weights = torch.randn(2, 3, 3, generator=generator, device=DEVICE)
+    results = []
+    for leaf, backend in (
+        (logits, "triton"),
+        (logits.contiguous(), "reference"),
+        (logits.double(), "reference"),
+    ):
+        leaf = leaf.detach().requires_grad_()
+        values = token_logprobs(leaf, ids, temperature=0.7, entropy=True, backend=backend)
+        sum((w * x).sum() for w, x in zip(weights, values, strict=True)).backward()
+        results.append([*values, leaf.grad])
+    for name, *triple in zip(("logprobs", "entropy", "gradient"), *results, strict=True):
+        assert_as_good_as_torch(name, *(x.detach() for x in triple))
+
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -176,8 +209,11 @@ UNALIGNED = ("loss entropy k3 fp16", "logprobs of all rows", "backward entropy b
 def compile_for(target, kernel, dtype, dlogits_dtype, constants, vocab):
     """The kernel as a launch on `vocab` logits, in rows 16 bytes aligned or not, specialises it."""
     options = configs.row_sweep(vocab, target.warp_size)
-    block = options.pop("BLOCK_V")
-    constants = {"BLOCK_V": block} | constants if "BLOCK_V" in kernel.arg_names else dict(constants)
+    options["ALIKE"] = True
+    for name in ("BLOCK_V", "STAGES", "ALIKE"):
+        value = options.pop(name)
+        constants = {name: value} | constants if name in kernel.arg_names else constants
+    constants = dict(constants)
     signature, values, attributes = {}, {}, {}
     types = {"logits": "*" + dtype, "dlogits": "*" + dlogits_dtype, "uses": "*u8"}
     types |= dict.fromkeys(
@@ -242,12 +278,62 @@ def test_compiles_without_spilling(name, variant, vocab, tmp_path):
     assert stack_bytes(binary, target, tmp_path) == 0
 
 
+POINTERS = {
+    "i1": "in_value",
+    "i32": "parent keys sorted_keys begin end arrived counts malformed",
+    "i64": "children cu_seqlens cu_segments cu_seq_segments num_segments",
+    "fp32": "rewards values advantages logprobs",
+    "fp64": "exact sums variances eps",
+}
+TYPES_OF = {name: "*" + kind for kind, names in POINTERS.items() for name in names.split()}
+PLAIN_TREE = {"LEAVE_ONE_OUT": False, "SCALE_BY_STD": False, "counts": None, "sums": None}
+FOREST = {  # kernel, launch constants, arguments that are no run-time values or of another type
+    "sort keys": (tree.sort_keys_kernel, configs.PER_ITEM, {}),
+    "find children": (tree.find_children_kernel, configs.PER_ITEM, {}),
+    "climb": (tree.climb_kernel, None, {}),
+    "moments": (tree.moments_kernel, None, {}),
+    "stats": (tree.moments_kernel, None, {"sums": None, "variances": "*fp32"}),
+    "advantages": (tree.advantages_kernel, configs.PER_ITEM, {**PLAIN_TREE, "variances": None}),
+    "advantages loo std": (
+        tree.advantages_kernel,
+        configs.PER_ITEM,
+        {"LEAVE_ONE_OUT": True, "SCALE_BY_STD": True},
+    ),
+    "count segments": (segments.count_segments_kernel, configs.PER_SEQUENCE, {"counts": "*i64"}),
+    "write segments": (segments.write_segments_kernel, configs.PER_SEQUENCE, {"interval": "i64"}),
+    "advance tokens": (segments.advance_tokens_kernel, configs.PER_ITEM, {}),
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton interprets")
+@pytest.mark.parametrize("variant", FOREST)
+@pytest.mark.parametrize("name", TARGETS)
+def test_forest_kernels_compile_without_spilling(name, variant, tmp_path):
+    target = TARGETS[name]
+    kernel, launch_constants, changes = FOREST[variant]
+    options = dict(launch_constants or configs.child_sums(target.warp_size))
+    constants = {key: options.pop(key) for key in list(options) if key.isupper()}
+    constants |= {key: value for key, value in changes.items() if not isinstance(value, str)}
+    types = TYPES_OF | {"log_threshold": "fp32"} | changes
+    signature, values, attributes = {}, {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument], values[i,] = "constexpr", constants[argument]
+        else:
+            signature[argument] = types.get(argument, "i32")
+            if signature[argument].startswith("*"):
+                attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attributes)
+    binary = triton.compile(source, target=target, options=options)
+    assert stack_bytes(binary, target, tmp_path) == 0
+
+
 def test_row_sweep():
-    """One block for a small vocabulary; never more than 8 elements and 1024 threads."""
+    """One block for a small vocabulary; never more than 16 elements and 1024 threads."""
     for warp_size in (32, 64):
-        for vocab in (1, 7, 256, 257, 5000, 8192, 8193, 151936):
+        for vocab in (1, 7, 512, 513, 5000, 16384, 16385, 151936):
             config = configs.row_sweep(vocab, warp_size)
             block, threads = config["BLOCK_V"], config["num_warps"] * warp_size
             assert block.bit_count() == 1 and config["num_warps"].bit_count() == 1
-            assert min(vocab, 8192) <= block <= 8 * threads <= 8 * 1024
+            assert min(vocab, 16384) <= block <= 16 * threads <= 16 * 1024
     assert configs.row_sweep(151936, 32)["num_warps"] == 32
