@@ -76,6 +76,7 @@ PYBIND11_MODULE(_C, m) {
   KERNEL(policy_finish);
   KERNEL(policy_step);
 #ifdef SPO_HAS_CUDA
+  m.def("cuda_problem", &spo::cuda_problem);
   STRUCT(ScaleArgs, SPO_SCALE_FIELDS(EXPOSE))
   m.def("scale_cuda", &spo::scale_cuda, NoGil());
 #endif

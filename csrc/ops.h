@@ -258,6 +258,9 @@ bool gae_cpu(const GaeArgs& args);
 
 // CUDA launchers, on the current device and `stream`; std::runtime_error if CUDA reports an error.
 // The row kernels return at once. There, a token id out of [0, V) makes the row's logprob NaN.
+// Why the kernels cannot run on the current device, in CUDA's words: a driver that is too old, no
+// code for the device. Empty if they can.
+const char* cuda_problem();
 void policy_prepare_cuda(const PolicyLossArgs& args);
 void policy_loss_cuda(const PolicyLossArgs& args);
 void policy_finish_cuda(const PolicyLossArgs& args);

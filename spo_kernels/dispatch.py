@@ -68,6 +68,8 @@ def _find_reason(op: str, backend: str) -> str:
         return f"this op has no {backend} kernel"
     if backend != "cpu" and not (torch.cuda.is_available() or _interpreted(backend)):
         return "PyTorch finds no GPU"
+    if backend == "cuda" and (problem := native().cuda_problem()):
+        return f"CUDA cannot run the extension's kernels here: {problem}"
     return ""
 
 

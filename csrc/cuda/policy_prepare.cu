@@ -35,7 +35,7 @@ __device__ __forceinline__ int64_t take_token(const PolicyLossArgs& a, int64_t t
   return known ? 0 : kBadState;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     prepare_tokens(const __grid_constant__ PolicyLossArgs a) {
   int64_t kept = 0, with_policy = 0, used = 0, bad = 0;
   float largest = 0;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
   write_scales(a, kept, largest);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     finish_tokens(const __grid_constant__ PolicyLossArgs a) {
   double sums[4] = {};
   for (int64_t i = threadIdx.x; i < a.tokens; i += kThreads) {
@@ -113,6 +113,16 @@ void launch_block(void (*kernel)(PolicyLossArgs), const PolicyLossArgs& args) {
 }
 
 }  // namespace
+
+#ifndef SPO_CUDA_EMULATION
+const char* cuda_problem() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, prepare_tokens);
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // else PyTorch's next call reports it
+  return cudaGetErrorString(error);
+}
+#endif
 
 void policy_prepare_cuda(const PolicyLossArgs& args) { launch_block(prepare_tokens, args); }
 void policy_finish_cuda(const PolicyLossArgs& args) { launch_block(finish_tokens, args); }

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,9 @@ def test_every_architecture_has_every_kernel(kernels):
     archs = {kernel.arch for kernel in kernels}
     assert archs
     expected = {f"{name}<{t}>" for name in ROW_KERNELS for t in ("float", "BFloat16", "Float16")}
-    expected |= {
-        f"{name}<float, BFloat16>"
-        for name in ("policy_loss_held", "policy_loss_streamed", "logprobs_backward")
-    }
-    expected |= set(PACKED_KERNELS)
+    narrowing = ("policy_loss_held", "policy_loss_streamed", "logprobs_backward", "scale_rows")
+    expected |= {f"{name}<float, {t}>" for name in narrowing for t in ("BFloat16", "Float16")}
+    expected |= set(PACKED_KERNELS) | {"prepare_tokens", "finish_tokens"}
     for arch in archs:
         assert expected <= {kernel.name for kernel in kernels if kernel.arch == arch}, arch
 
@@ -50,6 +49,34 @@ def test_every_architecture_has_every_kernel(kernels):
 def test_nothing_spills(kernels):
     spilling = [kernel for kernel in kernels if kernel.stack or kernel.local]
     assert not spilling
+
+
+# What the sweeps of a kernel must hold: whole 16-byte granules, copied in bulk or loaded, stored.
+SWEEPS = {
+    "policy_loss_held": ("UBLKCP", "LDS.128", "STG.E.128"),
+    "policy_loss_streamed": ("LDG.E.128", "STG.E.128"),
+    "logprobs_forward": ("LDG.E.128",),
+    "logprobs_backward": ("LDG.E.128", "STG.E.128"),
+    "scale_rows": ("LDG.E.128", "STG.E.128"),
+}
+
+
+def test_sweeps_move_16_bytes(extension, kernels):
+    """In the machine code for Hopper; later ones have other instructions. No local memory."""
+    if not any(kernel.arch == "sm_90" for kernel in kernels):
+        pytest.skip("not built for sm_90")
+    command = [script["find_cuobjdump"](), "-sass", "-arch", "sm_90", str(extension)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    bodies = {}
+    for part in listing.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        bodies.setdefault(next((k for k in SWEEPS if k in name), ""), []).append(body)
+    for kernel, instructions in SWEEPS.items():
+        assert len(bodies[kernel]) >= 3
+        for body in bodies[kernel]:
+            assert not re.search(r"\b(LDL|STL)\b", body), f"{kernel} uses local memory"
+            missing = [i for i in instructions if i not in body]
+            assert not missing, f"{kernel} has no {missing}"
 
 
 def test_three_blocks_of_the_held_row_share_a_multiprocessor(kernels):

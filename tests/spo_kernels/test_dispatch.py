@@ -1,8 +1,10 @@
 """Which backend runs, why another cannot, and what an installation without native code does."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -51,6 +53,25 @@ def test_missing_gpu_is_named(op, backend):
     with pytest.raises(ValueError) as error:
         dispatch.choose(op, torch.zeros(1), backend)
     assert str(error.value) == f"backend={backend!r} cannot run {op}: {reason}"
+
+
+@native
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_code_that_the_device_cannot_run(monkeypatch):
+    """An old driver, or no code for the device, is found before a launch; Triton is next."""
+    if not dispatch.native().has_cuda:
+        pytest.skip("built without CUDA")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "_reasons", {})
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    reason = dispatch.unavailable("policy_loss", "cuda")
+    assert reason.startswith("CUDA cannot run the extension's kernels here: ") and "CUDA" in reason
+    assert spo_kernels.backends()["policy_loss"]["cuda"] == reason
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    expected = "triton" if importlib.util.find_spec("triton") else "reference"
+    assert dispatch.choose("policy_loss", on_gpu) == expected
+    with pytest.raises(ValueError, match="here: "):
+        dispatch.choose("policy_loss", on_gpu, "cuda")
 
 
 WITHOUT_NATIVE = """
