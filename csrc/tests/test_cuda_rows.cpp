@@ -16,6 +16,7 @@ using spo::check::Buffer;
 using spo::check::kInf;
 using spo::check::kNan;
 using spo::emulation::machine;
+using spo::emulation::runtime;
 
 constexpr int64_t kRows = 7;
 
@@ -26,11 +27,11 @@ struct Mode {
 
   // Leaves just enough shared memory for plan_held_row to choose the cluster.
   void set(int64_t row_bytes) const {
-    machine.clusters = cluster > 0;
+    runtime.clusters = cluster > 0;
     machine.backwards = backwards;
     const int64_t granules = spo::ceil_div(row_bytes / 16, std::max(cluster, 1));
     const int64_t block = sizeof(spo::HeldRowMemory) + granules * 16 + 1024;
-    machine.shared_per_multiprocessor = spo::kHeldBlocks * block;
+    runtime.shared_per_multiprocessor = spo::kHeldBlocks * block;
   }
 };
 
@@ -118,7 +119,7 @@ void test_policy_loss(Dtype dtype, Dtype grads_dtype, int64_t vocab, Mode mode, 
   run(spo::policy_loss_cuda, &found, &logits, &grads);
   const int64_t granules = vocab * logits.width() / 16;
   if (where != Out::kNone && mode.cluster > 0 && granules >= mode.cluster * mode.cluster)
-    CHECK(machine.last_cluster == mode.cluster);
+    CHECK(runtime.launches.back().cluster == mode.cluster);
   near_rows(found.logprobs, want.logprobs, 4e-6, "logprob");
   near_rows(found.entropy, want.entropy, 8e-6, "entropy");
   near_rows(found.stats, want.stats, 2e-6, "stats");
@@ -205,7 +206,7 @@ void test_bad_rows(Mode mode) {
 
 // The shapes that the kernel is made for: three blocks on a multiprocessor of 228 KB.
 void test_plan() {
-  machine.shared_per_multiprocessor = 228 << 10;
+  runtime.shared_per_multiprocessor = 228 << 10;
   const struct {
     int64_t bytes;
     int cluster, blocks;
