@@ -17,9 +17,13 @@ __device__ __forceinline__ Terms row_terms(const PolicyLossArgs& a, int64_t row)
   // No && between them, so that the loads run in parallel.
   const uint8_t in_policy = a.policy_mask[row], in_kl = a.kl_mask ? a.kl_mask[row] : 0;
   const float advantage = a.advantages[row];
-  const float inv_temperature = 1 / a.temperature[row * a.temperature_stride];
+  float temperature = a.temperature[row * a.temperature_stride];
+  load_now(temperature);
   // A zero advantage makes the policy term and its gradient 0: such a row needs no logprob.
-  return {in_policy && advantage != 0, in_kl != 0, inv_temperature, inv_temperature * kLog2E};
+  const bool policy = in_policy && advantage != 0, kl = in_kl != 0;
+  if (!policy && !kl) return {};  // before the division: most rows may be dropped
+  const float inv_temperature = 1 / temperature;
+  return {policy, kl, inv_temperature, inv_temperature * kLog2E};
 }
 
 __device__ __forceinline__ void store_row(const PolicyLossArgs& a, int64_t row, float logprob,
@@ -33,12 +37,10 @@ __device__ __forceinline__ void store_row(const PolicyLossArgs& a, int64_t row, 
   stats[3] = loss.ratio;
 }
 
-// The token's logit is NaN if the row has no such token.
 template <class T>
 __device__ __forceinline__ RowInputs row_inputs(const PolicyLossArgs& a, int64_t row, const T* x,
                                                 int64_t token) {
-  const bool known = token >= 0 && token < a.vocab;
-  return {known ? to_float(x[token]) : NAN, read_token(a, row)};
+  return {token_logit(x, a.vocab, token), read_token(a, row)};
 }
 
 // For one thread: the objective of a row, its derivative, and the row's outputs if `stores`.
@@ -105,6 +107,12 @@ __global__ void __launch_bounds__(kHeldThreads, kHeldBlocks)
   }
 }
 
+struct StreamedRowMemory {
+  Partial warps[kMaxWarps];
+  Gradient gradient;
+  bool has_gradient;
+};
+
 // One block per row, in two passes: used if there are no clusters, if a row is larger than a
 // cluster can hold, or if no gradient is wanted, so that one pass is enough.
 template <class T, class U>
@@ -113,7 +121,7 @@ __global__ void __launch_bounds__(1024)
   const int64_t row = blockIdx.x;
   const Terms terms = row_terms(a, row);
   if (!terms.any()) return drop_row<U>(a, row, 0, 1);
-  HeldRowMemory& memory = *reinterpret_cast<HeldRowMemory*>(block_memory());
+  StreamedRowMemory& memory = *reinterpret_cast<StreamedRowMemory*>(block_memory());
   const T* x = row_of<T>(a.logits, a.logits_layout, row);
   const int64_t token = a.token_ids[row];
   Partial p =
@@ -137,13 +145,13 @@ template <class T, class U = T>
 void launch_rows(const PolicyLossArgs& args) {
   LaunchShape shape;
   if (args.dlogits && has_clusters(policy_loss_held<T, U>))
-    shape = plan_held_row(args.rows, args.vocab * sizeof(T));
+    shape = plan_held_row(policy_loss_held<T, U>, args.rows, args.vocab * sizeof(T));
   if (shape.threads) return launch(policy_loss_held<T, U>, shape, args.stream, args);
   // With a second pass, one block of 1024 threads per multiprocessor: the fewer rows are in flight,
   // the more of each row is still in the L2 cache.
   shape.blocks = args.rows;
   shape.threads = row_threads(args.vocab / kPerGranule<T>, kInFlight, args.dlogits ? 1024 : 512);
-  shape.shared_bytes = sizeof(HeldRowMemory);
+  shape.shared_bytes = sizeof(StreamedRowMemory);
   launch(policy_loss_streamed<T, U>, shape, args.stream, args);
 }
 

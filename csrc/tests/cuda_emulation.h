@@ -225,6 +225,8 @@ T shuffle_up(T value, int lanes) {
   return emulation::exchange(value, threadIdx.x % 32 - lanes);
 }
 
+template <class T>
+void load_now(T&) {}
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0 : y;

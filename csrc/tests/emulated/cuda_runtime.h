@@ -84,7 +84,7 @@ struct Runtime {
   std::string failing;  // the call that fails
   std::map<const void*, Allowed> allowed;
   std::vector<Launch> launches;
-  std::vector<cudaStream_t> memsets;
+  std::vector<cudaStream_t> memsets, sorts;
   cudaError_t last_error = cudaSuccess;
 
   int64_t block_limit() const {

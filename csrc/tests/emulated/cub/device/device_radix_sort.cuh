@@ -15,7 +15,7 @@ struct DeviceRadixSort {
   template <class Key, class Value>
   static cudaError_t SortPairs(void* workspace, size_t& bytes, const Key* keys_in, Key* keys_out,
                                const Value* values_in, Value* values_out, int count, int begin_bit,
-                               int end_bit, cudaStream_t) {
+                               int end_bit, cudaStream_t stream) {
     const size_t needed = 8 * static_cast<size_t>(count) + 1;
     if (!workspace) {
       bytes = needed;
@@ -23,8 +23,9 @@ struct DeviceRadixSort {
     }
     if (bytes < needed || reinterpret_cast<uintptr_t>(workspace) % 256)
       return spo::emulation::note(cudaErrorInvalidValue);
+    spo::emulation::runtime.sorts.push_back(stream);
+    if (!spo::emulation::runtime.runs) return spo::emulation::called("SortPairs");
     std::memset(workspace, 0xff, bytes);
-    if (!spo::emulation::runtime.runs) return cudaSuccess;
     const auto digits = [&](int i) {
       return static_cast<uint64_t>(keys_in[i]) >> begin_bit &
              ((uint64_t{1} << (end_bit - begin_bit)) - 1);
