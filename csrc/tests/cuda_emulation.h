@@ -1,10 +1,10 @@
 #pragma once
 // Runs the CUDA kernels on the host: what csrc/cuda/primitives.cuh gives them on a GPU, over
 // fibers; csrc/tests/emulated/cuda_runtime.h launches them. Every CUDA thread is a fiber. A fiber
-// gives way only at a barrier, a shuffle or a fence, so runs are deterministic. Meant to catch what
-// a GPU would not forgive: shared memory starts as NaN, a background copy lands only when its
-// barrier is waited for, misaligned copies and threads that miss a barrier abort, and fibers can
-// run in either order or a random one, so that a missing barrier shows in at least one.
+// gives way only at a barrier, a shuffle, a fence or an atomic, so runs are deterministic. Meant to
+// catch what a GPU would not forgive: shared memory starts as NaN, a background copy lands only
+// when its barrier is waited for, misaligned copies and threads that miss a barrier abort, and
+// fibers can run in either order or a random one, so that a missing barrier shows in at least one.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -44,6 +44,7 @@ struct Fiber {
   Block* block = nullptr;
   int thread = 0;
   bool done = true;
+  int pause = 0;  // rounds that it waits; only in a random order
   uint64_t cluster_phase = 0;
 };
 
@@ -137,15 +138,19 @@ inline emulation::Dim threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
+// Small, as ASan clears its notes on a whole stack at every switch.
+constexpr size_t kStack = 32 << 10;
+constexpr char kStackEnd[] = "the end of the stack";
+
 inline void start(Fiber& fiber, Block& block, int thread) {
-  constexpr size_t kStack = 128 << 10;
   if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+  std::memcpy(fiber.stack.get(), kStackEnd, sizeof kStackEnd);
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStack;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, run_fiber, 0);
-  fiber.block = &block, fiber.thread = thread, fiber.done = false;
+  fiber.block = &block, fiber.thread = thread, fiber.done = false, fiber.pause = 0;
 }
 
 // Runs blocks side by side: those of one cluster, or some without clusters.
@@ -172,9 +177,12 @@ inline void run_blocks(int first_block, int blocks, int threads, int64_t shared_
     for (int i : order) {
       Fiber& fiber = machine.fibers[i];
       if (fiber.done) continue;
+      if (machine.random_order && --fiber.pause > 0) continue;
+      if (machine.random_order && machine.random() % 8 == 0) fiber.pause = machine.random() % 32;
       machine.current = &fiber;
       threadIdx.x = fiber.thread, blockIdx.x = fiber.block->index;
       swapcontext(&machine.scheduler, &fiber.context);
+      if (std::memcmp(fiber.stack.get(), kStackEnd, sizeof kStackEnd)) fail("a stack is too small");
       left -= fiber.done;
     }
   }
@@ -310,16 +318,19 @@ void wait_landing(Landing* landing) {
   while (*landing != 0) emulation::give_way();
 }
 
-// What tree.cu takes from CUDA itself. Others run between a store and the count that follows it.
+// What tree.cu takes from CUDA itself. Other threads may run before each of them.
 inline void __threadfence() { emulation::give_way(); }
 inline int32_t atomicAdd(int32_t* counter, int32_t value) {
   emulation::machine.idle = 0;
+  emulation::give_way();
   const int32_t before = *counter;
   *counter += value;
   return before;
 }
 template <class T>
 T __ldcg(const T* p) {
+  if (emulation::machine.random_order && emulation::machine.random() % 2 == 0)
+    emulation::give_way();
   return *p;
 }
 

@@ -29,13 +29,14 @@ constexpr Device kDevices[] = {
     {"sm_80", 164 * kKb, 163 * kKb, false, 0},
     {"sm_90", 228 * kKb, 227 * kKb, true, 16},
     {"sm_90 with few multiprocessors", 228 * kKb, 227 * kKb, true, 8},
+    {"sm_90 with less for a block", 228 * kKb, 163 * kKb, true, 8},
     {"sm_100", 228 * kKb, 227 * kKb, true, 16},
     {"sm_120", 100 * kKb, 99 * kKb, true, 8},
     {"sm_120 with the code of sm_80", 100 * kKb, 99 * kKb, false, 0},
 };
-constexpr int64_t kVocabs[] = {1,      2,      7,       33,      300,     1003,   5000,   32000,
-                               50257,  128256, 151936,  152064,  256000,  262144, 300001, 500000,
-                               929000, 930000, 1 << 20, 1 << 21, 3 << 20, 1 << 24};
+constexpr int64_t kVocabs[] = {1,      2,      7,      33,      300,     1003,    5000,   32000,
+                               50257,  128256, 151936, 152064,  256000,  262144,  300001, 400000,
+                               500000, 929000, 930000, 1 << 20, 1 << 21, 3 << 20, 1 << 24};
 
 void reset(const Device& device) {
   runtime = Runtime();

@@ -42,12 +42,18 @@ Args args_of(const Forest& forest) {
   return a;
 }
 
-// Random rewards where a value is not a mean; every fifth of them is unknown if `unknown`.
+// Random rewards where a value is not a mean; some are unknown if `unknown`. Many are large and
+// cancel, so that a sum shows the order in which it was taken.
 void add_rewards(Forest* forest, bool unknown, std::mt19937* random) {
   std::normal_distribution<float> normal(0, 1);
   forest->rewards.resize(forest->nodes());
-  for (float& reward : forest->rewards)
-    reward = unknown && (*random)() % 5 == 0 ? kNan : normal(*random);
+  for (float& reward : forest->rewards) {
+    const uint32_t kind = (*random)() % 8;
+    reward = kind < 2               ? 0x1p80f
+             : kind < 4             ? -0x1p80f
+             : kind == 4 && unknown ? kNan
+                                    : normal(*random);
+  }
   for (int64_t node = 0; node < forest->nodes(); ++node)
     if (forest->parent[node] >= 0 && forest->in_value[node])
       forest->rewards[forest->parent[node]] = kNan;
@@ -158,7 +164,7 @@ void test_malformed(std::mt19937* random) {
 
 void test_all(std::mt19937* random) {
   test_forest({});
-  for (int64_t nodes : {1, 2, 255, 257, 1500}) {
+  for (int64_t nodes : {1, 2, 256, 257, 1500}) {
     test_forest(star(nodes, random));
     for (int64_t reach : {1, 2, 7, 1500})  // 1: paths
       for (uint32_t counted : {0, 5, 8}) test_forest(random_forest(nodes, reach, counted, random));
