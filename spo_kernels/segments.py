@@ -186,7 +186,7 @@ def segment_advantages(
     A sequence of m segments has m + 1 consecutive entries of `values`; an empty sequence has 1.
     `num_tokens` is T. Without it T is read from `cu_segments`, which waits for the device and
     cannot be captured by torch.compile. Raises TypeError for wrong dtypes, ValueError if sizes or
-    offsets do not agree.
+    offsets do not agree; in a CUDA graph the kernel gives NaN for such offsets.
     """
     check_vector("values", values, FLOATS)
     check_vector("cu_segments", cu_segments, INTEGERS, like=values, at_least=1)
