@@ -40,13 +40,18 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 
 }  // namespace
 
-// A kernel with a launcher per device; has_cuda says whether those for CUDA were built.
+// A kernel with a launcher per device; has_cuda says whether those for CUDA were built. A checked
+// one also tells how many bytes of workspace its launcher for CUDA takes.
 #ifdef SPO_HAS_CUDA
 #define KERNEL(name)                              \
   m.def(#name "_cpu", &spo::name##_cpu, NoGil()); \
   m.def(#name "_cuda", &spo::name##_cuda, NoGil())
+#define CHECKED_KERNEL(name) \
+  KERNEL(name);              \
+  m.def(#name "_workspace", &spo::name##_workspace)
 #else
 #define KERNEL(name) m.def(#name "_cpu", &spo::name##_cpu, NoGil())
+#define CHECKED_KERNEL(name) KERNEL(name)
 #endif
 
 // The Python class of an argument struct, from its list of fields.
@@ -84,15 +89,15 @@ PYBIND11_MODULE(_C, m) {
   KERNEL(logprobs);
   KERNEL(logprobs_backward);
   STRUCT(SegmentsArgs, SPO_SEGMENTS_FIELDS(EXPOSE))
-  KERNEL(segments);
+  CHECKED_KERNEL(segments);
   STRUCT(SegmentAdvantagesArgs, SPO_SEGMENT_ADVANTAGES_FIELDS(EXPOSE))
-  KERNEL(segment_advantages);
+  CHECKED_KERNEL(segment_advantages);
   STRUCT(TreeArgs, SPO_TREE_FIELDS(EXPOSE))
-  KERNEL(tree);
+  CHECKED_KERNEL(tree);
   STRUCT(TreeStatsArgs, SPO_TREE_STATS_FIELDS(EXPOSE))
-  KERNEL(tree_stats);
+  CHECKED_KERNEL(tree_stats);
   STRUCT(TreeAdvantagesArgs, SPO_TREE_ADVANTAGES_FIELDS(EXPOSE))
-  KERNEL(tree_advantages);
+  CHECKED_KERNEL(tree_advantages);
   STRUCT(GaeArgs, SPO_GAE_FIELDS(EXPOSE))
   m.def("gae_cpu", &spo::gae_cpu, NoGil());
 }

@@ -163,20 +163,22 @@ struct LogprobsArgs {
   FIELD(int64_t, interval, 1)               /* cutpoints in a segment, at least 1 */   \
   FIELD(int64_t*, cu_segments, nullptr)     /* (T + 1,), of which M + 1 are written */ \
   FIELD(int64_t*, cu_seq_segments, nullptr) /* (B + 1,) */                             \
+  FIELD(void*, workspace, nullptr)          /* CUDA only */                            \
   FIELD(void*, stream, nullptr)             /* CUDA only */
 struct SegmentsArgs {
   SPO_SEGMENTS_FIELDS(SPO_MEMBER)
 };
 
 // segment_advantages: V(end) - V(start) on every token of M segments in B sequences.
-#define SPO_SEGMENT_ADVANTAGES_FIELDS(FIELD)                     \
-  FIELD(int64_t, tokens, 0)                                      \
-  FIELD(int64_t, segments, 0)                                    \
-  FIELD(int64_t, seqs, 0)                                        \
-  FIELD(const float*, values, nullptr)            /* (M + B,) */ \
-  FIELD(const int64_t*, cu_segments, nullptr)     /* (M + 1,) */ \
-  FIELD(const int64_t*, cu_seq_segments, nullptr) /* (B + 1,) */ \
-  FIELD(float*, advantages, nullptr)              /* (T,) */     \
+#define SPO_SEGMENT_ADVANTAGES_FIELDS(FIELD)                      \
+  FIELD(int64_t, tokens, 0)                                       \
+  FIELD(int64_t, segments, 0)                                     \
+  FIELD(int64_t, seqs, 0)                                         \
+  FIELD(const float*, values, nullptr)            /* (M + B,) */  \
+  FIELD(const int64_t*, cu_segments, nullptr)     /* (M + 1,) */  \
+  FIELD(const int64_t*, cu_seq_segments, nullptr) /* (B + 1,) */  \
+  FIELD(float*, advantages, nullptr)              /* (T,) */      \
+  FIELD(void*, workspace, nullptr)                /* CUDA only */ \
   FIELD(void*, stream, nullptr)                   /* CUDA only */
 struct SegmentAdvantagesArgs {
   SPO_SEGMENT_ADVANTAGES_FIELDS(SPO_MEMBER)
@@ -189,6 +191,7 @@ struct SegmentAdvantagesArgs {
   FIELD(const float*, rewards, nullptr)    /* (S,), NaN where not a leaf */ \
   FIELD(const uint8_t*, in_value, nullptr) /* (S,) */                       \
   FIELD(float*, values, nullptr)           /* (S,) */                       \
+  FIELD(void*, workspace, nullptr)         /* CUDA only */                  \
   FIELD(void*, stream, nullptr)            /* CUDA only */
 struct TreeArgs {
   SPO_TREE_FIELDS(SPO_MEMBER)
@@ -202,6 +205,7 @@ struct TreeArgs {
   FIELD(const uint8_t*, in_value, nullptr) /* (S,) */                           \
   FIELD(int32_t*, counts, nullptr)         /* (S,) */                           \
   FIELD(float*, variances, nullptr)        /* (S,), NaN where the count is 0 */ \
+  FIELD(void*, workspace, nullptr)         /* CUDA only */                      \
   FIELD(void*, stream, nullptr)            /* CUDA only */
 struct TreeStatsArgs {
   SPO_TREE_STATS_FIELDS(SPO_MEMBER)
@@ -217,6 +221,7 @@ struct TreeStatsArgs {
   FIELD(bool, scale_by_std, false)                                                             \
   FIELD(double, eps, 0)                                                                        \
   FIELD(float*, advantages, nullptr) /* (S,), 0 on roots */                                    \
+  FIELD(void*, workspace, nullptr)   /* CUDA only */                                           \
   FIELD(void*, stream, nullptr)      /* CUDA only */
 struct TreeAdvantagesArgs {
   SPO_TREE_ADVANTAGES_FIELDS(SPO_MEMBER)
@@ -256,10 +261,10 @@ bool tree_stats_cpu(const TreeStatsArgs& args);
 bool tree_advantages_cpu(const TreeAdvantagesArgs& args);
 bool gae_cpu(const GaeArgs& args);
 
-// CUDA launchers, on the current device and `stream`; std::runtime_error if CUDA reports an error.
-// The row kernels return at once. There, a token id out of [0, V) makes the row's logprob NaN.
-// Why the kernels cannot run on the current device, in CUDA's words: a driver that is too old, no
-// code for the device. Empty if they can.
+// CUDA launchers, on the current device, which the caller has made that of the buffers, and on
+// `stream`. They return at once; std::runtime_error if CUDA reports an error. A token id out of
+// [0, V) makes the row's logprob NaN. cuda_problem says why the kernels cannot run on the current
+// device, in CUDA's words: a driver that is too old, no code for the device. Empty: they can.
 const char* cuda_problem();
 void policy_prepare_cuda(const PolicyLossArgs& args);
 void policy_loss_cuda(const PolicyLossArgs& args);
@@ -269,11 +274,19 @@ void scale_cuda(const ScaleArgs& args);
 void logprobs_cuda(const LogprobsArgs& args);
 void logprobs_backward_cuda(const LogprobsArgs& args);
 
-// These return what their CPU counterparts return, so they wait for the stream.
-int64_t segments_cuda(const SegmentsArgs& args);
-bool segment_advantages_cuda(const SegmentAdvantagesArgs& args);
-bool tree_cuda(const TreeArgs& args);
-bool tree_stats_cuda(const TreeStatsArgs& args);
-bool tree_advantages_cuda(const TreeAdvantagesArgs& args);
+// These check offsets and parents on the device. They take a workspace, of the number of bytes that
+// <op>_workspace returns and aligned to 256. The int64 at its start becomes M (segments_cuda) or 0,
+// and -1 if the input is malformed. Every output is then NaN, and counts are -1; those of
+// segments_cuda are undefined.
+int64_t segments_workspace(const SegmentsArgs& args);
+int64_t segment_advantages_workspace(const SegmentAdvantagesArgs& args);
+int64_t tree_workspace(const TreeArgs& args);
+int64_t tree_stats_workspace(const TreeStatsArgs& args);
+int64_t tree_advantages_workspace(const TreeAdvantagesArgs& args);
+void segments_cuda(const SegmentsArgs& args);
+void segment_advantages_cuda(const SegmentAdvantagesArgs& args);
+void tree_cuda(const TreeArgs& args);
+void tree_stats_cuda(const TreeStatsArgs& args);
+void tree_advantages_cuda(const TreeAdvantagesArgs& args);
 
 }  // namespace spo

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo_kernels.workspace import run_checked
+
 _C: ModuleType | None
 try:
     _C = importlib.import_module("spo_kernels._C")
@@ -138,4 +140,6 @@ def launch(kernel: str, backend: str, struct: str, **fields: Any) -> Any:
         return run(args)
     with torch.cuda.device(device):
         args.stream = torch.cuda.current_stream().cuda_stream
+        if device is not None and hasattr(args, "workspace"):
+            return run_checked(native(), kernel, args, device)
         return run(args)

@@ -65,6 +65,11 @@ def _cutpoint_segments(
 ) -> tuple[Tensor, Tensor]:
     if backend == "reference":
         return cutpoint_segments_ref(logprobs, cu_seqlens, prob_threshold, interval)
+    if logprobs.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "cutpoint_segments: the number of segments depends on the data, so it cannot be "
+            "captured in a CUDA graph; call it before the capture"
+        )
     logprobs, cu_seqlens = logprobs.contiguous(), cu_seqlens.contiguous()
     num_tokens = logprobs.numel()
     # Large enough for a boundary before every token; pages that are not written cost no memory.
@@ -152,7 +157,8 @@ def cutpoint_segments(
     sequence b the segments cu_seq_segments[b]:cu_seq_segments[b+1].
 
     Raises TypeError for wrong dtypes; ValueError if a logprob is NaN, if `cu_seqlens` decreases or
-    does not run from 0 to T, if prob_threshold is not in (0, 1], or if interval is not positive.
+    does not run from 0 to T, if prob_threshold is not in (0, 1], or if interval is not positive;
+    RuntimeError while a CUDA graph is captured, as M depends on the data.
     """
     check_vector("logprobs", logprobs, FLOATS)
     check_vector("cu_seqlens", cu_seqlens, INTEGERS, like=logprobs, at_least=1)
@@ -180,7 +186,7 @@ def segment_advantages(
     A sequence of m segments has m + 1 consecutive entries of `values`; an empty sequence has 1.
     `num_tokens` is T. Without it T is read from `cu_segments`, which waits for the device and
     cannot be captured by torch.compile. Raises TypeError for wrong dtypes, ValueError if sizes or
-    offsets do not agree.
+    offsets do not agree; in a CUDA graph the kernel gives NaN for such offsets.
     """
     check_vector("values", values, FLOATS)
     check_vector("cu_segments", cu_segments, INTEGERS, like=values, at_least=1)

@@ -3,7 +3,8 @@
 A forest is a parent index per node: parents come before children, -1 marks a root. The same
 functions serve SPO-tree, SPO-chain, VinePPO, GRPO and RLOO, which differ only in the shape of the
 forest (arXiv 2505.23564). Sums and divisions run in fp64 and are rounded once. Nothing here is
-differentiable: results never carry a gradient.
+differentiable: results never carry a gradient. While a CUDA graph is captured, malformed forests
+cannot raise: the CUDA kernels then give NaN, and counts of -1.
 """
 
 from __future__ import annotations

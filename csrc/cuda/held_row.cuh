@@ -11,13 +11,14 @@
 // smallest cluster of which three blocks fit a multiprocessor: 3 x 76 KB on sm_90 and sm_100, which
 // is a row of 151936 bf16 logits over 4 blocks, or of 151936 fp32 logits over 8. The copy engine
 // then has a third of that, 76 KB, in flight at any time, where latency times bandwidth asks for
-// about 30 KB.
+// about 30 KB. A row of 262144 fp32 logits would leave one block of 8 a multiprocessor, so it takes
+// a cluster of 16 where the device has room for one.
 #include "csrc/cuda/row.cuh"
 #include "csrc/objective.h"
 
 namespace spo {
 
-constexpr int kMaxCluster = 8;
+constexpr int kMaxCluster = 16;
 constexpr int kHeldThreads = 512;
 constexpr int kHeldBlocks = 3;     // on one multiprocessor; bounds the registers of the kernel
 constexpr int kPieceGranules = 2;  // of every thread
@@ -32,8 +33,8 @@ struct RowInputs {
 
 // What the block keeps in shared memory before its granules.
 struct alignas(16) HeldRowMemory {
-  Partial warps[kMaxWarps];
   Granule ranks[kMaxCluster];  // a Partial each, and padding
+  Partial warps[kHeldThreads / kWarp];
   RowInputs inputs;
   Gradient gradient;
   bool has_gradient;
@@ -148,21 +149,32 @@ __device__ __forceinline__ Partial reduce_cluster(Partial block, float scale,
   return total;
 }
 
-// How to hold rows of `bytes` bytes; threads is 0 if no cluster can.
-inline LaunchShape plan_held_row(int64_t rows, int64_t bytes) {
+// How many blocks of a held row share a multiprocessor, at most kHeldBlocks.
+inline int64_t held_blocks(const SharedMemory& memory, int64_t shared_bytes) {
+  if (shared_bytes > memory.per_block) return 0;
+  return std::min<int64_t>(kHeldBlocks,
+                           memory.per_multiprocessor / (shared_bytes + memory.reserved_per_block));
+}
+
+// How to hold rows of `bytes` bytes; threads is 0 if no cluster can. The kernel must have room for
+// a cluster larger than is portable, which is taken only if more of its blocks share a
+// multiprocessor.
+template <class Kernel>
+LaunchShape plan_held_row(Kernel kernel, int64_t rows, int64_t bytes) {
   const SharedMemory memory = shared_memory();
-  for (int blocks = kHeldBlocks; blocks > 0; --blocks) {
-    const int64_t limit =
-        std::min(memory.per_multiprocessor / blocks - memory.reserved_per_block, memory.per_block);
-    for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
-      const int64_t granules = ceil_div(bytes / static_cast<int64_t>(sizeof(Granule)), cluster);
-      const int64_t shared = sizeof(HeldRowMemory) + granules * sizeof(Granule);
-      if (shared <= limit)
-        return {rows * cluster, row_threads(granules, kPieceGranules, kHeldThreads), shared,
-                cluster};
-    }
+  LaunchShape best;
+  int64_t most = 0;
+  for (int cluster = 1; cluster <= kMaxCluster && most < kHeldBlocks; cluster *= 2) {
+    const int64_t granules = ceil_div(bytes / static_cast<int64_t>(sizeof(Granule)), cluster);
+    const int64_t shared = sizeof(HeldRowMemory) + granules * sizeof(Granule);
+    const LaunchShape shape = {rows * cluster, row_threads(granules, kPieceGranules, kHeldThreads),
+                               shared, cluster};
+    const int64_t blocks = held_blocks(memory, shared);
+    if (blocks <= most || (cluster > kPortableCluster && !has_room(kernel, shape))) continue;
+    best = shape;
+    most = blocks;
   }
-  return {};
+  return best;
 }
 
 }  // namespace spo

@@ -19,13 +19,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     return;
   }
   const T* x = row_of<T>(a.logits, a.logits_layout, row);
+  // Loads of the token and the temperature run in parallel; the sweep hides that of the logit.
+  int64_t token = a.token_ids[row];
+  load_now(token);
   const float inv_temperature = 1 / a.temperature[row * a.temperature_stride];
   const float scale = inv_temperature * kLog2E;
+  const float logit = threadIdx.x == 0 ? token_logit(x, a.vocab, token) : 0;
   Partial p = a.entropy ? sum_row<true>(x, a.vocab, scale) : sum_row<false>(x, a.vocab, scale);
   p = reduce_block(p, scale, reinterpret_cast<Partial*>(block_memory()));
   if (threadIdx.x != 0) return;
-  const int64_t token = a.token_ids[row];
-  const float logit = token >= 0 && token < a.vocab ? to_float(x[token]) : NAN;
   const double logsum = log(static_cast<double>(p.sum));
   const double distance = (static_cast<double>(logit) - p.max) * inv_temperature;
   a.logprobs[row] = static_cast<float>(distance - logsum);

@@ -4,13 +4,13 @@
 
 namespace spo {
 
-// Sets `malformed` unless offsets (count + 1,) start at 0, end at `total` and never decrease.
+// Malformed unless offsets (count + 1,) start at 0, end at `total` and never decrease.
 static __global__ void check_each_offset(const int64_t* offsets, int64_t count, int64_t total,
-                                         int32_t* malformed) {
+                                         int64_t* result) {
   const int64_t i = thread_item();
   if (i > count) return;
   const bool good = i == 0 ? offsets[0] == 0 : offsets[i - 1] <= offsets[i];
-  if (!good || (i == count && offsets[i] != total)) *malformed = 1;
+  if (!good || (i == count && offsets[i] != total)) *result = kMalformed;
 }
 
 inline void check_offsets(const CheckedLaunch& run, const int64_t* offsets, int64_t count,

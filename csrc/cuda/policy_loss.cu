@@ -44,7 +44,7 @@ __device__ __forceinline__ int64_t row_column(const PolicyLossArgs& a, const Ter
 template <class T>
 __device__ __forceinline__ RowInputs row_inputs(const PolicyLossArgs& a, const Terms& terms,
                                                 const T* x, int64_t column) {
-  return {column >= 0 ? to_float(x[column]) : NAN, a.scales[2], read_token(a, terms.token)};
+  return {token_logit(x, a.vocab, column), a.scales[2], read_token(a, terms.token)};
 }
 
 // For one thread: the objective of a row, its derivative, and the row's outputs if `stores`.
@@ -114,6 +114,12 @@ __global__ void __launch_bounds__(kHeldThreads, kHeldBlocks)
   }
 }
 
+struct StreamedRowMemory {
+  Partial warps[kMaxWarps];
+  Gradient gradient;
+  bool has_gradient;
+};
+
 // One block per row, in two passes: used if there are no clusters, if a row is larger than a
 // cluster can hold, or if no gradient is wanted, so that one pass is enough.
 template <class T, class U>
@@ -122,7 +128,7 @@ __global__ void __launch_bounds__(1024)
   const int64_t row = blockIdx.x;
   const Terms terms = row_terms(a, row);
   if (!terms.any()) return drop_row<U>(a, row, terms.token, 0, 1);
-  HeldRowMemory& memory = *reinterpret_cast<HeldRowMemory*>(block_memory());
+  StreamedRowMemory& memory = *reinterpret_cast<StreamedRowMemory*>(block_memory());
   const T* x = row_of<T>(a.logits, a.logits_layout, row);
   const int64_t column = row_column(a, terms);
   const float inv_temperature = 1 / temperature_of(a, terms.token);
@@ -147,13 +153,13 @@ template <class T, class U = T>
 void launch_rows(const PolicyLossArgs& args) {
   LaunchShape shape;
   if (args.dlogits && has_clusters(policy_loss_held<T, U>))
-    shape = plan_held_row(args.rows, args.vocab * sizeof(T));
+    shape = plan_held_row(policy_loss_held<T, U>, args.rows, args.vocab * sizeof(T));
   if (shape.threads) return launch(policy_loss_held<T, U>, shape, args.stream, args);
   // With a second pass, one block of 1024 threads per multiprocessor: the fewer rows are in flight,
   // the more of each row is still in the L2 cache.
   shape.blocks = args.rows;
   shape.threads = row_threads(args.vocab / kPerGranule<T>, kInFlight, args.dlogits ? 1024 : 512);
-  shape.shared_bytes = sizeof(HeldRowMemory);
+  shape.shared_bytes = sizeof(StreamedRowMemory);
   launch(policy_loss_streamed<T, U>, shape, args.stream, args);
 }
 

@@ -52,6 +52,10 @@ __device__ __forceinline__ T shuffle_up(T value, int lanes) {
   return __shfl_up_sync(kAllLanes, value, lanes);
 }
 
+// Keeps the compiler from moving the load of x behind a branch that may not need it.
+__device__ __forceinline__ void load_now(float& x) { asm volatile("" : "+f"(x)); }
+__device__ __forceinline__ void load_now(int64_t& x) { asm volatile("" : "+l"(x)); }
+
 // 2^x within 2 ulp; results below 2^-126 are 0, NaN stays NaN.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

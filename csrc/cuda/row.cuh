@@ -154,6 +154,12 @@ __device__ __forceinline__ const T* row_of(const void* base, const RowLayout& la
   return static_cast<const T*>(base) + row_offset(layout, row);
 }
 
+// The logit of one token, NaN if the row has no such token.
+template <class T>
+__device__ __forceinline__ float token_logit(const T* row, int64_t size, int64_t token) {
+  return token >= 0 && token < size ? to_float(row[token]) : NAN;
+}
+
 // First sweep, one step: adds the elements of a few granules. The maximum is raised once per step
 // and not once per element: two exponentials per element would be the limit of the kernel.
 template <bool kWeighted, class T, int kCount>

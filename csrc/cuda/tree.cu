@@ -22,83 +22,112 @@ struct Children {
   __device__ int32_t count(int64_t node) const { return end[node] - begin[node]; }
 };
 
-__global__ void check_parents(const int32_t* parent, int64_t nodes, int32_t* malformed) {
+// What the ops keep in their workspace. The pieces of the child lists are empty if `listed` is 0.
+struct Space {
+  int64_t* result;
+  int32_t *arrived, *begin, *end;
+  int64_t zeroed;  // bytes up to here, with all of the above
+  int32_t *items, *unsorted;
+  uint32_t *keys, *sorted_keys;
+  double *first, *second;  // of every listed node
+  size_t sort_bytes = 0;
+  void* sort;
+  int64_t bytes;
+
+  Space(void* workspace, int64_t listed) {
+    Pieces pieces(workspace);
+    result = pieces.take<int64_t>(1);
+    arrived = pieces.take<int32_t>(listed);
+    begin = pieces.take<int32_t>(listed);
+    end = pieces.take<int32_t>(listed);
+    zeroed = pieces.bytes();
+    items = pieces.take<int32_t>(listed);
+    unsorted = pieces.take<int32_t>(listed);
+    keys = pieces.take<uint32_t>(listed);
+    sorted_keys = pieces.take<uint32_t>(listed);
+    first = pieces.take<double>(listed);
+    second = pieces.take<double>(listed);
+    sort = nullptr;
+    if (listed > 0) sort_by_parent(listed, nullptr);
+    sort = pieces.take<char>(static_cast<int64_t>(sort_bytes));
+    bytes = pieces.bytes();
+  }
+
+  Children children() const { return {items, begin, end}; }
+
+  // Without its own piece it sets sort_bytes, what the sort needs.
+  void sort_by_parent(int64_t nodes, void* stream) {
+    int bits = 1;
+    while (nodes >> bits) ++bits;
+    check_cuda(cub::DeviceRadixSort::SortPairs(sort, sort_bytes, keys, sorted_keys, unsorted, items,
+                                               static_cast<int>(nodes), 0, bits,
+                                               static_cast<cudaStream_t>(stream)),
+               "sort by parent");
+  }
+};
+
+Space make_space(const TreeArgs& a) { return {a.workspace, a.nodes}; }
+Space make_space(const TreeStatsArgs& a) { return {a.workspace, a.nodes}; }
+Space make_space(const TreeAdvantagesArgs& a) {
+  return {a.workspace, a.leave_one_out || a.scale_by_std ? a.nodes : 0};
+}
+
+__device__ __forceinline__ bool is_parent(int64_t parent, int64_t node) {
+  return parent >= -1 && parent < node;
+}
+
+__global__ void check_parents(const int32_t* parent, int64_t nodes, int64_t* result) {
   const int64_t node = thread_item();
-  if (node < nodes && (parent[node] < -1 || parent[node] >= node)) *malformed = 1;
+  if (node < nodes && !is_parent(parent[node], node)) *result = kMalformed;
 }
 
 // Sort keys: the parent of a counted child; behind all of them, `nodes` for other nodes.
+// `all_counted`: a node below a root that is not counted is malformed.
 __global__ void make_keys(const int32_t* parent, const uint8_t* in_value, int64_t nodes,
-                          uint32_t* keys, int32_t* items, const int32_t* malformed) {
+                          bool all_counted, uint32_t* keys, int32_t* items, int64_t* result) {
   const int64_t node = thread_item();
-  if (node >= nodes || *malformed) return;
-  const bool counted = parent[node] >= 0 && in_value[node];
-  keys[node] = static_cast<uint32_t>(counted ? parent[node] : nodes);
+  if (node >= nodes) return;
+  const int64_t up = parent[node];
+  const bool below = up >= 0 && up < node, counted = below && in_value[node];
+  if (!is_parent(up, node) || (all_counted && below && !counted)) *result = kMalformed;
+  keys[node] = static_cast<uint32_t>(counted ? up : nodes);
   items[node] = static_cast<int32_t>(node);
 }
 
 // begin and end come zeroed, for nodes without children.
 __global__ void find_children(const uint32_t* keys, int64_t nodes, int32_t* begin, int32_t* end,
-                              const int32_t* malformed) {
+                              const int64_t* result) {
   const int64_t i = thread_item();
-  if (i >= nodes || *malformed || keys[i] >= nodes) return;
+  if (i >= nodes || *result == kMalformed || keys[i] >= nodes) return;
   if (i == 0 || keys[i - 1] != keys[i]) begin[keys[i]] = static_cast<int32_t>(i);
   if (i + 1 == nodes || keys[i + 1] != keys[i]) end[keys[i]] = static_cast<int32_t>(i + 1);
 }
 
-// The child lists of a forest; they mean nothing if a parent is not before its child.
-class ChildLists {
- public:
-  ChildLists(const CheckedLaunch& run, const int32_t* parent, const uint8_t* in_value,
-             int64_t nodes)
-      : items_(nodes, run.stream()), ranges_(2 * nodes, run.stream()), nodes_(nodes) {
-    void* const stream = run.stream();
-    Workspace<uint32_t> keys(2 * nodes, stream);
-    Workspace<int32_t> unsorted(nodes, stream);
-    uint32_t* sorted_keys = keys.get() + nodes;
-    run.threads(make_keys, nodes, parent, in_value, nodes, keys.get(), unsorted.get());
-    int bits = 1;
-    while (nodes >> bits) ++bits;
-    size_t bytes = 0;
-    const auto sort = [&](void* workspace) {
-      check_cuda(cub::DeviceRadixSort::SortPairs(
-                     workspace, bytes, keys.get(), sorted_keys, unsorted.get(), items_.get(),
-                     static_cast<int>(nodes), 0, bits, static_cast<cudaStream_t>(stream)),
-                 "sort by parent");
-    };
-    sort(nullptr);
-    Workspace<char> workspace(static_cast<int64_t>(bytes), stream);
-    sort(workspace.get());
-    ranges_.clear(2 * nodes);
-    run.threads(find_children, nodes, sorted_keys, nodes, ranges_.get(), ranges_.get() + nodes);
-  }
-
-  Children get() const { return {items_.get(), ranges_.get(), ranges_.get() + nodes_}; }
-
- private:
-  Workspace<int32_t> items_, ranges_;
-  int64_t nodes_;
-};
+// Checks the parents and makes the child lists.
+void list_children(const CheckedLaunch& run, const int32_t* parent, const uint8_t* in_value,
+                   int64_t nodes, bool all_counted, void* stream, Space* space) {
+  run.threads(make_keys, nodes, parent, in_value, nodes, all_counted, space->keys, space->unsorted);
+  space->sort_by_parent(nodes, stream);
+  run.threads(find_children, nodes, space->sorted_keys, nodes, space->begin, space->end);
+}
 
 // `arrived` is, for every node, the number of counted children whose value is ready; the last of
-// them computes the node. `values` are their values, in fp64. Returning early is safe, as no thread
-// waits for another: once `malformed` is set, all results are ignored.
+// them computes the node. Returning early is safe, as no thread waits for another.
 __global__ void climb(const __grid_constant__ TreeArgs a, Children children, int32_t* arrived,
-                      double* values, int32_t* malformed) {
+                      double* values, int64_t* result) {
   int64_t node = thread_item();
-  if (node >= a.nodes || *malformed || children.count(node) > 0) return;
+  if (node >= a.nodes || *result == kMalformed || children.count(node) > 0) return;
   double value = a.rewards[node];
   for (;;) {
-    a.values[node] = static_cast<float>(value);
+    values[node] = value;
     const int64_t up = a.parent[node];
     if (up < 0 || !a.in_value[node]) return;
-    values[node] = value;
     __threadfence();  // the value must be visible before the count
     const int32_t count = children.count(up);
     if (atomicAdd(&arrived[up], 1) + 1 < count) return;
     __threadfence();
     node = up;
-    if (!isnan(a.rewards[node])) *malformed = 1;
+    if (!std::isnan(a.rewards[node])) *result = kMalformed;
     double sum = 0;
     for (int32_t i = children.end[node] - 1; i >= children.begin[node]; --i)
       sum += __ldcg(&values[children.nodes[i]]);  // not from an L1 line older than the value
@@ -106,42 +135,59 @@ __global__ void climb(const __grid_constant__ TreeArgs a, Children children, int
   }
 }
 
-// Sums over the counted children of every node; null outputs are not wanted.
-struct ChildStats {
-  int32_t* counts;
-  double* sums;
-  double* variances;
+__global__ void round_values(const double* values, int64_t nodes, float* out,
+                             const int64_t* result) {
+  const int64_t node = thread_item();
+  if (node < nodes) out[node] = *result == kMalformed ? NAN : static_cast<float>(values[node]);
+}
+
+// Sum and population variance over the counted children of a node.
+struct Moments {
+  double sum, variance;
 };
 
 // Two sweeps over the values, so that equal values give a variance of exactly zero. The variance
 // is NaN where there are no children.
-__global__ void sum_children(const float* values, int64_t nodes, Children children,
-                             ChildStats stats, const int32_t* malformed) {
-  const int64_t node = thread_item();
-  if (node >= nodes || *malformed) return;
+__device__ __forceinline__ Moments child_moments(const float* values, const Children& children,
+                                                 int64_t node) {
   const int32_t begin = children.begin[node], end = children.end[node];
-  double sum = 0, variance = 0;
+  double sum = 0, squares = 0;
   for (int32_t i = begin; i < end; ++i) sum += values[children.nodes[i]];
   const double mean = sum / (end - begin);
   for (int32_t i = begin; i < end; ++i) {
     const double deviation = values[children.nodes[i]] - mean;
-    variance += deviation * deviation;
+    squares += deviation * deviation;
   }
-  stats.counts[node] = end - begin;
-  stats.sums[node] = sum;
-  stats.variances[node] = variance / (end - begin);
+  return {sum, squares / (end - begin)};
 }
 
-__global__ void round_variances(const double* variances, int64_t nodes, float* out,
-                                const int32_t* malformed) {
+__global__ void write_stats(const __grid_constant__ TreeStatsArgs a, Children children,
+                            const int64_t* result) {
   const int64_t node = thread_item();
-  if (node < nodes && !*malformed) out[node] = static_cast<float>(variances[node]);
+  if (node >= a.nodes) return;
+  const bool good = *result != kMalformed;
+  a.counts[node] = good ? children.count(node) : -1;
+  a.variances[node] =
+      good ? static_cast<float>(child_moments(a.values, children, node).variance) : NAN;
 }
 
-__global__ void advance_nodes(const __grid_constant__ TreeAdvantagesArgs a, ChildStats children,
-                              int32_t* malformed) {
+__global__ void sum_children(const float* values, int64_t nodes, Children children, double* sums,
+                             double* variances, const int64_t* result) {
   const int64_t node = thread_item();
-  if (node >= a.nodes || *malformed) return;
+  if (node >= nodes || *result == kMalformed) return;
+  const Moments moments = child_moments(values, children, node);
+  sums[node] = moments.sum;
+  variances[node] = moments.variance;
+}
+
+__global__ void advance_nodes(const __grid_constant__ TreeAdvantagesArgs a, Children children,
+                              const double* sums, const double* variances, const int64_t* result) {
+  const int64_t node = thread_item();
+  if (node >= a.nodes) return;
+  if (*result == kMalformed) {
+    a.advantages[node] = NAN;
+    return;
+  }
   const int64_t up = a.parent[node];
   if (up < 0) {
     a.advantages[node] = 0;
@@ -150,56 +196,50 @@ __global__ void advance_nodes(const __grid_constant__ TreeAdvantagesArgs a, Chil
   const double value = a.values[node];
   double baseline = a.values[up];
   if (a.leave_one_out) {
-    if (!a.in_value[node]) *malformed = 1;
-    const int32_t others = children.counts[up] - 1;
-    baseline = others == 0 ? value : (children.sums[up] - value) / others;
+    const int32_t others = children.count(up) - 1;
+    baseline = others == 0 ? value : (sums[up] - value) / others;
   }
   double advantage = value - baseline;
-  if (a.scale_by_std) advantage /= sqrt(children.variances[up]) + a.eps;
+  if (a.scale_by_std) advantage /= sqrt(variances[up]) + a.eps;
   a.advantages[node] = static_cast<float>(advantage);
 }
 
 }  // namespace
 
-bool tree_cuda(const TreeArgs& args) {
-  if (args.nodes == 0) return true;
-  const CheckedLaunch run(args.stream);
-  run.threads(check_parents, args.nodes, args.parent, args.nodes);
-  const ChildLists children(run, args.parent, args.in_value, args.nodes);
-  Workspace<int32_t> arrived(args.nodes, args.stream);
-  arrived.clear(args.nodes);
-  const Workspace<double> values(args.nodes, args.stream);
-  run.threads(climb, args.nodes, args, children.get(), arrived.get(), values.get());
-  return run.is_well_formed();
+int64_t tree_workspace(const TreeArgs& args) { return make_space(args).bytes; }
+int64_t tree_stats_workspace(const TreeStatsArgs& args) { return make_space(args).bytes; }
+int64_t tree_advantages_workspace(const TreeAdvantagesArgs& args) { return make_space(args).bytes; }
+
+void tree_cuda(const TreeArgs& args) {
+  Space space = make_space(args);
+  const CheckedLaunch run(args.workspace, space.zeroed, args.stream);
+  if (args.nodes == 0) return;
+  list_children(run, args.parent, args.in_value, args.nodes, false, args.stream, &space);
+  run.threads(climb, args.nodes, args, space.children(), space.arrived, space.first);
+  run.threads(round_values, args.nodes, space.first, args.nodes, args.values);
 }
 
-bool tree_stats_cuda(const TreeStatsArgs& args) {
-  if (args.nodes == 0) return true;
-  const CheckedLaunch run(args.stream);
-  run.threads(check_parents, args.nodes, args.parent, args.nodes);
-  const ChildLists children(run, args.parent, args.in_value, args.nodes);
-  const Workspace<double> moments(2 * args.nodes, args.stream);
-  double* variances = moments.get() + args.nodes;
-  run.threads(sum_children, args.nodes, args.values, args.nodes, children.get(),
-              ChildStats{args.counts, moments.get(), variances});
-  run.threads(round_variances, args.nodes, variances, args.nodes, args.variances);
-  return run.is_well_formed();
+void tree_stats_cuda(const TreeStatsArgs& args) {
+  Space space = make_space(args);
+  const CheckedLaunch run(args.workspace, space.zeroed, args.stream);
+  if (args.nodes == 0) return;
+  list_children(run, args.parent, args.in_value, args.nodes, false, args.stream, &space);
+  run.threads(write_stats, args.nodes, args, space.children());
 }
 
-bool tree_advantages_cuda(const TreeAdvantagesArgs& args) {
-  if (args.nodes == 0) return true;
-  const CheckedLaunch run(args.stream);
-  run.threads(check_parents, args.nodes, args.parent, args.nodes);
-  const int64_t known = args.leave_one_out || args.scale_by_std ? args.nodes : 0;
-  const Workspace<int32_t> counts(known + 1, args.stream);
-  const Workspace<double> moments(2 * known + 1, args.stream);
-  const ChildStats stats = {counts.get(), moments.get(), moments.get() + known};
-  if (known) {
-    const ChildLists children(run, args.parent, args.in_value, args.nodes);
-    run.threads(sum_children, args.nodes, args.values, args.nodes, children.get(), stats);
+void tree_advantages_cuda(const TreeAdvantagesArgs& args) {
+  Space space = make_space(args);
+  const CheckedLaunch run(args.workspace, space.zeroed, args.stream);
+  if (args.nodes == 0) return;
+  if (args.leave_one_out || args.scale_by_std) {
+    list_children(run, args.parent, args.in_value, args.nodes, args.leave_one_out, args.stream,
+                  &space);
+    run.threads(sum_children, args.nodes, args.values, args.nodes, space.children(), space.first,
+                space.second);
+  } else {
+    run.threads(check_parents, args.nodes, args.parent, args.nodes);
   }
-  run.threads(advance_nodes, args.nodes, args, stats);
-  return run.is_well_formed();
+  run.threads(advance_nodes, args.nodes, args, space.children(), space.first, space.second);
 }
 
 }  // namespace spo

@@ -1,12 +1,13 @@
 #pragma once
-// Runs the CUDA kernels on the host: what csrc/cuda/primitives.cuh and launch.cuh give them on a
-// GPU, over fibers. Every CUDA thread is a fiber; one cluster runs at a time, and a fiber gives way
-// only at a barrier or a shuffle, so runs are deterministic. Meant to catch what a GPU would not
-// forgive: shared memory and workspace start as NaN, a background copy lands only when its barrier
-// is waited for, misaligned copies and threads that miss a barrier abort, and fibers can run in
-// either order, so that a missing barrier shows in at least one.
+// Runs the CUDA kernels on the host: what csrc/cuda/primitives.cuh gives them on a GPU, over
+// fibers; csrc/tests/emulated/cuda_runtime.h launches them. Every CUDA thread is a fiber. A fiber
+// gives way only at a barrier, a shuffle, a fence or an atomic, so runs are deterministic. Meant to
+// catch what a GPU would not forgive: shared memory starts as NaN, a background copy lands only
+// when its barrier is waited for, misaligned copies and threads that miss a barrier abort, and
+// fibers can run in either order or a random one, so that a missing barrier shows in at least one.
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -14,6 +15,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <random>
 #include <vector>
 
 #define SPO_ISA emulation
@@ -42,6 +44,7 @@ struct Fiber {
   Block* block = nullptr;
   int thread = 0;
   bool done = true;
+  int pause = 0;  // rounds that it waits; only in a random order
   uint64_t cluster_phase = 0;
 };
 
@@ -79,18 +82,18 @@ struct Block {
 };
 
 struct Machine {
-  // Set by a test.
-  int64_t shared_per_multiprocessor = 228 << 10;
-  bool clusters = true, backwards = false;
-  // What ran last.
-  int last_cluster = 0;
-  // The cluster under way.
+  // Set by a test. Several blocks run at the same time only in kernels without clusters.
+  bool backwards = false, random_order = false;
+  int resident_blocks = 1;
+  // The cluster, or the blocks, under way.
+  int cluster = 1;
   std::vector<Block> blocks;
   Barrier cluster_barrier;
   std::vector<Fiber> fibers;
   Fiber* current = nullptr;
   ucontext_t scheduler;
   std::function<void()> kernel;
+  std::mt19937 random;
   int64_t idle = 0;  // times a fiber gave way since a barrier last opened
 };
 
@@ -135,41 +138,51 @@ inline emulation::Dim threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
+// Small, as ASan clears its notes on a whole stack at every switch.
+constexpr size_t kStack = 32 << 10;
+constexpr char kStackEnd[] = "the end of the stack";
+
 inline void start(Fiber& fiber, Block& block, int thread) {
-  constexpr size_t kStack = 128 << 10;
   if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+  std::memcpy(fiber.stack.get(), kStackEnd, sizeof kStackEnd);
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStack;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, run_fiber, 0);
-  fiber.block = &block, fiber.thread = thread, fiber.done = false;
+  fiber.block = &block, fiber.thread = thread, fiber.done = false, fiber.pause = 0;
 }
 
-inline void run_cluster(int first_block, int cluster, int threads, int64_t shared_bytes) {
-  machine.blocks.assign(cluster, {});
-  machine.cluster_barrier = {cluster * threads, 0, 0};
-  if (machine.fibers.size() < static_cast<size_t>(cluster * threads))
-    machine.fibers.resize(cluster * threads);
-  for (int rank = 0; rank < cluster; ++rank) {
-    Block& b = machine.blocks[rank];
-    b.index = first_block + rank, b.rank = rank;
+// Runs blocks side by side: those of one cluster, or some without clusters.
+inline void run_blocks(int first_block, int blocks, int threads, int64_t shared_bytes) {
+  const int count = blocks * threads;
+  machine.blocks.assign(blocks, {});
+  machine.cluster_barrier = {count, 0, 0};
+  if (machine.fibers.size() < static_cast<size_t>(count)) machine.fibers.resize(count);
+  for (int i = 0; i < blocks; ++i) {
+    Block& b = machine.blocks[i];
+    b.index = first_block + i, b.rank = i % machine.cluster;
     b.memory.assign(shared_bytes, 0xff);
     b.barrier.expected = threads;
     b.warps.resize(threads / 32);
     for (Warp& warp : b.warps) warp.barrier.expected = 32;
     for (int thread = 0; thread < threads; ++thread)
-      start(machine.fibers[rank * threads + thread], b, thread);
+      start(machine.fibers[i * threads + thread], b, thread);
   }
   machine.idle = 0;
-  const int count = cluster * threads;
+  std::vector<int> order(count);
+  for (int i = 0; i < count; ++i) order[i] = machine.backwards ? count - 1 - i : i;
   for (int left = count; left > 0;) {
-    for (int i = 0; i < count; ++i) {
-      Fiber& fiber = machine.fibers[machine.backwards ? count - 1 - i : i];
+    if (machine.random_order) std::shuffle(order.begin(), order.end(), machine.random);
+    for (int i : order) {
+      Fiber& fiber = machine.fibers[i];
       if (fiber.done) continue;
+      if (machine.random_order && --fiber.pause > 0) continue;
+      if (machine.random_order && machine.random() % 8 == 0) fiber.pause = machine.random() % 32;
       machine.current = &fiber;
       threadIdx.x = fiber.thread, blockIdx.x = fiber.block->index;
       swapcontext(&machine.scheduler, &fiber.context);
+      if (std::memcmp(fiber.stack.get(), kStackEnd, sizeof kStackEnd)) fail("a stack is too small");
       left -= fiber.done;
     }
   }
@@ -185,6 +198,19 @@ T exchange(T value, int lane) {
   arrive_and_wait(warp.barrier);
   if (lane >= 0 && lane < 32) std::memcpy(&value, &values[lane], sizeof value);
   return value;
+}
+
+// All blocks of a grid, some at a time, from either end.
+inline void run_grid(int64_t blocks, int cluster, int threads, int64_t shared_bytes) {
+  machine.cluster = cluster;
+  blockDim.x = threads, gridDim.x = static_cast<int>(blocks);
+  const int64_t step = cluster > 1 ? cluster : machine.resident_blocks;
+  const int64_t steps = (blocks + step - 1) / step;
+  for (int64_t i = 0; i < steps; ++i) {
+    const int64_t first = (machine.backwards ? steps - 1 - i : i) * step;
+    run_blocks(static_cast<int>(first), static_cast<int>(std::min(step, blocks - first)), threads,
+               shared_bytes);
+  }
 }
 
 }  // namespace emulation
@@ -207,6 +233,8 @@ T shuffle_up(T value, int lanes) {
   return emulation::exchange(value, threadIdx.x % 32 - lanes);
 }
 
+template <class T>
+void load_now(T&) {}
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0 : y;
@@ -243,8 +271,9 @@ inline uint32_t pack_float16(float low, float high) {
 }
 
 inline int cluster_rank() { return emulation::block().rank; }
-inline int cluster_size() { return static_cast<int>(emulation::machine.blocks.size()); }
+inline int cluster_size() { return emulation::machine.cluster; }
 inline void cluster_arrive() {
+  if (emulation::machine.resident_blocks > 1) emulation::fail("blocks side by side in a cluster");
   emulation::machine.current->cluster_phase = emulation::machine.cluster_barrier.generation;
   emulation::arrive(emulation::machine.cluster_barrier);
 }
@@ -289,52 +318,20 @@ void wait_landing(Landing* landing) {
   while (*landing != 0) emulation::give_way();
 }
 
-// launch.cuh
-struct SharedMemory {
-  int64_t per_multiprocessor, per_block, reserved_per_block;
-};
-inline SharedMemory shared_memory() {
-  const int64_t size = emulation::machine.shared_per_multiprocessor;
-  return {size, size - 1024, 1024};
+// What tree.cu takes from CUDA itself. Other threads may run before each of them.
+inline void __threadfence() { emulation::give_way(); }
+inline int32_t atomicAdd(int32_t* counter, int32_t value) {
+  emulation::machine.idle = 0;
+  emulation::give_way();
+  const int32_t before = *counter;
+  *counter += value;
+  return before;
 }
-template <class Kernel>
-bool has_clusters(Kernel) {
-  return emulation::machine.clusters;
-}
-
-struct LaunchShape {
-  int64_t blocks = 0;
-  int threads = 0;
-  int64_t shared_bytes = 0;
-  int cluster = 1;
-};
-
-template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), const LaunchShape& shape, void*, const Args&... args) {
-  emulation::machine.kernel = [&] { kernel(args...); };
-  emulation::machine.last_cluster = shape.cluster;
-  blockDim.x = shape.threads, gridDim.x = static_cast<int>(shape.blocks);
-  for (int64_t first = 0; first < shape.blocks; first += shape.cluster)
-    emulation::run_cluster(static_cast<int>(first), shape.cluster, shape.threads,
-                           shape.shared_bytes);
-}
-
 template <class T>
-class Workspace {
- public:
-  Workspace(int64_t count, void*) : data_(new T[count]) {
-    std::memset(data_.get(), 0xff, count * sizeof(T));
-  }
-  T* get() const { return data_.get(); }
-  void clear(int64_t count) { std::memset(data_.get(), 0, count * sizeof(T)); }
-
- private:
-  std::unique_ptr<T[]> data_;
-};
-
-template <class T>
-T read_back(const T* value, void*) {
-  return *value;
+T __ldcg(const T* p) {
+  if (emulation::machine.random_order && emulation::machine.random() % 2 == 0)
+    emulation::give_way();
+  return *p;
 }
 
 }  // namespace spo

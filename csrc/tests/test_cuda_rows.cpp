@@ -16,6 +16,7 @@ using spo::check::Buffer;
 using spo::check::kInf;
 using spo::check::kNan;
 using spo::emulation::machine;
+using spo::emulation::runtime;
 
 constexpr int64_t kRows = 7;
 
@@ -26,11 +27,11 @@ struct Mode {
 
   // Leaves just enough shared memory for plan_held_row to choose the cluster.
   void set(int64_t row_bytes) const {
-    machine.clusters = cluster > 0;
+    runtime.clusters = cluster > 0;
     machine.backwards = backwards;
     const int64_t granules = spo::ceil_div(row_bytes / 16, std::max(cluster, 1));
     const int64_t block = sizeof(spo::HeldRowMemory) + granules * 16 + 1024;
-    machine.shared_per_multiprocessor = spo::kHeldBlocks * block;
+    runtime.shared_per_multiprocessor = spo::kHeldBlocks * block;
   }
 };
 
@@ -118,7 +119,7 @@ void test_policy_loss(Dtype dtype, Dtype grads_dtype, int64_t vocab, Mode mode, 
   run(spo::policy_loss_cuda, &found, &logits, &grads);
   const int64_t granules = vocab * logits.width() / 16;
   if (where != Out::kNone && mode.cluster > 0 && granules >= mode.cluster * mode.cluster)
-    CHECK(machine.last_cluster == mode.cluster);
+    CHECK(runtime.launches.back().cluster == mode.cluster);
   near_rows(found.logprobs, want.logprobs, 4e-6, "logprob");
   near_rows(found.entropy, want.entropy, 8e-6, "entropy");
   near_rows(found.stats, want.stats, 2e-6, "stats");
@@ -203,32 +204,12 @@ void test_bad_rows(Mode mode) {
   }
 }
 
-// The shapes that the kernel is made for: three blocks on a multiprocessor of 228 KB.
-void test_plan() {
-  machine.shared_per_multiprocessor = 228 << 10;
-  const struct {
-    int64_t bytes;
-    int cluster, blocks;
-  } expected[] = {{151936 * 2, 4, 3}, {151936 * 4, 8, 3}, {32000 * 2, 1, 3},  {32000 * 4, 2, 3},
-                  {128256 * 2, 4, 3}, {262144 * 2, 8, 3}, {262144 * 4, 8, 1}, {64, 1, 3}};
-  for (const auto& row : expected) {
-    const spo::LaunchShape shape = spo::plan_held_row(100, row.bytes);
-    CHECK(shape.cluster == row.cluster && shape.blocks == 100 * row.cluster);
-    CHECK((228 << 10) / (shape.shared_bytes + 1024) >= row.blocks);
-    CHECK(shape.shared_bytes <= (227 << 10));
-    const int64_t pieces = spo::ceil_div(row.bytes / 16, row.cluster * shape.threads * 2);
-    CHECK(pieces <= spo::kMaxPieces);
-  }
-  CHECK(spo::plan_held_row(100, 8 * (227 << 10)).threads == 0);
-}
-
 }  // namespace
 
 int main() {
-  test_plan();
   for (Dtype dtype : {spo::kFloat32, spo::kBFloat16, spo::kFloat16}) {
     for (int64_t vocab : {1, 7, 8, 37, 300, 1003, 5000}) {
-      for (int cluster : {0, 1, 2, 4, 8}) {
+      for (int cluster : {0, 1, 2, 4, 8, 16}) {
         const bool odd = (vocab + cluster) % 2;
         for (Out where : {Out::kFresh, Out::kSameAlignment, Out::kInplace, Out::kNone})
           test_policy_loss(dtype, dtype, vocab, {cluster, odd}, where, where != Out::kFresh);
@@ -245,7 +226,7 @@ int main() {
     }
   }
   test_policy_loss(spo::kBFloat16, spo::kBFloat16, 151936, {4, false}, Out::kInplace, true);
-  for (int cluster : {0, 1, 2, 4, 8})
+  for (int cluster : {0, 1, 2, 4, 8, 16})
     for (bool backwards : {false, true}) test_bad_rows({cluster, backwards});
   return spo::check::finish("test_cuda_rows");
 }

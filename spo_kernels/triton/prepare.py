@@ -14,6 +14,7 @@ from torch import Tensor
 from spo_kernels.triton.objective import token_args
 
 BLOCK = 1024  # tokens at a time
+NUM_WARPS = 16  # two tokens a thread: with more, ptxas spills
 
 
 @triton.jit
@@ -214,6 +215,7 @@ def policy_prepare(
             STRICT=strict,
             SCALED=scaled,
             BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
         )
 
 
@@ -222,4 +224,4 @@ def policy_finish(
 ) -> None:
     """Fill loss and figures: `policy_finish_cpu` on `PolicyLossArgs`."""
     with torch.cuda.device_of(counts):
-        finish_kernel[(1,)](tokens, counts, stats, loss, figures, BLOCK=BLOCK)
+        finish_kernel[(1,)](tokens, counts, stats, loss, figures, BLOCK=BLOCK, num_warps=NUM_WARPS)

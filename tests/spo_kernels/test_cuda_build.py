@@ -12,7 +12,7 @@ from spo_kernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW_KERNELS = ("policy_loss_held", "policy_loss_streamed", "logprobs_forward", "logprobs_backward")
-PACKED_KERNELS = ("write_segments", "advance_tokens", "climb", "advance_nodes")
+PACKED_KERNELS = ("write_segments", "advance_tokens", "climb", "write_stats", "advance_nodes")
 
 
 COMMITTED = json.loads((ROOT / "benchmarks" / "results" / "registers.json").read_text())

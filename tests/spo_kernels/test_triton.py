@@ -209,11 +209,10 @@ UNALIGNED = ("loss entropy k3 fp16", "logprobs of all rows", "backward entropy b
 def compile_for(target, kernel, dtype, dlogits_dtype, constants, vocab):
     """The kernel as a launch on `vocab` logits, in rows 16 bytes aligned or not, specialises it."""
     options = configs.row_sweep(vocab, target.warp_size)
-    options["ALIKE"] = True
-    for name in ("BLOCK_V", "STAGES", "ALIKE"):
-        value = options.pop(name)
-        constants = {name: value} | constants if name in kernel.arg_names else constants
-    constants = dict(constants)
+    swept = {name: options.pop(name) for name in ("BLOCK_V", "STAGES")} | {"ALIKE": True}
+    sweeps = "BLOCK_V" in kernel.arg_names
+    alone = {"num_warps": prepare.NUM_WARPS}
+    constants, options = (swept | constants, options) if sweeps else (dict(constants), alone)
     signature, values, attributes = {}, {}, {}
     types = {"logits": "*" + dtype, "dlogits": "*" + dlogits_dtype, "uses": "*u8"}
     types |= dict.fromkeys(

@@ -187,7 +187,7 @@ void test_gathered_rows(Phase rows) {
 
 int main() {
   for (bool clusters : {false, true}) {
-    spo::emulation::machine.clusters = clusters;
+    spo::emulation::runtime.clusters = clusters;
     test_gathered_rows(spo::policy_loss_cuda);
   }
   test_gathered_rows(spo::policy_loss_cpu);
@@ -198,5 +198,5 @@ int main() {
   for (size_t size : {0, 1, 31, 1024, 1025, 5000})
     for (bool gathers : {false, true})
       for (bool strict : {false, true}) test_random(size, gathers, strict);
-  return spo::check::finish("test_prepare");
+  return spo::check::finish("test_cuda_prepare");
 }
