@@ -2,9 +2,11 @@
 // Nothing runs here: the stand-in of emulated/cuda_runtime.h records, and refuses what a GPU would.
 // It has no call that allocates or waits, so a launcher that made one would not compile.
 #include <cstdint>
+#include <cstdio>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "csrc/cuda/held_row.cuh"
 #include "csrc/ops.h"
