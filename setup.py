@@ -2,7 +2,7 @@
 
 SPO_BUILD_NATIVE=0 installs pure Python: every op then runs on its PyTorch reference.
 SPO_BUILD_JOBS limits the parallel compile jobs (default: one per core).
-SPO_CUDA_ARCHS overrides the CUDA architectures, e.g. "90a;100a".
+SPO_CUDA_ARCHS overrides the CUDA architectures, e.g. "90;100".
 """
 
 import os

@@ -47,7 +47,7 @@ def _read_active(call: Launch, hidden_index: Tensor | None, states: int, vocab: 
     _, _, active, bad, _ = call.counts.tolist()
     if bad & (BAD_TOKEN | BAD_NORM):
         call.tokens.check(vocab)
-    if bad & BAD_STATE:
+    if bad & BAD_STATE and hidden_index is not None:
         head.check_states(hidden_index, states, call.tokens.used().nonzero().squeeze(1))
     return active
 

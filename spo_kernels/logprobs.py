@@ -233,7 +233,7 @@ def prepare(
     dtype = _rows.math_dtype(like)
     heat = _rows.flat_temperature(temperature, shape, dtype)
     if heat is None:
-        heat = torch.full((1,), temperature, dtype=dtype, device=like.device)
+        heat = torch.full((1,), float(temperature), dtype=dtype, device=like.device)
     return ids, mask, heat
 
 

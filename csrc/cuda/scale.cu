@@ -30,8 +30,9 @@ __global__ void __launch_bounds__(kThreads) scale_rows(const __grid_constant__ S
     U* first = out + split.head;
     const bool aligned = reinterpret_cast<uintptr_t>(first) % sizeof(Packed<T, U>) == 0;
     for (int64_t g = thread; g < split.granules; g += kThreads) {
+      const Granule granule = granules[g];
       float x[kPerGranule<T>];
-      unpack<T>(granules[g], x);
+      unpack<T>(granule, x);
 #pragma unroll
       for (float& value : x) value *= factor;
       if (aligned) {
