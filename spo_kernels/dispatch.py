@@ -6,9 +6,11 @@ A backend has an op if it follows the naming rule: the extension `spo_kernels._C
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -42,6 +44,7 @@ def native() -> ModuleType:
     return _C
 
 
+NOWHERE = contextlib.nullcontext()
 # Dictionaries, since torch.compile cannot trace functools.cache.
 _reasons: dict[tuple[str, str], str] = {}
 _chosen: dict[tuple[str, str, bool], str] = {}
@@ -124,22 +127,37 @@ def launch(kernel: str, backend: str, struct: str, **fields: Any) -> Any:
     take the fields as keyword arguments.
     """
     if backend == "triton":
-        op = SIBLINGS.get(kernel, kernel)
-        return getattr(importlib.import_module(f"spo_kernels.triton.{op}"), kernel)(**fields)
+        return run_triton(kernel, fields)
     args = getattr(native(), struct)()
+    return run_native(kernel, backend, args, assign(args, fields))
+
+
+def run_triton(kernel: str, fields: Mapping[str, Any]) -> Any:
+    """Run a kernel of the Triton package."""
+    op = SIBLINGS.get(kernel, kernel)
+    return getattr(importlib.import_module(f"spo_kernels.triton.{op}"), kernel)(**fields)
+
+
+def assign(args: Any, fields: Mapping[str, Any]) -> torch.device | None:
+    """Fill fields of a native argument struct that are not None; the device of the tensors."""
     device = None
     for name, value in fields.items():
         if isinstance(value, Tensor):
             device, value = value.device, value.data_ptr()
         if value is not None:
             setattr(args, name, value)
+    return device
+
+
+def run_native(kernel: str, backend: str, args: Any, device: torch.device | None) -> Any:
+    """Run a kernel of the extension, on the tensors' device and PyTorch's current stream there."""
     run = getattr(native(), f"{kernel}_{backend}")
-    if backend == "cpu":
+    if backend == "cpu" or device is None or device.type != "cuda":
         if hasattr(args, "num_threads"):
             args.num_threads = torch.get_num_threads()
         return run(args)
-    with torch.cuda.device(device):
-        args.stream = torch.cuda.current_stream().cuda_stream
-        if device is not None and hasattr(args, "workspace"):
+    with torch.cuda.device(device) if device.index != torch.cuda.current_device() else NOWHERE:
+        args.stream = torch._C._cuda_getCurrentRawStream(device.index)
+        if hasattr(args, "workspace"):
             return run_checked(native(), kernel, args, device)
         return run(args)

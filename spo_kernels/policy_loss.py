@@ -93,9 +93,16 @@ class Launch:
             "entropy": self.entropy if entropy else None,
         }
 
+        if backend != "triton":
+            self.args = dispatch.native().PolicyLossArgs()
+            self.device = dispatch.assign(self.args, self.fields)
+
     def run(self, phase: str, **fields: Any) -> None:
         """`policy_prepare`, `policy_finish`, or of `over_rows`."""
-        dispatch.launch("policy_" + phase, self.backend, "PolicyLossArgs", **(self.fields | fields))
+        if self.backend == "triton":
+            return dispatch.run_triton("policy_" + phase, self.fields | fields)
+        dispatch.assign(self.args, fields)
+        dispatch.run_native("policy_" + phase, self.backend, self.args, self.device)
 
     def over_rows(
         self,
@@ -111,9 +118,9 @@ class Launch:
         dtype = _rows.DTYPES.index(logits.dtype)
         self.run(phase, rows=rows, logits=logits, logits_layout=layout, dtype=dtype, **fields)
 
-    def raise_if_bad(self, vocab: int) -> None:
-        """The only wait for a GPU: ValueError for a bad token or norm."""
-        if self.counts[3].item():
+    def raise_if_bad(self, vocab: int, counts: Tensor | None = None) -> None:
+        """ValueError for a bad token or norm. `counts`: a copy that has arrived."""
+        if (self.counts if counts is None else counts)[3].item():
             self.tokens.check(vocab)
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -151,7 +158,8 @@ def _run(
     scaled = needs_grad and logits.dtype == torch.float16
     call = Launch(backend, logits, vocab, tokens, entropy, strict, scaled=scaled)
     in_pages = logits.device.type == "cpu" and logits.nbytes >= memory.SMALLEST
-    if in_pages and needs_grad and dlogits is None:
+    allocates = needs_grad and dlogits is None
+    if in_pages and allocates:
         call.run("prepare")
         call.raise_if_bad(vocab)
         # Pages of zeros are free where nothing writes. What is written is best a reused buffer.
@@ -161,12 +169,29 @@ def _run(
         call.over_rows("loss", logits, dlogits, dlogits_zeroed=zeroed)
         call.run("finish")
         return *call.outputs(), dlogits
-    if needs_grad and dlogits is None:
+    if allocates:
         dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    call.over_rows("step", logits, dlogits)
-    if strict:
-        call.raise_if_bad(vocab)
+    if logits.is_cuda and strict:
+        call.run("prepare")
+        counts, arrival = _copy_to_host(call.counts)
+        call.over_rows("loss", logits, dlogits)
+        call.run("finish")
+        arrival.synchronize()  # the only wait for a GPU, which has the rows to work on
+        call.raise_if_bad(vocab, counts)
+    else:
+        call.over_rows("step", logits, dlogits)
+        if strict:
+            call.raise_if_bad(vocab)
     return *call.outputs(), logits.new_empty(0) if dlogits is None else dlogits
+
+
+def _copy_to_host(counts: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy of a few numbers, in stream order, and the event of its arrival."""
+    host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+    host.copy_(counts, non_blocking=True)
+    arrival = torch.cuda.Event()
+    arrival.record()
+    return host, arrival
 
 
 @define(

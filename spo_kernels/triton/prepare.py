@@ -1,7 +1,8 @@
 """What masked_ppo_loss does before and after its rows, in Triton: one program, in a fixed order."""
 
 # The parameters that kernels declare as tl.constexpr are given plain Python values.
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 from __future__ import annotations
 
 from typing import Any

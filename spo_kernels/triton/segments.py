@@ -5,7 +5,8 @@ is read at the end, with the number of segments.
 """
 
 # The parameters that kernels declare as tl.constexpr are given plain Python values.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 from __future__ import annotations
 
 import torch

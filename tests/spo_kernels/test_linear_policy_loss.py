@@ -209,12 +209,17 @@ def test_no_grad(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mixed_dtypes_under_autocast(backend):
-    """bf16 states with an fp32 master weight; the head stays in fp32, the gradients keep dtypes."""
+    """bf16 states with an fp32 master weight; the gradients keep dtypes.
+
+    The head stays in fp32, but on a GPU its products take bf16, as autocast's do.
+    """
     tensors, arguments = make(30, 64, 8)
     tensors["hidden"] = tensors["hidden"].bfloat16()
-    oracle, oracle_grads = evaluate(tensors, arguments, None, dtype=torch.float64)
+    lowers = DEVICE.type == "cuda" and backend != "reference"
+    exact = tensors | ({"weight": tensors["weight"].bfloat16()} if lowers else {})
+    oracle, oracle_grads = evaluate(exact, arguments, None, dtype=torch.float64)
 
-    @torch.autocast("cpu", dtype=torch.bfloat16)
+    @torch.autocast(DEVICE.type, dtype=torch.bfloat16)
     def under_autocast(**arguments):
         return linear_masked_ppo_loss(**arguments)
 
@@ -223,7 +228,11 @@ def test_mixed_dtypes_under_autocast(backend):
     assert_as_good_as_torch("logprobs", got.logprobs, oracle.logprobs, oracle.logprobs)
     for name, grad in grads.items():
         assert grad.dtype == tensors[name].dtype
-        assert_as_good_as_torch("d" + name, grad, oracle_grads[name], oracle_grads[name])
+        if lowers:
+            off = (grad.double() - oracle_grads[name]).norm() / oracle_grads[name].norm()
+            assert off < 2**-7, name
+        else:
+            assert_as_good_as_torch("d" + name, grad, oracle_grads[name], oracle_grads[name])
 
 
 @needs_native
