@@ -4,6 +4,7 @@ Exponents are to base 2, since that is the instruction: d_j = (x_j - max) * scal
 scale = log2(e) / temperature, one rounding of the scale and one of the product.
 """
 
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 from __future__ import annotations
 
 import triton
