@@ -102,16 +102,17 @@ struct LogprobsArgs {
 };
 
 // matmul_bf16: C = A times B transposed, of bf16 numbers, summed and stored in fp32.
-#define SPO_MATMUL_FIELDS(FIELD)                             \
-  FIELD(int64_t, rows, 0)                                    \
-  FIELD(int64_t, columns, 0)                                 \
-  FIELD(int64_t, depth, 0)                                   \
-  FIELD(const void*, a, nullptr) /* (rows, depth) bf16 */    \
-  FIELD(int64_t, a_stride, 0)    /* from row to row */       \
-  FIELD(const void*, b, nullptr) /* (columns, depth) bf16 */ \
-  FIELD(int64_t, b_stride, 0)                                \
-  FIELD(float*, c, nullptr) /* (rows, columns) */            \
-  FIELD(int64_t, c_stride, 0)                                \
+#define SPO_MATMUL_FIELDS(FIELD)                                              \
+  FIELD(int64_t, rows, 0)                                                     \
+  FIELD(int64_t, columns, 0)                                                  \
+  FIELD(int64_t, depth, 0)                                                    \
+  FIELD(const void*, a, nullptr) /* (rows, depth) bf16 */                     \
+  FIELD(int64_t, a_stride, 0)    /* from row to row */                        \
+  FIELD(const void*, b, nullptr) /* (columns, depth) bf16 */                  \
+  FIELD(int64_t, b_stride, 0)                                                 \
+  FIELD(float*, c, nullptr) /* (rows, columns) */                             \
+  FIELD(int64_t, c_stride, 0)                                                 \
+  FIELD(void*, packed, nullptr) /* room for rows * (depth rounded up to 2) */ \
   FIELD(int32_t, num_threads, 1)
 struct MatmulArgs {
   SPO_MATMUL_FIELDS(SPO_MEMBER)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spo_kernels import dispatch
+from spo_kernels import dispatch, memory
 
 
 def is_fast(*instructions: str) -> bool:
@@ -46,6 +46,7 @@ def multiply(
     if weight.stride(1) != 1 or _may_switch() and is_fast("amx_bf16"):
         return False
     x = x.contiguous()
+    packed = memory.empty((x.shape[0], x.shape[1] + x.shape[1] % 2), x.dtype, x.device)
     dispatch.launch(
         "matmul_bf16",
         "cpu",
@@ -59,6 +60,7 @@ def multiply(
         b_stride=weight.stride(0),
         c=out,
         c_stride=out.stride(0),
+        packed=packed,
     )
     return True
 

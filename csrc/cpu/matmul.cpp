@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <stdexcept>
 
 #include "csrc/cpu/isa.h"
@@ -16,28 +17,24 @@ namespace {
 
 constexpr int64_t kAlignment = 64;      // bytes, of a vector
 constexpr int64_t kPacked = 256 << 10;  // bytes of B: a part of a core's L2 cache
+constexpr int64_t kPieces = 8;          // of the columns, per thread, so that all end together
 
-// Memory of the calling thread for packed operands, kept for its next call.
-class Workspace {
- public:
-  uint32_t* at_least(int64_t count) {
-    if (count > size_) {
-      const int64_t bytes = count * static_cast<int64_t>(sizeof(uint32_t));
-      data_.reset(
-          std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
-      if (!data_) throw std::bad_alloc();
-      size_ = count;
-    }
-    return static_cast<uint32_t*>(data_.get());
-  }
-
- private:
+// Memory of the calling thread for a block of B, kept for its next call.
+uint32_t* block_buffer(int64_t count) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
-  std::unique_ptr<void, Free> data_;
-  int64_t size_ = 0;
-};
+  static thread_local std::unique_ptr<void, Free> data;
+  static thread_local int64_t size = 0;
+  if (count > size) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(uint32_t));
+    size = 0;
+    data.reset(std::aligned_alloc(kAlignment, bytes));  // a multiple of it: see kColumns
+    if (!data) throw std::bad_alloc();
+    size = count;
+  }
+  return static_cast<uint32_t*>(data.get());
+}
 
 }  // namespace
 
@@ -46,10 +43,8 @@ void matmul_bf16_cpu(const MatmulArgs& args) {
     throw std::runtime_error("matmul_bf16: this processor does not have AVX512_BF16");
 #ifdef SPO_AVX512_BF16
   if (args.rows <= 0 || args.columns <= 0) return;
-  static thread_local Workspace of_rows;
-  static thread_local Workspace of_columns;
   const int64_t pairs = bf16::num_pairs(args);
-  uint32_t* rows = of_rows.at_least(args.rows * pairs);
+  auto* rows = static_cast<uint32_t*>(args.packed);
   parallel_for(bf16::num_row_panels(args), 1, args.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t first = bf16::first_row(args, p);
@@ -59,10 +54,16 @@ void matmul_bf16_cpu(const MatmulArgs& args) {
   const int64_t panel = bf16::kColumns * pairs * static_cast<int64_t>(sizeof(uint32_t));
   const int64_t width =
       bf16::kColumns * std::max<int64_t>(1, kPacked / std::max<int64_t>(1, panel));
-  parallel_for(args.columns, width, args.num_threads, [&](int64_t begin, int64_t end) {
-    uint32_t* columns = of_columns.at_least(width * pairs);
-    bf16::pack_columns(args, begin, end, columns);
-    bf16::multiply(args, rows, columns, begin, end);
+  // A thread takes several blocks at a time: only it can fetch its next one early.
+  const int64_t blocks = args.columns / (width * kPieces * std::max(1, args.num_threads));
+  const int64_t piece = width * std::max<int64_t>(1, blocks);
+  parallel_for(args.columns, piece, args.num_threads, [&](int64_t begin, int64_t end) {
+    uint32_t* columns = block_buffer(width * pairs);
+    for (int64_t next; begin < end; begin = next) {
+      next = std::min(end, begin + width);
+      bf16::pack_columns(args, begin, next, columns);
+      bf16::multiply(args, rows, columns, begin, next, std::min(end, next + width));
+    }
   });
 #endif
 }

@@ -49,15 +49,23 @@ inline void transpose(__m512i rows[kLanes]) {
   }
 }
 
+struct Ahead {  // rows of B to bring into the cache meanwhile
+  const uint16_t* first;
+  int64_t count;
+};
+
 // kRows x kColumns numbers of C, of which `columns` are stored.
 template <int kRows>
 void multiply_tile(const MatmulArgs& args, const uint32_t* a, const uint32_t* b, float* c,
-                   int64_t columns) {
+                   int64_t columns, const Ahead& ahead) {
   __m512 sum[kRows][kVectors];
   for (auto& row : sum)
     for (auto& x : row) x = _mm512_setzero_ps();
   const int64_t pairs = num_pairs(args);
   for (int64_t k = 0; k < pairs; ++k, a += kRows, b += kColumns) {
+    if (k % kLanes == 0)  // where a cache line starts
+      for (int64_t i = 0; i < ahead.count; ++i)
+        prefetch(ahead.first, i * args.b_stride + kPair * k);
     __m512bh right[kVectors];
     for (int j = 0; j < kVectors; ++j)
       right[j] = reinterpret_cast<__m512bh>(_mm512_load_si512(b + j * kLanes));
@@ -74,7 +82,8 @@ void multiply_tile(const MatmulArgs& args, const uint32_t* a, const uint32_t* b,
                             static_cast<__mmask16>(last >> j * kLanes), sum[i][j]);
 }
 
-using Tile = void (*)(const MatmulArgs&, const uint32_t*, const uint32_t*, float*, int64_t);
+using Tile = void (*)(const MatmulArgs&, const uint32_t*, const uint32_t*, float*, int64_t,
+                      const Ahead&);
 constexpr Tile kTiles[] = {
     multiply_tile<1>,  multiply_tile<2>,  multiply_tile<3>,  multiply_tile<4>, multiply_tile<5>,
     multiply_tile<6>,  multiply_tile<7>,  multiply_tile<8>,  multiply_tile<9>, multiply_tile<10>,
@@ -118,14 +127,21 @@ void pack_columns(const MatmulArgs& args, int64_t begin, int64_t end, uint32_t* 
 }
 
 void multiply(const MatmulArgs& args, const uint32_t* rows, const uint32_t* columns, int64_t begin,
-              int64_t end) {
+              int64_t end, int64_t next_end) {
   const int64_t pairs = num_pairs(args), panels = num_row_panels(args);
+  const int64_t tiles = panels * ((end - begin + kColumns - 1) / kColumns);
+  const auto* next = static_cast<const uint16_t*>(args.b) + end * args.b_stride;
+  int64_t done = 0, fetched = 0;
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t first = first_row(args, p), height = first_row(args, p + 1) - first;
     const Tile tile = kTiles[height - 1];
-    for (int64_t column = begin; column < end; column += kColumns)
+    for (int64_t column = begin; column < end; column += kColumns) {
+      const int64_t until = ++done * (next_end - end) / tiles;
       tile(args, rows + first * pairs, columns + (column - begin) * pairs,
-           args.c + first * args.c_stride + column, end - column);
+           args.c + first * args.c_stride + column, end - column,
+           {next + fetched * args.b_stride, until - fetched});
+      fetched = until;
+    }
   }
 }
 

@@ -26,9 +26,10 @@ void pack_rows(const MatmulArgs& args, int64_t begin, int64_t end, uint32_t* pac
 // zeros behind the last. `packed` is aligned to 64 bytes, `begin` divides by kColumns.
 void pack_columns(const MatmulArgs& args, int64_t begin, int64_t end, uint32_t* packed);
 
-// Columns [begin, end) of C, from all packed rows and these packed columns.
+// Columns [begin, end) of C, from all packed rows and these packed columns. Meanwhile the rows
+// [end, next_end) of B, which are packed next, come into the cache.
 void multiply(const MatmulArgs& args, const uint32_t* rows, const uint32_t* columns, int64_t begin,
-              int64_t end);
+              int64_t end, int64_t next_end);
 
 }  // namespace bf16
 }  // namespace spo

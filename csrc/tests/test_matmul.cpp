@@ -42,6 +42,8 @@ void check_product(int64_t rows, int64_t columns, int64_t depth, int64_t spare, 
   args.a = a.data();
   args.b = b.data();
   args.c = c.data();
+  std::vector<uint32_t> packed(rows * ((depth + 1) / 2));
+  args.packed = packed.data();
   args.num_threads = threads;
   spo::matmul_bf16_cpu(args);
   for (int64_t i = 0; i < rows; ++i) {
