@@ -75,6 +75,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   );
   m.def("cpu_isa", [] { return spo::isa_name(spo::chosen_isa()); });
+  m.def("has_bf16_products", &spo::has_bf16_products);
   STRUCT(PolicyLossArgs, SPO_POLICY_LOSS_FIELDS(EXPOSE, EXPOSE_ARRAY))
   KERNEL(policy_prepare);
   KERNEL(policy_loss);
@@ -88,6 +89,8 @@ PYBIND11_MODULE(_C, m) {
   STRUCT(LogprobsArgs, SPO_LOGPROBS_FIELDS(EXPOSE))
   KERNEL(logprobs);
   KERNEL(logprobs_backward);
+  STRUCT(MatmulArgs, SPO_MATMUL_FIELDS(EXPOSE))
+  m.def("matmul_bf16_cpu", &spo::matmul_bf16_cpu, NoGil());
   STRUCT(SegmentsArgs, SPO_SEGMENTS_FIELDS(EXPOSE))
   CHECKED_KERNEL(segments);
   STRUCT(SegmentAdvantagesArgs, SPO_SEGMENT_ADVANTAGES_FIELDS(EXPOSE))

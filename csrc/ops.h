@@ -77,7 +77,7 @@ SPO_HOST_DEVICE int64_t row_offset(const RowLayout& layout, int64_t row) {
   FIELD(int32_t, dtype, kFloat32)     /* of logits */                                              \
   FIELD(const void*, logits, nullptr) /* (rows, V) */                                              \
   FIELD(RowLayout, logits_layout, {})                                                              \
-  FIELD(void*, dlogits, nullptr) /* (rows, V), may be `logits` itself; null: forward only */       \
+  FIELD(void*, dlogits, nullptr) /* (rows, V), may lie over `logits`; null: forward only */        \
   FIELD(RowLayout, dlogits_layout, {})                                                             \
   FIELD(int32_t, dlogits_dtype, kFloat32) /* that of the logits, or half as wide */                \
   FIELD(bool, dlogits_zeroed, false)      /* rows without a gradient need no write */              \
@@ -144,13 +144,30 @@ struct ScaleArgs {
   FIELD(float*, row_logsum, nullptr) /* (N,) log of the sum of exp((logit - max) / temperature) */ \
   FIELD(const float*, grad_logprobs, nullptr) /* (N,) */                                           \
   FIELD(const float*, grad_entropy, nullptr)  /* (N,); null: zero */                               \
-  FIELD(void*, dlogits, nullptr)              /* (N, V), may be `logits` itself */                 \
+  FIELD(void*, dlogits, nullptr)              /* (N, V), may lie over `logits` */                  \
   FIELD(RowLayout, dlogits_layout, {})                                                             \
   FIELD(int32_t, dlogits_dtype, kFloat32) /* that of the logits, or half as wide */                \
   FIELD(int32_t, num_threads, 1)          /* CPU only */                                           \
   FIELD(void*, stream, nullptr)           /* CUDA only */
 struct LogprobsArgs {
   SPO_LOGPROBS_FIELDS(SPO_MEMBER)
+};
+
+// matmul_bf16: C = A times B transposed, of bf16 numbers, summed and stored in fp32.
+#define SPO_MATMUL_FIELDS(FIELD)                                              \
+  FIELD(int64_t, rows, 0)                                                     \
+  FIELD(int64_t, columns, 0)                                                  \
+  FIELD(int64_t, depth, 0)                                                    \
+  FIELD(const void*, a, nullptr) /* (rows, depth) bf16 */                     \
+  FIELD(int64_t, a_stride, 0)    /* from row to row */                        \
+  FIELD(const void*, b, nullptr) /* (columns, depth) bf16 */                  \
+  FIELD(int64_t, b_stride, 0)                                                 \
+  FIELD(float*, c, nullptr) /* (rows, columns) */                             \
+  FIELD(int64_t, c_stride, 0)                                                 \
+  FIELD(void*, packed, nullptr) /* room for rows * (depth rounded up to 2) */ \
+  FIELD(int32_t, num_threads, 1)
+struct MatmulArgs {
+  SPO_MATMUL_FIELDS(SPO_MEMBER)
 };
 
 // cutpoint_segments: where the segments of B packed sequences start.
@@ -250,6 +267,7 @@ void policy_finish_cpu(const PolicyLossArgs& args);
 void policy_step_cpu(const PolicyLossArgs& args);
 void logprobs_cpu(const LogprobsArgs& args);
 void logprobs_backward_cpu(const LogprobsArgs& args);
+void matmul_bf16_cpu(const MatmulArgs& args);  // where has_bf16_products() (csrc/cpu/isa.h)
 
 // These check offsets and parents before they use them. They return false (or -1) if the input is
 // malformed; the outputs are then undefined, and the reference names the bad entry. segments_cpu

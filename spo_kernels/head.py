@@ -4,7 +4,7 @@ The logits are fp32 unless the caller asks for a lower `logits_dtype`: rounding 
 up to 4e-3 in a logprob. Only sums of their gradient are used, so it is bf16 for bf16 operands
 wherever the device multiplies bf16 fast.
 
-A CPU without bf16 matmul instructions multiplies bf16 several times slower than fp32. There bf16
+A CPU without bf16 instructions multiplies bf16 up to a hundred times slower than fp32. There bf16
 operands are widened to fp32, the weight block by block, as fp16 operands are everywhere.
 """
 
@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo_kernels import memory, products, rows
+from spo_kernels import cpu_bf16, memory, products, rows
 
 MEMORY_BUDGET = 1 << 30  # bytes of logits that the head makes at a time
 BLOCK_ELEMENTS = 1 << 22  # of the weight widened at a time: 16 MiB of fp32, to stay in the cache
@@ -155,29 +153,7 @@ def _is_fast_bf16(x: Tensor, weight: Tensor) -> bool:
     """Whether both are bf16 and the CPU multiplies bf16 matrices fast."""
     if not x.dtype == weight.dtype == torch.bfloat16:
         return False
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # PyTorch 2.10
-    return bool(capabilities().get("amx_bf16"))
-
-
-@contextlib.contextmanager
-def _bf16_tiles() -> Iterator[None]:
-    """Inside, fp32 matrix products on the CPU round their operands to bf16 and sum in fp32.
-
-    This loses nothing for operands that were widened from bf16. PyTorch has no other fp32 product
-    of bf16 matrices on the CPU. The switch is global, so it is not used while other Python threads
-    run: they might multiply too.
-    """
-    if threading.active_count() > 1:
-        yield
-        return
-    mkldnn: Any = torch.backends.mkldnn  # its stubs lack `matmul`
-    setting = mkldnn.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
+    return cpu_bf16.is_fast()
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -200,22 +176,26 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
     else:
         logits = memory.empty((x.shape[0], weight.shape[0]), dtype, x.device)
         wide = dtype == torch.float32 and _is_fast_bf16(x, weight)
-        with _bf16_tiles() if wide else contextlib.nullcontext():
-            x = x.to(dtype)
-            for block, w in _blocks(weight, dtype):
-                torch.mm(x, w.t(), out=logits[:, block])
+        if not (wide and cpu_bf16.multiply(x, weight, logits)):
+            with cpu_bf16.rounded() if wide else contextlib.nullcontext():
+                x = x.to(dtype)
+                for block, w in _blocks(weight, dtype):
+                    torch.mm(x, w.t(), out=logits[:, block])
     return logits if bias is None else logits.add_(bias)
 
 
 def gradient_buffer(logits: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Where the gradient of the logits goes: over the logits, unless it is half as wide."""
+    """Where the gradient of the logits goes: over the logits, unless a GPU's is half as wide.
+
+    On the CPU a bf16 gradient fills the first half of each fp32 row, which its sweep has read.
+    """
     if products.on_gpu(x):
         if logits.dtype == torch.bfloat16 or weight.dtype == torch.float32:
             return logits
         n, vocab = logits.shape
         return products.columns(n, vocab, weight.dtype, logits.device)
     if logits.dtype == torch.float32 and _is_fast_bf16(x, weight):
-        return memory.empty(logits.shape, torch.bfloat16, logits.device)
+        return logits.view(torch.bfloat16)[:, : logits.shape[1]]
     return logits
 
 

@@ -92,7 +92,8 @@ def cases(device: str, quick: bool) -> list[Case]:
     logits += [Case(1024, v, 0, s, fp32) for v in (32000, 50257) for s in (1, 0.1)]
     wide = [Case(512, 151936, d, s, fp32) for d in (512, 1024, 256) for s in SHARES]
     small = [Case(1024, 32000, d, s, fp32) for d in (512, 1024, 256) for s in SHARES]
-    return [*logits, *small, Case(1024, 32000, 512, 0.1, bf16), *wide]
+    half = [Case(1024, v, d, s, bf16) for v, d in ((32000, 512), (151936, 1024)) for s in (0.1, 1)]
+    return [*logits, *small, *half, *wide]
 
 
 def make(case: Case, device: str) -> Problem:

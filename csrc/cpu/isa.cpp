@@ -41,4 +41,12 @@ Isa chosen_isa() {
   return Isa::kPortable;
 }
 
+bool has_bf16_products() {
+#ifdef SPO_AVX512_BF16
+  return chosen_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace spo

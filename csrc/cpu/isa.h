@@ -14,6 +14,10 @@ Isa chosen_isa();
 const char* isa_name(Isa isa);
 bool isa_runs_here(Isa isa);
 
+// Whether AVX512_BF16 was compiled, the chosen instruction set is avx512, and this processor has
+// the extension.
+bool has_bf16_products();
+
 }  // namespace spo
 
 // SPO_PER_ISA(void, rows, (const Args&, int64_t)) declares rows() in every instruction set's

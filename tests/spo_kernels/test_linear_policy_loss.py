@@ -1,7 +1,6 @@
 """linear_masked_ppo_loss against the fp64 reference and against masked_ppo_loss on its logits."""
 
 import math
-import threading
 import types
 
 import pytest
@@ -16,7 +15,6 @@ from kernel_cases import (
     assert_figures_as_good,
     backends_of,
     needs_fast,
-    on_cpu_tensors,
     tokens_from,
 )
 from torch import tensor
@@ -286,24 +284,6 @@ def test_bf16_gradient_of_fp32_logits(vocab):
         assert ((narrow.float() - wide).abs() <= wide.abs() * 2**-7 + 1e-38).all()
     else:
         assert torch.equal(narrow, wide.bfloat16())
-
-
-@needs_native
-@on_cpu_tensors
-def test_bf16_products_with_other_threads(monkeypatch):
-    """The switch to bf16 tiles is global, so it stays off while other threads run."""
-    settings = torch.backends.mkldnn.matmul
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    seen = []
-    multiply = torch.mm
-    monkeypatch.setattr(
-        torch, "mm", lambda *a, **k: seen.append(settings.fp32_precision) or multiply(*a, **k)
-    )
-    tensors, _ = make(8, 40, 6, torch.bfloat16)
-    for threads in (1, 2):
-        monkeypatch.setattr(threading, "active_count", lambda threads=threads: threads)
-        head.project(tensors["hidden"], tensors["weight"], None, torch.float32)
-    assert seen[0] == "bf16" and seen[1] == settings.fp32_precision != "bf16"
 
 
 def test_gradcheck_of_reference():

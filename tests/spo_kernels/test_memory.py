@@ -47,10 +47,23 @@ def test_views_and_gradients_keep_a_buffer():
 def test_other_sizes_let_the_free_ones_go():
     del [buffer()][0]
     assert len(memory._buffers) == 1
-    kept = buffer(4 * SIZE)
-    assert len(memory._buffers) == 1 and kept.numel() == 4 * SIZE
+    for i in range(memory.PATIENCE):
+        assert min(x.size for x in memory._buffers) < 8 * SIZE
+        kept = buffer(3 * SIZE << i)
+        assert kept.numel() == 3 * SIZE << i
+    assert min(x.size for x in memory._buffers) > 8 * SIZE
+    held = len(memory._buffers)
     small = buffer(8)
-    assert small.numel() == 8 and len(memory._buffers) == 1
+    assert small.numel() == 8 and len(memory._buffers) == held
+
+
+def test_a_step_keeps_the_buffers_of_all_its_sizes():
+    sizes, places = (2 * SIZE, SIZE // 2, 8 * SIZE), []
+    for _ in range(3):
+        places.append([])
+        for size in sizes:  # each is free before the next is taken
+            places[-1].append(buffer(size).data_ptr())
+    assert places[0] == places[1] == places[2] and len(memory._buffers) == 3
 
 
 def test_threads_never_share_a_buffer():
