@@ -109,18 +109,15 @@ struct PolicyLossArgs {
   SPO_POLICY_LOSS_FIELDS(SPO_MEMBER, SPO_ARRAY)
 };
 
-// scale: out = grad * factor * unscale, in fp32, rounded once. In place, a product of 1 costs
-// nothing.
-#define SPO_SCALE_FIELDS(FIELD)                                             \
-  FIELD(int64_t, rows, 0)                                                   \
-  FIELD(int64_t, vocab, 0)                                                  \
-  FIELD(const void*, grad, nullptr) /* (rows, V) */                         \
-  FIELD(int32_t, grad_dtype, kFloat32)                                      \
-  FIELD(void*, out, nullptr)          /* (rows, V), may be `grad` itself */ \
-  FIELD(int32_t, out_dtype, kFloat32) /* that of `grad`, or half as wide */ \
-  FIELD(RowLayout, layout, {})                                              \
-  FIELD(const float*, factor, nullptr)  /* () */                            \
-  FIELD(const float*, unscale, nullptr) /* (); null: 1 */                   \
+// scale: grad *= factor * unscale, in fp32, rounded once; a product of 1 costs nothing.
+#define SPO_SCALE_FIELDS(FIELD)                           \
+  FIELD(int64_t, rows, 0)                                 \
+  FIELD(int64_t, vocab, 0)                                \
+  FIELD(void*, grad, nullptr) /* (rows, V) */             \
+  FIELD(int32_t, dtype, kFloat32)                         \
+  FIELD(RowLayout, layout, {})                            \
+  FIELD(const float*, factor, nullptr)  /* () */          \
+  FIELD(const float*, unscale, nullptr) /* (); null: 1 */ \
   FIELD(void*, stream, nullptr)         /* CUDA only */
 struct ScaleArgs {
   SPO_SCALE_FIELDS(SPO_MEMBER)

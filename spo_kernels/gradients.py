@@ -27,8 +27,12 @@ PLAIN = (Tensor, torch.nn.Parameter)
 def scale(grad: Tensor, factor: Tensor, unscale: Tensor | None) -> None:
     """grad *= factor * unscale, () fp32 tensors; a product of 1 costs no pass over the gradient."""
     torch.autograd.graph.increment_version(grad)
+    if grad.numel() == 0:
+        return
     if grad.is_cuda and not dispatch.unavailable("policy_loss", "cuda"):
-        _scale_on_device(grad, grad, factor, unscale)
+        _scale_on_device(grad, factor, unscale)
+    elif grad.is_cuda and grad.is_contiguous() and not dispatch.unavailable("scale", "triton"):
+        dispatch.run_triton("scale", {"grad": grad, "factor": factor.float(), "unscale": unscale})
     elif grad.is_cuda:
         grad.copy_(_product(grad, factor, unscale, grad.dtype))
     elif (number := factor.item() * (1.0 if unscale is None else unscale.item())) != 1:
@@ -40,10 +44,8 @@ def _(grad: Tensor, factor: Tensor, unscale: Tensor | None) -> None:
     return None
 
 
-def _scale_on_device(grad: Tensor, out: Tensor, factor: Tensor, unscale: Tensor | None) -> None:
+def _scale_on_device(grad: Tensor, factor: Tensor, unscale: Tensor | None) -> None:
     """One kernel that reads the factor on the device: no host sync."""
-    if grad.numel() == 0:
-        return
     if grad.is_contiguous():
         lines, layout = 1, (1, 0, 0)
     else:
@@ -55,9 +57,7 @@ def _scale_on_device(grad: Tensor, out: Tensor, factor: Tensor, unscale: Tensor 
         rows=lines,
         vocab=grad.numel() // lines,
         grad=grad,
-        grad_dtype=rows.DTYPES.index(grad.dtype),
-        out=out,
-        out_dtype=rows.DTYPES.index(out.dtype),
+        dtype=rows.DTYPES.index(grad.dtype),
         layout=layout,
         factor=factor.float(),
         unscale=unscale,

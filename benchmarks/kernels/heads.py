@@ -82,11 +82,17 @@ def cases(device: str, quick: bool) -> list[Case]:
     if quick:
         return [Case(24, 1031, d, kept, t) for d in (0, 128) for kept in (1, 0.25) for t in (fp32,)]
     if device == "cuda":
+        # V 131072 is the shape of RL-Kernel's published figures on an H100.
+        first = [(0, 1.0), (0, 0.1), (2048, 0.1), (4096, 0.1), (2048, 1.0)]
         return [
-            *(Case(8192, 151936, d, s, bf16) for d in (0, 2048, 4096, 1536) for s in SHARES[::-1]),
+            *(Case(8192, 151936, d, s, bf16) for d, s in first),
+            Case(4096, 131072, 2048, 1.0, bf16),
+            Case(8192, 151936, 0, 1.0, fp32),
+            Case(8192, 151937, 2048, 0.1, bf16),
+            *(Case(8192, 32000, d, 0.1, bf16) for d in (0, 2048)),
+            *(Case(8192, 151936, d, s, bf16) for d in (0, 2048, 4096) for s in (0.2, 0.05)),
             *(Case(32768, 151936, d, 0.1, bf16) for d in (0, 2048)),
-            *(Case(8192, 32000, d, s, bf16) for d in (0, 2048) for s in (0.1, 1)),
-            *(Case(8192, 151936, 0, s, fp32) for s in (0.1, 1)),
+            Case(8192, 151936, 4096, 1.0, bf16),
         ]
     logits = [Case(256, 151936, 0, s, t) for t in (fp32, bf16) for s in SHARES]
     logits += [Case(1024, v, 0, s, fp32) for v in (32000, 50257) for s in (1, 0.1)]

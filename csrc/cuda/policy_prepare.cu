@@ -7,7 +7,7 @@
 namespace spo {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 1024, kPerThread = 4;
 
 __device__ __forceinline__ int64_t* warp_sums() {
   return reinterpret_cast<int64_t*>(block_memory());
@@ -39,31 +39,46 @@ __global__ void __launch_bounds__(kThreads, 1)
     prepare_tokens(const __grid_constant__ PolicyLossArgs a) {
   int64_t kept = 0, with_policy = 0, used = 0, bad = 0;
   float largest = 0;
-  for (int64_t first = 0; first < a.tokens; first += kThreads) {
-    const int64_t i = first + threadIdx.x;
-    bool takes = false;
-    if (i < a.tokens) {
-      const uint8_t use = token_use(a, i);
-      const bool policy = has_policy(a, use, i);
-      takes = policy || (use & kInKl);
-      a.uses[i] = use;
-      kept += use & kInPolicy;
+  for (int64_t first = 0; first < a.tokens; first += kThreads * kPerThread) {
+    // A thread's tokens follow each other, so that the used ones get their slots in order.
+    const int64_t mine = first + threadIdx.x * kPerThread;
+    uint8_t use[kPerThread];
+    float advantage[kPerThread];
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) {
+      const bool inside = mine + k < a.tokens;
+      use[k] = inside ? token_use(a, mine + k) : 0;
+      advantage[k] = inside ? a.advantages[mine + k] : 0;
+    }
+    uint32_t takes = 0;  // one bit for each token
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) {
+      const int64_t i = mine + k;
+      if (i >= a.tokens) continue;
+      const bool policy = (use[k] & kInPolicy) && advantage[k] != 0;
+      takes |= uint32_t{policy || (use[k] & kInKl)} << k;
+      a.uses[i] = use[k];
+      kept += use[k] & kInPolicy;
       with_policy += policy;
-      if (policy) largest = fmaxf(largest, fabsf(a.advantages[i]));
-      if (is_bad(a, use, i)) bad |= kBadToken;
+      if (policy) largest = fmaxf(largest, fabsf(advantage[k]));
+      if (is_bad(a, use[k], i)) bad |= kBadToken;
       if (a.index) {  // rows of other tokens are not run
         a.logprobs[i] = 0;
         if (a.entropy) a.entropy[i] = 0;
         reinterpret_cast<Granule*>(a.stats)[i] = Granule{};
       }
     }
+    int64_t count = 0;
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) count += takes >> k & 1;
     if (!a.index) {
-      used += takes;
+      used += count;
       continue;
     }
     int64_t here;
-    const int64_t before = prefix_sum<int64_t>(takes, warp_sums(), &here);
-    if (takes) bad |= take_token(a, i, used + before);
+    int64_t slot = used + prefix_sum(count, warp_sums(), &here);
+    for (int k = 0; k < kPerThread; ++k)
+      if (takes >> k & 1) bad |= take_token(a, mine + k, slot++);
     used += here;
   }
   kept = block_total(kept);

@@ -183,6 +183,24 @@ void test_gathered_rows(Phase rows) {
   if (rows == spo::policy_loss_cuda) CHECK(dlogits == std::vector<float>(30, 7));
 }
 
+// Rows of any alignment, with gaps that stay as they are.
+void test_scale(spo::Dtype dtype, int64_t vocab, float factor, const float* unscale) {
+  const int64_t rows = 3, stride = vocab + 3;
+  spo::check::Buffer x(dtype, rows * stride);
+  for (int64_t i = 0; i < rows * stride; ++i) x.set(i, static_cast<float>(i % 13) - 6);
+  spo::ScaleArgs a;
+  a.rows = rows, a.vocab = vocab, a.grad = x.data(), a.dtype = dtype, a.layout = {1, stride, 0};
+  a.factor = &factor, a.unscale = unscale;
+  spo::scale_cuda(a);
+  for (int64_t i = 0; i < rows * stride; ++i) {
+    const double was = static_cast<double>(i % 13) - 6;
+    const double product = static_cast<double>(factor) * (unscale ? *unscale : 1);
+    const double want = i % stride < vocab ? was * product : was;
+    CHECK_NEAR(x.get(i), want, 1e-7 * std::abs(want) + 1.01 * x.rounding(want), "scaled");
+  }
+  CHECK(x.guard_untouched());
+}
+
 }  // namespace
 
 int main() {
@@ -195,8 +213,14 @@ int main() {
   test_by_hand(spo::policy_prepare_cuda, spo::policy_finish_cuda);
   test_bad_tokens(spo::policy_prepare_cpu);
   test_bad_tokens(spo::policy_prepare_cuda);
-  for (size_t size : {0, 1, 31, 1024, 1025, 5000})
+  for (size_t size : {0, 1, 31, 4095, 4097, 9000})
     for (bool gathers : {false, true})
       for (bool strict : {false, true}) test_random(size, gathers, strict);
+  const float half = 0.5f;
+  for (spo::Dtype dtype : {spo::kFloat32, spo::kBFloat16, spo::kFloat16})
+    for (int64_t vocab : {1, 9, 1000, 40000})
+      for (float factor : {1.0f, -0.3f, 2.0f})
+        for (const float* unscale : {static_cast<const float*>(nullptr), &half})
+          test_scale(dtype, vocab, factor, unscale);
   return spo::check::finish("test_cuda_prepare");
 }

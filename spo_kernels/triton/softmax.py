@@ -153,8 +153,8 @@ def write_row(
         at = (blocks - 1 - block) * BLOCK_V
         value = tl.load(x + body + at + lanes, eviction_policy="evict_first")
         value = gradient(value, lanes, shift, scale, factor, slope, token - at, own, SLOPED)
-        value = value.to(out.dtype.element_ty)
-        tl.store(out + out_body + at + lanes, value, eviction_policy="evict_first")
+        narrow = value.to(out.dtype.element_ty)
+        tl.store(out + out_body + at + lanes, narrow, eviction_policy="evict_first")
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from spo_kernels.triton import (  # noqa: E402
     logprobs,
     policy_loss,
     prepare,
+    scale,
     segments,
     tree,
 )
@@ -35,13 +36,14 @@ from spo_kernels.triton.objective import TokenArgs, kl_term, policy_term, token_
 
 SHARED = [
     *("test_policy_loss.py", "test_logprobs.py", "test_tree.py", "test_segments.py"),
-    *(f"test_triton.py::{n}" for n in ("test_objective", "test_rows_of_several_blocks")),
+    *(f"test_triton.py::{n}" for n in ("test_objective", "test_rows_of_several_blocks", "test_scale")),
     *(f"test_linear_policy_loss.py::test_{n}" for n in ("options", "bf16_gradient_of_fp32_logits")),
 ]
 LEFT_OUT = [
     *("reference", "errors", "gradcheck", "opcheck", "compiles", "fuzz"),  # less of the kernel
     "(options or temperature) and (dtype1 or dtype2)",  # the rest is slow and was had in fp32
     "test_logprobs and (32000 or 50257 or 129920)",
+    "shared_states and dtype1 or large_weight",  # bf16 gradients: the interpreter truncates
 ]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -146,6 +148,20 @@ def test_rows_of_several_blocks(vocab, dtype, monkeypatch):
         results.append([*values, leaf.grad])
     for name, *triple in zip(("logprobs", "entropy", "gradient"), *results, strict=True):
         assert_as_good_as_torch(name, *(x.detach() for x in triple))
+
+
+@pytest.mark.skipif(not CAN_RUN, reason="there is no GPU, and Triton does not interpret")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scale(monkeypatch, dtype):
+    """In fp32, rounded once; more blocks than programs; a factor of 1 reads nothing."""
+    monkeypatch.setattr(scale, "PROGRAMS", 2)
+    before = torch.linspace(-3, 3, 3 * scale.BLOCK + 5, device=DEVICE).to(dtype)
+    for factor, unscale in ((0.3, None), (3.0, 0.125), (4.0, 0.25)):
+        grad, given = before.clone(), tensor(factor, device=DEVICE)
+        inverse = None if unscale is None else tensor(unscale, device=DEVICE)
+        scale.scale(grad=grad, factor=given, unscale=inverse)
+        want = (before.float() * factor * (unscale or 1)).to(dtype)
+        torch.testing.assert_close(grad, want, rtol=2**-7 if INTERPRETED else 1e-6, atol=0)
 
 
 TARGETS = {
