@@ -190,7 +190,7 @@ assert cpu_bf16.multiply(x, weight, want)
 child = os.fork()
 if child == 0:
     cpu_bf16.multiply(x, weight, out)
-    os._exit(0 if torch.equal(out, want) else 1)
+    os._exit(0 if (out.numpy() == want.numpy()).all() else 1)  # no operation of torch
 assert os.waitpid(child, 0)[1] == 0
 """
 
@@ -199,4 +199,4 @@ assert os.waitpid(child, 0)[1] == 0
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_product_after_fork():
     """PyTorch's threads are gone in a forked child; the product does not wait for them."""
-    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=60)
