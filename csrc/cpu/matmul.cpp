@@ -45,19 +45,20 @@ void matmul_bf16_cpu(const MatmulArgs& args) {
   if (args.rows <= 0 || args.columns <= 0) return;
   const int64_t pairs = bf16::num_pairs(args);
   auto* rows = static_cast<uint32_t*>(args.packed);
-  parallel_for(bf16::num_row_panels(args), 1, args.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t first = bf16::first_row(args, p);
-      bf16::pack_rows(args, first, bf16::first_row(args, p + 1), rows + first * pairs);
-    }
-  });
+  torch_parallel_for(
+      bf16::num_row_panels(args), 1, args.num_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) {
+          const int64_t first = bf16::first_row(args, p);
+          bf16::pack_rows(args, first, bf16::first_row(args, p + 1), rows + first * pairs);
+        }
+      });
   const int64_t panel = bf16::kColumns * pairs * static_cast<int64_t>(sizeof(uint32_t));
   const int64_t width =
       bf16::kColumns * std::max<int64_t>(1, kPacked / std::max<int64_t>(1, panel));
   // A thread takes several blocks at a time: only it can fetch its next one early.
   const int64_t blocks = args.columns / (width * kPieces * std::max(1, args.num_threads));
   const int64_t piece = width * std::max<int64_t>(1, blocks);
-  parallel_for(args.columns, piece, args.num_threads, [&](int64_t begin, int64_t end) {
+  torch_parallel_for(args.columns, piece, args.num_threads, [&](int64_t begin, int64_t end) {
     uint32_t* columns = block_buffer(width * pairs);
     for (int64_t next; begin < end; begin = next) {
       next = std::min(end, begin + width);

@@ -1,5 +1,6 @@
 #include "csrc/cpu/parallel.h"
 
+#include <dlfcn.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -80,6 +81,15 @@ Pool& pool() {
   return *current;
 }
 
+using Team = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+const pid_t loaded_in = getpid();
+
+// A forked child has none of OpenMP's threads, and OpenMP does not notice.
+Team openmp() {
+  static const auto team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return getpid() == loaded_in ? team : nullptr;
+}
+
 }  // namespace
 
 void parallel_for(int64_t size, int64_t grain, int32_t num_threads,
@@ -100,6 +110,19 @@ void parallel_for(int64_t size, int64_t grain, int32_t num_threads,
     }
   }
   task.work();
+}
+
+void torch_parallel_for(int64_t size, int64_t grain, int32_t num_threads,
+                        const std::function<void(int64_t, int64_t)>& body) {
+  static std::mutex busy;  // two callers would have two teams on the same cores
+  const Team team = num_threads > 1 && size > grain ? openmp() : nullptr;
+  std::unique_lock<std::mutex> mine(busy, std::defer_lock);
+  if (!team || !mine.try_lock()) return parallel_for(size, grain, num_threads, body);
+  Task task;
+  task.body = &body;
+  task.size = size;
+  task.grain = std::max<int64_t>(grain, 1);
+  team([](void* data) { static_cast<Task*>(data)->work(); }, &task, num_threads, 0);
 }
 
 }  // namespace spo

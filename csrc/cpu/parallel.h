@@ -17,4 +17,10 @@ inline int64_t rows_per_piece(int64_t vocab) { return vocab < 65536 ? 65536 / (v
 void parallel_for(int64_t size, int64_t grain, int32_t num_threads,
                   const std::function<void(int64_t begin, int64_t end)>& body);
 
+// The same on the threads of torch's OpenMP, where it has loaded one: for long work beside products
+// of torch. After each of those its threads spin for milliseconds on the cores that helpers of ours
+// would need. For short work it is worse: while other processes run, its barrier takes as long.
+void torch_parallel_for(int64_t size, int64_t grain, int32_t num_threads,
+                        const std::function<void(int64_t begin, int64_t end)>& body);
+
 }  // namespace spo

@@ -1,5 +1,8 @@
 """bf16 matrices on the CPU: fp32 products, which way they take, and the gradient in place."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -175,3 +178,25 @@ def test_gradient_in_place(monkeypatch, isa, vocab):
         results.append([out.loss.detach(), *(leaf.grad for leaf in leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert vocab == 1 or results[0][1].count_nonzero() > 0
+
+
+FORK = """
+import os, torch
+from spo_kernels import cpu_bf16
+torch.set_num_threads(2)
+x, weight = torch.randn(30, 64).bfloat16(), torch.randn(3000, 64).bfloat16()
+want, out = torch.empty(30, 3000), torch.empty(30, 3000)
+assert cpu_bf16.multiply(x, weight, want)
+child = os.fork()
+if child == 0:
+    cpu_bf16.multiply(x, weight, out)
+    os._exit(0 if (out.numpy() == want.numpy()).all() else 1)  # no operation of torch
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@needs_instructions
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_product_after_fork():
+    """PyTorch's threads are gone in a forked child; the product does not wait for them."""
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=60)
