@@ -36,7 +36,7 @@ from spo_kernels.triton.objective import TokenArgs, kl_term, policy_term, token_
 
 SHARED = [
     *("test_policy_loss.py", "test_logprobs.py", "test_tree.py", "test_segments.py"),
-    *(f"test_triton.py::{n}" for n in ("test_objective", "test_rows_of_several_blocks", "test_scale")),
+    *(f"test_triton.py::test_{n}" for n in ("objective", "rows_of_several_blocks", "scale")),
     *(f"test_linear_policy_loss.py::test_{n}" for n in ("options", "bf16_gradient_of_fp32_logits")),
 ]
 LEFT_OUT = [
