@@ -190,7 +190,7 @@ def _copy_to_host(counts: Tensor) -> tuple[Tensor, torch.cuda.Event]:
     host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
     host.copy_(counts, non_blocking=True)
     arrival = torch.cuda.Event()
-    arrival.record()
+    arrival.record(torch.cuda.current_stream(counts.device))
     return host, arrival
 
 
