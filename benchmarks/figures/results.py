@@ -33,9 +33,10 @@ def on_every_device(name: str, table: Callable[[Any], str]) -> str:
     return "\n\n".join(table(content) for content in found if content)
 
 
-def newest(name: str, root: Path = RESULTS) -> tuple[str, Any]:
-    """Device and content of the newest result called `name`."""
-    found = [(device, read(device, name, root)) for device in devices(root)]
+def newest(name: str, root: Path = RESULTS, gpu: bool = False) -> tuple[str, Any]:
+    """Device and content of the newest result called `name`, of a CPU or of a GPU."""
+    names = [device for device in devices(root) if device.startswith("cpu") != gpu]
+    found = [(device, read(device, name, root)) for device in names]
 
     def date(pair: tuple[str, Any]) -> str:
         rows = pair[1] if isinstance(pair[1], list) else list(pair[1].values())
