@@ -70,9 +70,13 @@ def _product(grad: Tensor, factor: Tensor, unscale: Tensor | None, dtype: torch.
     return product.to(dtype)
 
 
-def unscale(figures: Tensor, leaf: Tensor) -> Tensor | None:
-    """The inverse of the power of two in the gradient of `leaf`, () fp32; None: there is none."""
-    return figures[4].detach() if leaf.dtype == torch.float16 else None
+def unscale(figures: Tensor, *leaves: Any) -> Tensor | None:
+    """The inverse of the power of two in the gradients, () fp32; None: there is none.
+
+    One fp16 tensor among the leaves may make the products fp16.
+    """
+    halves = any(isinstance(x, Tensor) and x.dtype == torch.float16 for x in leaves)
+    return figures[4].detach() if halves else None
 
 
 def one_pass(op: Op, grads: dict[int, int]) -> Callable[..., Any]:
@@ -117,7 +121,7 @@ def keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...], grads: dict[int, i
         if inputs[i] is not None and inputs[i].shape == output[o].shape  # else it was not wanted
     }
     ctx.dtypes = {i: inputs[i].dtype for i in ctx.formed}
-    ctx.unscale = unscale(output[1], inputs[0])
+    ctx.unscale = unscale(output[1], *(inputs[i] for i in grads))
     ctx.holders = [weakref.ref(output[o]) for o in grads.values()]
 
 

@@ -79,6 +79,7 @@ def _linear_policy_loss(
     """
     tokens, vocab = Tokens(*arguments), weight.shape[0]
     flat, n = hidden.reshape(-1, hidden.shape[-1]), tokens.token_ids.shape[0]
+    hidden_index = None if hidden_index is None else hidden_index.contiguous()
     operand = head.operand_of(hidden, weight)
     halves = products.on_gpu(hidden) and operand.dtype == torch.float16
     capacity = max_active if fixed else n

@@ -92,7 +92,6 @@ class Launch:
             "logprobs": self.logprobs,
             "entropy": self.entropy if entropy else None,
         }
-
         if backend != "triton":
             self.args = dispatch.native().PolicyLossArgs()
             self.device = dispatch.assign(self.args, self.fields)
@@ -216,9 +215,10 @@ _differentiable = gradients.one_pass(_policy_loss, {0: 5})
     f" -> ({OUTPUTS})",
 )
 def _policy_loss_inplace(logits, entropy, backend, *arguments):
+    outputs = _run(logits, logits, True, entropy, backend, Tokens(*arguments))[:-1]
     # An op that saved the logits now raises in its backward, instead of reading the gradient.
     torch.autograd.graph.increment_version(logits)
-    return _run(logits, logits, True, entropy, backend, Tokens(*arguments))[:-1]
+    return outputs
 
 
 @_policy_loss_inplace.register_fake

@@ -310,6 +310,24 @@ def test_opcheck(states):
         torch.library.opcheck(op, (*leaves, arguments["hidden_index"], *sizes, *tokens))
 
 
+@needs_native
+def test_views_as_arguments():
+    """Every other entry of longer tensors: the kernels take addresses, so views are copied."""
+    tensors, arguments = make(24, 40, 6, states=5, kept=0.7, temperature=torch.linspace(1, 2, 24))
+    want, grads = evaluate(tensors, arguments, FAST)
+
+    def spread(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return torch.stack([x, torch.full_like(x, 3)], -1)[..., 0]
+
+    views = {name: spread(x) for name, x in arguments.items()}
+    assert not views["hidden_index"].is_contiguous() and not views["token_ids"].is_contiguous()
+    got, view_grads = evaluate({n: spread(x) for n, x in tensors.items()}, views, FAST)
+    assert torch.equal(got.loss, want.loss) and torch.equal(got.logprobs, want.logprobs)
+    torch.testing.assert_close(view_grads, grads)
+
+
 class Unsynced(TorchDispatchMode):
     """Runs the kernels of this package and refuses what looks at data or has shapes from data."""
 

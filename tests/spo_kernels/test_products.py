@@ -101,7 +101,7 @@ def case(vocab, hidden, weight, width=24, rows=40):
 @pytest.mark.parametrize(
     ("hidden", "weight"),
     [(FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, BF16), (FP16, FP32)]
-    + [(BF16, FP16), (FP16, BF16)],
+    + [(BF16, FP16), (FP16, BF16), (FP32, FP16)],
 )
 def test_every_dtype(gpu, monkeypatch, hidden, weight, logits_dtype, vocab, rows, adds_wide):
     """Loss and gradients are those of fp32, up to the rounding of the operands and results."""
