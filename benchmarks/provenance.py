@@ -120,7 +120,8 @@ def where(records: Sequence[Mapping[str, Any]], measures: str = "") -> str:
     Records say themselves what they measure, but for old ones: there `measures` does.
     """
     first = records[0]
-    kind = f" ({first['device_kind']})" if first["device_kind"] else ""
+    known = first["device_kind"] in ("", first["device"])  # a GPU's kind is its name
+    kind = "" if known else f" ({first['device_kind']})"
     threads = (
         f", {first['threads']} thread{'s' * (first['threads'] > 1)}" if "threads" in first else ""
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import suite
+from benchmarks import sanitize, suite
 from benchmarks.figures import kernels, pages, results
 from benchmarks.kernels import heads, rivals
 from benchmarks.peak import peak_memory
@@ -155,6 +155,28 @@ def test_the_suite_survives_failures_and_steps_without_end(tmp_path, monkeypatch
     assert outcomes["elsewhere"]["skipped"] == "it needs --device cuda"
     assert outcomes["last"]["returncode"] == 0 and outcomes["last"]["notes"] == ["x: skipped: y"]
     assert record["environment"]["packages"]["torch"] == torch.__version__
+
+
+def test_a_rehearsal_of_the_suite_skips_only_what_needs_a_gpu():
+    skipped = {s.name for s in suite.STEPS if suite.reason_to_skip(s, "cpu", ())}
+    assert skipped - {"nvcc"} == {"gpu", "registers", "tests on Triton"}
+    for step in suite.STEPS:
+        if step.name in ("memcheck", "racecheck", "synccheck"):
+            assert step.variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+            assert step.command[1:3] == ("--error-exitcode", "1")
+            sizes = step.command[step.command.index("--device") + 2 :]
+            assert not sizes or {"1031", "151937"} < set(sizes)  # one block, and a cluster
+    backends = {s.name: s.variables.get("SPO_TEST_BACKEND") for s in suite.STEPS}
+    assert backends["tests"] == "{device}" and backends["tests on Triton"] == "triton"
+
+
+def test_sanitized_kernels_are_as_the_reference(capsys):
+    """What compute-sanitizer runs on a GPU; a wrong kernel is an AssertionError."""
+    sanitize.main(["--sizes", "1", "1031"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * 3 * 3 + 1 and all(line.endswith("as the reference") for line in lines)
+    with pytest.raises(AssertionError, match="result 0: off by 1 of 2"):
+        sanitize.check("it", [torch.ones(1)], [torch.full((1,), 2.0)], torch.float32)
 
 
 def test_the_suite_collects_the_rows_of_its_benchmarks(tmp_path):
