@@ -4,9 +4,10 @@
 
 Needs Python, torch, rich, pytest, hypothesis, cmake, ninja, pybind11 and, for a GPU, nvcc and
 Triton; no network. pytest-xdist makes the tests faster. What is missing is skipped with a reason.
-Every step has its share of the minutes; one that fails or is cut off stops no other, and the file
-is written after each. With `--device cpu` every step runs too, on the CPU's kernels, Triton's
-interpreter, and without compute-sanitizer: a rehearsal.
+Every step has its share of the minutes, and the file is written after each. One that fails or is
+cut off stops no other, but for the build. With `--device cpu` every step runs too that needs no
+GPU: on the CPU's kernels, Triton's interpreter, and without compute-sanitizer. That is a rehearsal;
+two cores need `--minutes 15` for it.
 """
 
 from __future__ import annotations
@@ -73,9 +74,14 @@ def benchmark(name: str, minutes: float) -> Step:
     return Step(name, python("-m", f"benchmarks.kernels.{name}"), minutes, measures=True)
 
 
+TESTS, TRITON = "tests/spo_kernels", "tests/spo_kernels/test_triton.py"
+
+
 def tests(name: str, minutes: float, *paths: str, device: str = "", **variables: str) -> Step:
     """The kernels' tests, of which each process of pytest-xdist takes some."""
     options = ["-q", "-m", "not slow", "--durations=5", "-p", "no:cacheprovider"]
+    if paths == (TESTS,):  # these run Triton in a process of their own, which has its own step
+        options += ["-k", "not on_triton"]
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(min(8, os.cpu_count() or 1))]
     command = python("-m", "pytest", *paths, *options)
@@ -90,16 +96,17 @@ def sanitized(tool: str, minutes: float, *sizes: int) -> Step:
     # Ours alone: racecheck also reports PyTorch's reductions.
     checker = ("compute-sanitizer", "--error-exitcode", "1", "--kernel-name", "kns=spo")
     checker += ("--tool", tool)
-    sizes_given = ("--sizes", *map(str, sizes)) if sizes else ()
-    return Step(tool, (*checker, *command, *sizes_given), minutes, checker[0], variables=variables)
+    command += ("--sizes", *map(str, sizes)) if sizes else ()
+    command += ("--no-head",) if tool == "racecheck" else ()
+    return Step(tool, (*checker, *command), minutes, checker[0], variables=variables)
 
 
+SHOWN = {"COLUMNS": "150", "PYTHONUNBUFFERED": "1"}  # what was printed before a step is cut off
 BACKENDS = "import json, spo_kernels; print(json.dumps(spo_kernels.backends(), indent=1))"
-TESTS, TRITON = "tests/spo_kernels", "tests/spo_kernels/test_triton.py"
 STEPS = (
     Step("gpu", ("nvidia-smi", "-q", "-d", "CLOCK,POWER,ECC"), 0.1, "nvidia-smi", "cuda"),
     Step("nvcc", ("nvcc", "--version"), 0.1, "nvcc"),
-    Step("build", python("setup.py", "build_ext", "--inplace"), 1.0),
+    Step("build", python("setup.py", "build_ext", "--inplace"), 1.5),
     Step("backends", python("-c", BACKENDS), 0.3),
     Step("registers", ("cuobjdump", "-res-usage", "{extension}"), 0.1, "cuobjdump", "cuda"),
     tests("tests", 1.0, TESTS, SPO_TEST_BACKEND="{device}"),
@@ -176,7 +183,7 @@ def execute(command: Sequence[str], seconds: float, variables: Mapping[str, str]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "150", **variables},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), **SHOWN, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -219,9 +226,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * arguments.minutes
     total = sum(s.minutes for s in STEPS if not reason_to_skip(s, arguments.device, arguments.skip))
-    record: dict[str, Any] = {"environment": environment(), "steps": {}}
+    record: dict[str, Any] = {"environment": environment(), "failed": [], "steps": {}}
     for step in STEPS:
-        if reason := reason_to_skip(step, arguments.device, arguments.skip):
+        reason = reason_to_skip(step, arguments.device, arguments.skip)
+        if "build" in record["failed"]:
+            reason = "the build failed: an older extension would be tested and measured"
+        if reason:
             outcome: dict[str, Any] = {"skipped": reason}
         else:
             # What the steps before did not use goes to this one and those behind it.
@@ -229,10 +239,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome = run(step, max(1.0, left * min(1, step.minutes / total)), arguments)
             total -= step.minutes
         record["steps"][step.name] = outcome
+        if outcome.get("returncode", 0) != 0:
+            record["failed"].append(step.name)
         print(f"{step.name}: {summary(outcome)}", flush=True)
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    return int(any(o.get("returncode", 0) != 0 for o in record["steps"].values()))
+    return int(bool(record["failed"]))
 
 
 if __name__ == "__main__":

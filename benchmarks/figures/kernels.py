@@ -43,19 +43,20 @@ def where(rows: list[Record]) -> str:
 
 
 def line(rows: list[Record]) -> str | None:
-    """One shape: eager, the fastest fair rival by name, ours, and what ours is worth."""
+    """One shape: eager, the fastest rival by name, ours, and what ours is worth."""
     ours = results.best(rows, "ours")
     if ours is None:
         return None
-    eager, fair = results.best(rows, "base"), results.best(rows, "fair", "base")
-    rival = "" if fair is None else f"{milliseconds(fair)} ({fair['implementation']})"
+    # A library that skips masked rows by itself is a rival with all rows too.
+    eager, best = results.best(rows, "base"), results.best(rows, "fair", "rival", "base")
+    rival = "" if best is None else f"{milliseconds(best)} ({best['implementation']})"
     cells = (
         ours["shape"] if "vocab" in ours else f"{NAMES[ours['op']]}, {ours['shape']}",
         milliseconds(eager),
         rival,
         f"**{milliseconds(ours)}**",
         times(ours["speedup"]),
-        times(ours["fair_speedup"]),
+        times(best and best["ms"] / ours["ms"]),
         share(ours["floor_share"]),
         f"{megabytes(eager)} → {megabytes(ours)}",
     )
@@ -64,7 +65,7 @@ def line(rows: list[Record]) -> str | None:
 
 def table(title: str, groups: list[list[Record]]) -> str:
     header = (
-        f"| {title}, ms | eager | best fair rival | spo_kernels | × eager | × rival | of floor "
+        f"| {title}, ms | eager | best rival | spo_kernels | × eager | × rival | of floor "
         "| peak MB, eager → spo_kernels |"
     )
     lines = filter(None, map(line, groups))
