@@ -76,9 +76,26 @@ SPO_HOST_DEVICE double norm_of(const void* given, bool is_integer, double value,
   return is_integer ? static_cast<double>(read_as<int64_t>(given, 0)) : read_as<float>(given, 0);
 }
 
-// The values of `scales`, after the counts. `largest` is the largest |advantage| of a token with a
-// policy term.
-SPO_HOST_DEVICE void write_scales(const PolicyLossArgs& a, int64_t kept, float largest) {
+// Bounds of |d term / d logit| of a token, without the scales. No logprob is above 0, so a ratio is
+// at most exp(-old_logprob); for a positive advantage clipping ends the gradient.
+struct Slopes {
+  float policy, kl;
+};
+
+SPO_HOST_DEVICE void raise_slopes(const PolicyLossArgs& a, uint8_t use, int64_t token,
+                                  Slopes* most) {
+  const float temperature = temperature_of(a, token), advantage = a.advantages[token];
+  if ((use & kInPolicy) && advantage != 0) {
+    float ratio = expf(fminf(a.log_ratio_clamp, -a.old_logprobs[token]));
+    if (advantage > 0) ratio = fminf(ratio, 1 + a.clip_eps_high);
+    most->policy = fmaxf(most->policy, fabsf(advantage) * ratio / temperature);
+  }
+  const float kl = a.kl_estimator == kK1 ? 1 : a.kl_estimator == kK2 ? 4096 : 22027;
+  if (use & kInKl) most->kl = fmaxf(most->kl, kl / temperature);
+}
+
+// The values of `scales`, after the counts. `most`: over all tokens, where gradients are scaled.
+SPO_HOST_DEVICE void write_scales(const PolicyLossArgs& a, int64_t kept, const Slopes& most) {
   const double z = norm_of(a.policy_norm, a.policy_norm_is_integer, a.policy_norm_value, kept);
   const double z_kl = norm_of(a.kl_norm, a.kl_norm_is_integer, a.kl_norm_value, kept);
   const bool good = z >= 0 && z < INFINITY && z_kl >= 0 && z_kl < INFINITY;
@@ -88,12 +105,13 @@ SPO_HOST_DEVICE void write_scales(const PolicyLossArgs& a, int64_t kept, float l
   a.scales[0] = static_cast<float>(policy);
   a.scales[1] = static_cast<float>(kl);
   a.scales[2] = 1;
-  // fp16 holds 40 powers of two. What the largest gradient of a logprob is about becomes 1, so that
-  // the gradients of unlikely tokens are not flushed to 0.
-  const double size = policy * largest + kl;
+  // fp16 holds 40 powers of two. The largest gradient that there can be becomes about 2^15, so that
+  // those of unlikely tokens are not flushed to 0. Never smaller than they are: that would flush
+  // more.
+  const double size = policy * most.policy + kl * most.kl;
   if (a.scaled && size > 0 && size < INFINITY) {
-    const int exponent = ilogb(size);
-    a.scales[2] = static_cast<float>(ldexp(1.0, exponent < -100 ? 100 : -exponent));
+    const int exponent = 14 - ilogb(size);
+    if (exponent > 0) a.scales[2] = static_cast<float>(ldexp(1.0, exponent < 100 ? exponent : 100));
   }
   a.figures[4] = 1 / a.scales[2];
 }

@@ -41,6 +41,7 @@ def multiply(
 
     Otherwise returns False, and `out` is untouched.
     """
+    x, weight = x.resolve_neg(), weight.resolve_neg()  # the kernel takes addresses
     if dispatch.unavailable("policy_loss", "cpu") or not dispatch.native().has_bf16_products():
         return False
     if weight.stride(1) != 1 or _may_switch() and is_fast("amx_bf16"):

@@ -120,6 +120,11 @@ def budget(given: int | None, device: torch.device, needed: int) -> int:
     return max(MEMORY_BUDGET, min(6 * MEMORY_BUDGET, free // 4))
 
 
+def flatten(hidden: Tensor) -> Tensor:
+    """Hidden states (..., D) as (H, D), for D of 0 too."""
+    return hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
+
+
 def select_states(hidden: Tensor, hidden_index: Tensor | None, index: Tensor) -> Tensor:
     """Rows of `hidden.reshape(-1, D)` that predict the selected tokens `index` (n,)."""
     if hidden_index is None:
@@ -184,7 +189,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
     return logits if bias is None else logits.add_(bias)
 
 
-def gradient_buffer(logits: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def gradient_buffer(logits: Tensor, x: Tensor, weight: Tensor, backend: str) -> Tensor:
     """Where the gradient of the logits goes: over the logits, unless a GPU's is half as wide.
 
     On the CPU a bf16 gradient fills the first half of each fp32 row, which its sweep has read.
@@ -195,7 +200,9 @@ def gradient_buffer(logits: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         n, vocab = logits.shape
         return products.columns(n, vocab, weight.dtype, logits.device)
     if logits.dtype == torch.float32 and _is_fast_bf16(x, weight):
-        return logits.view(torch.bfloat16)[:, : logits.shape[1]]
+        if backend == "cpu":  # its sweep writes behind what it has read
+            return logits.view(torch.bfloat16)[:, : logits.shape[1]]
+        return memory.empty(logits.shape, torch.bfloat16, logits.device)
     return logits
 
 

@@ -31,7 +31,7 @@ def linear_token_logprobs_ref(
     _rows.check_rows(ids, temperature, mask, weight.shape[0])
     index = mask.nonzero().squeeze(1)
     states = head.select_states(hidden, hidden_index, index)
-    logits = head.linear_ref(hidden.reshape(-1, hidden.shape[-1])[states], weight, bias)
+    logits = head.linear_ref(head.flatten(hidden)[states], weight, bias)
     return _logprobs.reference(logits, ids, index, temperature, entropy)
 
 
@@ -51,7 +51,7 @@ def _linear_logprobs(
     results = tuple(x.zero_() for x in _logprobs.new_results(hidden, ids, entropy))
     index = mask.nonzero().squeeze(1)
     states = head.select_states(hidden, hidden_index, index)
-    flat, weight = hidden.reshape(-1, hidden.shape[-1]), head.operand_of(hidden, weight)
+    flat, weight = head.flatten(hidden), head.operand_of(hidden, weight)
     room = head.budget(memory_budget, hidden.device, index.numel() * vocab * logits_dtype.itemsize)
     with torch.autocast(hidden.device.type, enabled=False):
         for part in head.chunks(index.numel(), vocab, logits_dtype, room):
@@ -92,7 +92,7 @@ def _linear_logprobs_backward(
         wanted |= mask & (grad_entropy != 0)
     index = wanted.nonzero().squeeze(1)
     states = head.select_states(hidden, hidden_index, index)
-    flat, size = hidden.reshape(-1, hidden.shape[-1]), weight.shape[0]
+    flat, size = head.flatten(hidden), weight.shape[0]
     operand = head.operand_of(hidden, weight)
     room = head.budget(memory_budget, hidden.device, index.numel() * size * logits_dtype.itemsize)
     parts = list(head.chunks(index.numel(), size, logits_dtype, room))
@@ -101,7 +101,7 @@ def _linear_logprobs_backward(
         for part in parts:
             rows, x = index[part], flat[states[part]]
             logits = head.project(x, operand, bias, logits_dtype)
-            dlogits = head.gradient_buffer(logits, x, operand)
+            dlogits = head.gradient_buffer(logits, x, operand, backend)
             buffers = dict(
                 zip(NAMES, (s if s.numel() == 0 else s[rows] for s in saved), strict=True)
             )

@@ -31,7 +31,7 @@ def linear_masked_ppo_loss_ref(
     index = tokens.used().nonzero().squeeze(1)
     _check_room(index.numel(), max_active)
     states = head.select_states(hidden, hidden_index, index)
-    logits = head.linear_ref(hidden.reshape(-1, hidden.shape[-1])[states], weight, bias)
+    logits = head.linear_ref(head.flatten(hidden)[states], weight, bias)
     return reference(logits, tokens, index, shape, entropy)
 
 
@@ -78,7 +78,7 @@ def _linear_policy_loss(
     Then `max_active` rows are projected; those behind the last used token belong to none.
     """
     tokens, vocab = Tokens(*arguments), weight.shape[0]
-    flat, n = hidden.reshape(-1, hidden.shape[-1]), tokens.token_ids.shape[0]
+    flat, n = head.flatten(hidden), tokens.token_ids.shape[0]
     hidden_index = None if hidden_index is None else hidden_index.contiguous()
     operand = head.operand_of(hidden, weight)
     halves = products.on_gpu(hidden) and operand.dtype == torch.float16
@@ -103,7 +103,7 @@ def _linear_policy_loss(
         for part in parts:
             x = flat.index_select(0, sources[part])
             logits = head.project(x, operand, bias, logits_dtype)
-            dlogits = head.gradient_buffer(logits, x, operand) if any(needs_grad) else None
+            dlogits = head.gradient_buffer(logits, x, operand, backend) if any(needs_grad) else None
             call.over_rows("loss", logits, dlogits, index=index[part])
             if dlogits is not None:
                 grads.add(dlogits, x, only=len(parts) == 1)

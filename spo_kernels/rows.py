@@ -39,6 +39,8 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name}: expected float32, bfloat16, float16 or float64, found {tensor.dtype}"
         )
+    if tensor.ndim == 0:
+        raise ValueError(f"{name}: expected at least one dimension, found a single number")
 
 
 def flat_ids(name: str, ids: Tensor, shape: Sequence[int]) -> Tensor:
@@ -46,20 +48,20 @@ def flat_ids(name: str, ids: Tensor, shape: Sequence[int]) -> Tensor:
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int32 or int64, found {ids.dtype}")
     _check_shape(name, ids, shape)
-    return ids.reshape(-1).contiguous()
+    return ids.reshape(-1).contiguous().resolve_neg()
 
 
 def flat_floats(name: str, values: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Per-token numbers of exactly the tokens' shape, detached, as (N,)."""
-    check_tensors(**{name: values})
+    _check_real(name, values)
     _check_shape(name, values, shape)
-    return values.detach().reshape(-1).to(dtype).contiguous()
+    return values.detach().reshape(-1).to(dtype).contiguous().resolve_neg()
 
 
 def broadcast_floats(name: str, values: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """As `flat_floats`, but broadcast first; (B,) against (B, L) means one value per sequence."""
-    check_tensors(**{name: values})
-    values = values.detach()
+    _check_real(name, values)
+    values = values.detach().resolve_neg()
     if values.shape == shape:
         return values.reshape(-1).to(dtype).contiguous()
     if values.ndim == 1 and len(shape) > 1:
@@ -83,6 +85,7 @@ def flat_mask(name: str, mask: Tensor | None, shape: Sequence[int]) -> Tensor | 
     """A mask as (N,) bool or integers, not 0 = trained; None trains all."""
     if mask is None:
         return None
+    _check_real(name, mask)
     _check_shape(name, mask, shape)
     mask = mask.detach().reshape(-1)
     return (mask != 0 if mask.is_floating_point() else mask).contiguous()
@@ -152,6 +155,7 @@ def check_devices(like: Tensor, **tensors: Tensor | float | None) -> None:
 
 def strided_rows(logits: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """Logits (..., V) and the `RowLayout` of their rows; copied only if no layout fits them."""
+    logits = logits.resolve_neg()
     if logits.ndim > 3:
         logits = logits.reshape(-1, *logits.shape[-2:])
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
@@ -189,6 +193,12 @@ def logprobs_of(
     impossible = logprobs == -torch.inf  # p log p is 0 there, in value and in gradient
     logprobs = logprobs.masked_fill(impossible, 0)
     return chosen, -(logprobs.exp() * logprobs).masked_fill(impossible, 0).sum(-1)
+
+
+def _check_real(name: str, values: object) -> None:
+    check_tensors(**{name: values})
+    if isinstance(values, Tensor) and values.is_complex():
+        raise TypeError(f"{name}: expected real numbers, found {values.dtype}")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:

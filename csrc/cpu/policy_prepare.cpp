@@ -26,14 +26,14 @@ void take_token(const PolicyLossArgs& a, int64_t token, int64_t slot) {
 
 void policy_prepare_cpu(const PolicyLossArgs& a) {
   int64_t kept = 0, with_policy = 0, used = 0;
-  float largest = 0;
+  Slopes most = {};
   a.counts[3] = 0;
   for (int64_t i = 0; i < a.tokens; ++i) {
     const uint8_t use = a.uses[i] = token_use(a, i);
     const bool policy = has_policy(a, use, i), takes = policy || (use & kInKl);
     kept += use & kInPolicy;
     with_policy += policy;
-    if (policy) largest = std::max(largest, std::abs(a.advantages[i]));
+    if (a.scaled) raise_slopes(a, use, i, &most);
     if (is_bad(a, use, i)) a.counts[3] |= kBadToken;
     if (a.index) {  // rows of other tokens are not run
       a.logprobs[i] = 0;
@@ -49,7 +49,7 @@ void policy_prepare_cpu(const PolicyLossArgs& a) {
     for (int64_t slot = used; slot < a.capacity; ++slot)
       a.index[slot] = a.tokens, a.states[slot] = a.num_states, a.sources[slot] = 0;
   }
-  write_scales(a, kept, largest);
+  write_scales(a, kept, most);
 }
 
 void policy_finish_cpu(const PolicyLossArgs& a) {

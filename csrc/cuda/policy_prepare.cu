@@ -21,6 +21,18 @@ __device__ __forceinline__ T block_total(T value) {
   return total;
 }
 
+// The largest value of the block's threads, in all of them.
+__device__ __forceinline__ float block_most(float value) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = fmaxf(value, shuffle_xor(value, mask));
+  float* warps = reinterpret_cast<float*>(block_memory());
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;
+  sync_block();
+  for (int w = 0; w < kThreads / kWarp; ++w) value = fmaxf(value, warps[w]);
+  sync_block();
+  return value;
+}
+
 // Takes a used token into `index` and `states`, if there is room; what is wrong with it.
 __device__ __forceinline__ int64_t take_token(const PolicyLossArgs& a, int64_t token,
                                               int64_t slot) {
@@ -38,7 +50,7 @@ __device__ __forceinline__ int64_t take_token(const PolicyLossArgs& a, int64_t t
 __global__ void __launch_bounds__(kThreads, 1)
     prepare_tokens(const __grid_constant__ PolicyLossArgs a) {
   int64_t kept = 0, with_policy = 0, used = 0, bad = 0;
-  float largest = 0;
+  Slopes most = {};
   for (int64_t first = 0; first < a.tokens; first += kThreads * kPerThread) {
     // A thread's tokens follow each other, so that the used ones get their slots in order.
     const int64_t mine = first + threadIdx.x * kPerThread;
@@ -60,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       a.uses[i] = use[k];
       kept += use[k] & kInPolicy;
       with_policy += policy;
-      if (policy) largest = fmaxf(largest, fabsf(advantage[k]));
+      if (a.scaled) raise_slopes(a, use[k], i, &most);
       if (is_bad(a, use[k], i)) bad |= kBadToken;
       if (a.index) {  // rows of other tokens are not run
         a.logprobs[i] = 0;
@@ -86,15 +98,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!a.index) used = block_total(used);
   const int64_t bad_tokens = block_total(bad & kBadToken),
                 bad_states = block_total(bad & kBadState);
-  if (a.scaled) {
-#pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2)
-      largest = fmaxf(largest, shuffle_xor(largest, mask));
-    float* warps = reinterpret_cast<float*>(block_memory());
-    if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = largest;
-    sync_block();
-    for (int w = 0; w < kThreads / kWarp; ++w) largest = fmaxf(largest, warps[w]);
-  }
+  if (a.scaled) most = {block_most(most.policy), block_most(most.kl)};
   if (a.index && !a.strict) {
     for (int64_t slot = used + threadIdx.x; slot < a.capacity; slot += kThreads)
       a.index[slot] = a.tokens, a.states[slot] = a.num_states, a.sources[slot] = 0;
@@ -103,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   a.counts[0] = kept, a.counts[1] = with_policy, a.counts[2] = used;
   a.counts[3] = (bad_tokens ? kBadToken : 0) | (bad_states ? kBadState : 0);
   a.counts[4] = a.index && used > a.capacity;
-  write_scales(a, kept, largest);
+  write_scales(a, kept, most);
 }
 
 __global__ void __launch_bounds__(kThreads, 1)

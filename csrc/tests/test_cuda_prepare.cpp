@@ -73,10 +73,14 @@ void test_by_hand(Phase prepare, Phase finish) {
   CHECK_NEAR(out.scales[0], 1.0 / 3, 1e-7, "1 / Z");
   CHECK_NEAR(out.scales[1], 0.125, 0, "kl_coef / Z_kl");
   CHECK_NEAR(out.scales[2], 1, 0, "power");
-  a.scaled = true;  // 8 / 3 + 1 / 8 is in [2, 4)
+  // At most 8 / 0.5 / 3 + 22027 / 0.5 / 8 = 5512, in [2^12, 2^13); with a ratio of e^2 the same.
+  a.scaled = true, a.log_ratio_clamp = 10;
   prepare(a);
-  CHECK_NEAR(out.scales[2], 0.5, 0, "power");
-  CHECK_NEAR(out.figures[4], 2, 0, "its inverse");
+  CHECK_NEAR(out.scales[2], 4, 0, "power");
+  CHECK_NEAR(out.figures[4], 0.25, 0, "its inverse");
+  a.policy_norm_value = 1e-6;  // never smaller than the gradients are
+  prepare(a);
+  CHECK_NEAR(out.scales[2], 1, 0, "power");
   for (int i = 0; i < 20; ++i) out.stats[i] = static_cast<float>(i % 4 + 1);
   finish(a);
   CHECK_NEAR(out.figures[0], 5, 0, "policy");

@@ -57,7 +57,8 @@ def prepare_kernel(
     policy_count = tl.zeros((), tl.int64)
     used_count = tl.zeros((), tl.int64)
     bad = tl.zeros((), tl.int64)
-    largest = 0.0
+    most_policy = 0.0
+    most_kl = 0.0
     for begin in range(0, num_tokens, BLOCK):
         i = begin + lanes
         trained = i < num_tokens
@@ -105,7 +106,18 @@ def prepare_kernel(
         kept_count += tl.sum(kept.to(tl.int64), 0)
         policy_count += tl.sum(policy.to(tl.int64), 0)
         used_count += tl.sum(takes.to(tl.int64), 0)
-        largest = tl.maximum(largest, tl.max(tl.where(policy, tl.abs(advantage), 0.0), 0))
+        if SCALED:  # see raise_slopes in csrc/objective.h
+            ratio = tl.exp(tl.minimum(-old, tokens.log_ratio_clamp))
+            clipped = tl.minimum(ratio, 1 + tokens.clip_eps_high)
+            slope = tl.abs(advantage) * tl.where(advantage > 0, clipped, ratio) / heat
+            most_policy = tl.maximum(most_policy, tl.max(tl.where(policy, slope, 0.0), 0))
+            if tokens.kl_estimator == 1:
+                bound = 1.0
+            elif tokens.kl_estimator == 2:
+                bound = 4096.0
+            else:
+                bound = 22027.0
+            most_kl = tl.maximum(most_kl, tl.max(tl.where(in_kl, bound / heat, 0.0), 0))
     if index is not None:
         if not STRICT:
             for begin in range(0, capacity, BLOCK):
@@ -136,10 +148,10 @@ def prepare_kernel(
     tl.store(counts + 4, overflow)
     power = 0.0
     if SCALED:  # see write_scales in csrc/objective.h
-        size = policy_scale * largest + kl_scale
+        size = policy_scale * most_policy + kl_scale * most_kl
         fits = (size > 0) & (size < float("inf"))
-        power = tl.where(fits, tl.floor(tl.log2(tl.where(fits, size, 1.0))), 0.0)
-        power = tl.maximum(power, -100.0)
+        power = tl.where(fits, tl.floor(tl.log2(tl.where(fits, size, 1.0))) - 14, 0.0)
+        power = tl.minimum(tl.maximum(power, -100.0), 0.0)
     tl.store(scales, policy_scale)
     tl.store(scales + 1, kl_scale)
     tl.store(scales + 2, tl.exp2(-power))

@@ -311,6 +311,17 @@ def test_opcheck(states):
 
 
 @needs_native
+def test_no_hidden_width():
+    """D = 0: every logit is the bias."""
+    old, advantages = torch.full((6,), -3.0), torch.ones(6)
+    states, weight = torch.zeros(6, 0, requires_grad=True), torch.zeros(20, 0)
+    out = linear_masked_ppo_loss(states, weight, torch.arange(6), old, advantages, backend=FAST)
+    out.loss.backward()
+    torch.testing.assert_close(out.logprobs, torch.full((6,), -math.log(20)))
+    assert states.grad.shape == (6, 0)
+
+
+@needs_native
 def test_views_as_arguments():
     """Every other entry of longer tensors: the kernels take addresses, so views are copied."""
     tensors, arguments = make(24, 40, 6, states=5, kept=0.7, temperature=torch.linspace(1, 2, 24))

@@ -393,6 +393,51 @@ def test_unknown_ids_are_not_read():
 
 
 @needs_native
+@pytest.mark.parametrize(
+    ("temperature", "clamp", "far", "norm"),
+    [(0.25, 10.0, 9.7, 4000.0), (0.1, 10.0, 8.8, 1e4), (1.0, 20.0, 15.0, 1e6), (1.0, 10.0, 5, 1.0)],
+)
+def test_fp16_gradients_do_not_overflow(temperature, clamp, far, norm):
+    """The largest ratio that a token can have is known from its old logprob."""
+    logits = tensor([[2.0, 0.0, -2.0], [1.0, 0.0, -1.0]]).half()
+    logprobs = (logits.float() / temperature).log_softmax(-1)[:, 2]
+    inputs = (tensor([2, 2]), logprobs - tensor([far, 0.1]), tensor([-1.0, 1.0]))
+    options = {"temperature": temperature, "log_ratio_clamp": clamp, "policy_norm": norm}
+    grads = []
+    for dtype, backend in ((torch.float16, FAST), (torch.float64, None)):
+        leaf = logits.to(dtype, copy=True).requires_grad_()
+        out = masked_ppo_loss(leaf, *inputs, prob_threshold=None, backend=backend, **options)
+        out.loss.backward()
+        grads.append(leaf.grad.double())
+    torch.testing.assert_close(*grads, rtol=2**-9, atol=2**-10 * grads[1].abs().max().item())
+
+
+@needs_native
+def test_an_outlier_does_not_flush_fp16_gradients():
+    inputs = loss_inputs(64, 500, torch.float16, kept=1.0)
+    advantages = torch.ones(64)
+    advantages[0] = 1e4
+    changed = dataclasses.replace(inputs, advantages=advantages)
+    got, same, exact = (
+        evaluate(changed, backend, dtype=dtype, policy_norm=1.0)[1][1:].double()
+        for backend, dtype in ((FAST, None), ("reference", None), (None, torch.float64))
+    )
+    assert (got - exact).norm() <= 2 * (same - exact).norm() + 1e-6 * exact.norm()
+
+
+@needs_native
+def test_negative_views_are_read_as_their_values():
+    inputs = loss_inputs(6, 20, kept=1.0)
+    want, grad = evaluate(inputs, FAST)
+    negated = {
+        name: torch._neg_view(-getattr(inputs, name))
+        for name in ("logits", "old_logprobs", "advantages")
+    }
+    got, other = evaluate(dataclasses.replace(inputs, **negated), FAST)
+    assert torch.equal(got.loss, want.loss) and torch.equal(grad, other)
+
+
+@needs_native
 def test_deterministic_for_any_thread_count():
     inputs = loss_inputs(67, 3001)
     threads = torch.get_num_threads()
@@ -524,6 +569,13 @@ def test_second_derivatives_are_refused():
         ({"old_logprobs": torch.zeros(5)}, ValueError, r"old_logprobs: .* shape \(4,\)"),
         ({"advantages": torch.zeros(3)}, ValueError, "advantages: expected a shape"),
         ({"loss_mask": torch.ones(4, 1)}, ValueError, "loss_mask: expected the tokens' shape"),
+        (
+            {"loss_mask": torch.ones(4, dtype=torch.complex64)},
+            TypeError,
+            "loss_mask: expected real",
+        ),
+        ({"old_logprobs": torch.zeros(4) * 1j}, TypeError, "old_logprobs: expected real"),
+        ({"logits": tensor(1.0)}, ValueError, "logits: expected at least one dimension"),
         ({"kl_coef": 0.1}, ValueError, "ref_logprobs: expected a tensor"),
         ({"kl_coef": -0.1}, ValueError, "kl_coef: expected a finite number >= 0"),
         ({"kl_estimator": "k4"}, ValueError, "k1, k2 or k3"),
