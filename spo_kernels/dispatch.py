@@ -152,10 +152,11 @@ def assign(args: Any, fields: Mapping[str, Any]) -> torch.device | None:
 def run_native(kernel: str, backend: str, args: Any, device: torch.device | None) -> Any:
     """Run a kernel of the extension, on the tensors' device and PyTorch's current stream there."""
     run = getattr(native(), f"{kernel}_{backend}")
-    if backend == "cpu" or device is None or device.type != "cuda":
+    if backend == "cpu":
         if hasattr(args, "num_threads"):
             args.num_threads = torch.get_num_threads()
         return run(args)
+    assert device is not None  # a GPU's kernel has tensors
     with torch.cuda.device(device) if device.index != torch.cuda.current_device() else NOWHERE:
         args.stream = torch._C._cuda_getCurrentRawStream(device.index)
         if hasattr(args, "workspace"):

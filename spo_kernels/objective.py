@@ -128,7 +128,7 @@ class Tokens:
             )
 
     def take(self, index: Tensor) -> Tokens:
-        """Only the tokens `index` (n,); norms must be numbers or tensors, not counts."""
+        """Only the tokens `index` (n,). `scales` is that of all: a count would be of these."""
         n = self.token_ids.shape[0]
         values: dict[str, Any] = {
             name: value[index] if isinstance(value, Tensor) and value.shape[0] == n else value
