@@ -20,8 +20,13 @@ enum KlEstimator : int32_t { kNoKl = 0, kK1 = 1, kK2 = 2, kK3 = 3 };
 
 enum KlScope : int32_t { kMasked = 0, kAll = 1 };  // tokens that the KL term covers
 
-// What a token takes part in; kLost: it is used, but its hidden state does not exist.
-enum Use : uint8_t { kInPolicy = 1, kInKl = 2, kLost = 4 };
+// What a token takes part in; kRuns: its row is computed; kLost: but its hidden state does not
+// exist.
+enum Use : uint8_t { kInPolicy = 1, kInKl = 2, kLost = 4, kRuns = 8 };
+
+// A row's figures, columns of `stats`; those from kLow on are 0 or 1.
+enum Stat : int32_t { kPolicyTerm, kKlTerm, kEntropyTerm, kRatio, kKlEstimate, kLow, kHigh, kMax };
+constexpr int kStats = 8;
 
 // Bits of what is wrong with the input.
 constexpr int64_t kBadToken = 1, kBadState = 2, kBadNorm = 4;
@@ -45,13 +50,15 @@ SPO_HOST_DEVICE int64_t row_offset(const RowLayout& layout, int64_t row) {
 #define SPO_ARRAY(name, absent) const float* name = nullptr;
 
 // The objective's inputs per token, and its scalars: the fields of `Tokens` in
-// spo_kernels/objective.py. PER_TOKEN(name, absent) is an array of N floats. The objective receives
+// spo_kernels/tokens.py. PER_TOKEN(name, absent) is an array of N floats. The objective receives
 // the row's value (`Token` in csrc/objective.h), or `absent` if the array is null.
 #define SPO_TOKEN_FIELDS(FIELD, PER_TOKEN)                                                         \
   FIELD(const void*, token_ids, nullptr)    /* (N,) integers, read where a token is kept */        \
-  PER_TOKEN(old_logprobs, 0)                /* (N,) */                                             \
+  PER_TOKEN(old_logprobs, 0)                /* (N,), null: those of this pass */                   \
   PER_TOKEN(advantages, 0)                  /* (N,) */                                             \
-  PER_TOKEN(ref_logprobs, 0)                /* (N,), null without a KL term */                     \
+  PER_TOKEN(weights, 1)                     /* (N,), of the policy term */                         \
+  PER_TOKEN(ref_logprobs, 0)                /* (N,), null: no KL */                                \
+  PER_TOKEN(kl_weights, 1)                  /* (N,) */                                             \
   FIELD(const void*, loss_mask, nullptr)    /* (N,) bool or integers, not 0: trained; null: all */ \
   FIELD(const float*, temperature, nullptr) /* (N,) or (1,); null: temperature_value */            \
   FIELD(const void*, policy_norm, nullptr)  /* (), Z; null: policy_norm_value */                   \
@@ -62,10 +69,16 @@ SPO_HOST_DEVICE int64_t row_offset(const RowLayout& layout, int64_t row) {
   FIELD(float, log_threshold, INFINITY) /* kept: old_logprobs below it */                          \
   FIELD(float, clip_eps_low, 0)                                                                    \
   FIELD(float, clip_eps_high, 0)                                                                   \
-  FIELD(float, log_ratio_clamp, 0)                                                                 \
+  FIELD(float, clip_ratio_max, INFINITY) /* for negative advantages */                             \
+  FIELD(float, log_ratio_clamp, INFINITY)                                                          \
   FIELD(double, kl_coef, 0)                                                                        \
+  FIELD(float, kl_clamp, INFINITY) /* of the log-ratio in k3 */                                    \
+  FIELD(double, entropy_coef, 0)                                                                   \
   FIELD(int32_t, kl_estimator, kNoKl)                                                              \
-  FIELD(int32_t, kl_scope, kMasked)
+  FIELD(int32_t, kl_scope, kMasked)                                                                \
+  FIELD(bool, kl_ratio, false) /* the estimate times the importance ratio */                       \
+  FIELD(bool, drop_nan, false) /* tokens with an old logprob of NaN */                             \
+  FIELD(bool, metrics, false)  /* every kept row is computed */
 
 // masked_ppo_loss, in three phases: `policy_prepare` finds the tokens that are used and the norms,
 // `policy_loss` runs over rows of logits, `policy_finish` sums what they left. `policy_step` is all
@@ -90,19 +103,21 @@ SPO_HOST_DEVICE int64_t row_offset(const RowLayout& layout, int64_t row) {
   FIELD(bool, strict, false)        /* after bad input no row is touched */                        \
   FIELD(bool, scaled, false)        /* gradients times a power of two: for fp16 */                 \
   FIELD(uint8_t*, uses, nullptr)    /* (N,) bits of `Use` */                                       \
-  FIELD(float*, scales, nullptr)    /* (3,) 1 / Z, kl_coef / Z_kl, that power of two */            \
-  FIELD(int64_t*, counts, nullptr)  /* (5,) kept, with policy, used; kBad bits; used > capacity */ \
+  FIELD(float*, scales, nullptr)    /* (4,) 1 / Z, kl_coef / Z_kl, entropy_coef / Z, that power */ \
+  FIELD(int64_t*, counts, nullptr)  /* (7,) kept, of them computed, all computed; kBad bits; */    \
+                                    /* computed > capacity; dropped as NaN; computed with KL */    \
   FIELD(int64_t*, index, nullptr)   /* (capacity,) the used tokens, then N; null: all */           \
   FIELD(int64_t*, states, nullptr)  /* (capacity,) hidden states of `index`, then H */             \
   FIELD(int64_t*, sources, nullptr) /* (capacity,) the same, but always a state that exists */     \
   FIELD(int64_t, capacity, 0)                                                                      \
   FIELD(const int64_t*, hidden_index, nullptr) /* (N,); null: token i has state i */               \
   FIELD(int64_t, num_states, 0)                /* H */                                             \
-  FIELD(float*, logprobs, nullptr)             /* (N,), 0 where not used */                        \
-  FIELD(float*, entropy, nullptr)              /* (N,), 0 where not used; null: not wanted */      \
-  FIELD(float*, stats, nullptr)                /* (N, 4) policy term, KL term, clipped, ratio */   \
+  FIELD(float*, logprobs, nullptr)             /* (N,), NaN where not computed */                  \
+  FIELD(float*, entropy, nullptr)              /* (N,), the same; null: not wanted */              \
+  FIELD(float*, stats, nullptr)                /* (N, 8) columns of `Stat` */                      \
   FIELD(float*, loss, nullptr)                 /* () */                                            \
-  FIELD(float*, figures, nullptr) /* (5,) policy, KL, clipfrac, mean ratio, 1 / power */           \
+  FIELD(float*, figures, nullptr) /* (10,) FIGURES of spo_kernels/objective.py, and the inverse */ \
+                                  /* of the power, times 1 / Z if that is known only after rows */ \
   FIELD(int32_t, num_threads, 1)  /* CPU only */                                                   \
   FIELD(void*, stream, nullptr)   /* CUDA only */
 struct PolicyLossArgs {

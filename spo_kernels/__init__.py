@@ -8,7 +8,7 @@ from spo_kernels.linear_logprobs import linear_token_logprobs
 from spo_kernels.linear_policy_loss import linear_masked_ppo_loss
 from spo_kernels.logprobs import token_logprobs
 from spo_kernels.memory import empty_cache
-from spo_kernels.objective import PolicyLoss, policy_mask
+from spo_kernels.objective import PolicyLoss, policy_mask, policy_objective
 from spo_kernels.policy_loss import masked_ppo_loss
 from spo_kernels.segments import cutpoint_segments, segment_advantages
 from spo_kernels.tree import tree_advantages, tree_stats, tree_values
@@ -29,6 +29,7 @@ __all__ = [
     "linear_token_logprobs",
     "masked_ppo_loss",
     "policy_mask",
+    "policy_objective",
     "segment_advantages",
     "token_logprobs",
     "tree_advantages",

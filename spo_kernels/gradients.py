@@ -4,7 +4,8 @@ The loss is a scalar, so the backward only multiplies the gradient by `grad_outp
 gradient on without a copy: nothing else refers to it, so a leaf tensor takes it as its `.grad`.
 
 Gradients of fp16 inputs are formed times a power of two, which the backward takes out again: a loss
-scaler's factor reaches them only then, when small ones would be gone.
+scaler's factor reaches them only then, when small ones would be gone. A norm that is known only
+after the rows is divided by there too.
 """
 
 from __future__ import annotations
@@ -70,13 +71,9 @@ def _product(grad: Tensor, factor: Tensor, unscale: Tensor | None, dtype: torch.
     return product.to(dtype)
 
 
-def unscale(figures: Tensor, *leaves: Any) -> Tensor | None:
-    """The inverse of the power of two in the gradients, () fp32; None: there is none.
-
-    One fp16 tensor among the leaves may make the products fp16.
-    """
-    halves = any(isinstance(x, Tensor) and x.dtype == torch.float16 for x in leaves)
-    return figures[4].detach() if halves else None
+def unscale(figures: Tensor) -> Tensor:
+    """The number by which the backward multiplies the gradients, () fp32."""
+    return figures[9].detach()
 
 
 def one_pass(op: Op, grads: dict[int, int]) -> Callable[..., Any]:
@@ -121,7 +118,7 @@ def keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...], grads: dict[int, i
         if inputs[i] is not None and inputs[i].shape == output[o].shape  # else it was not wanted
     }
     ctx.dtypes = {i: inputs[i].dtype for i in ctx.formed}
-    ctx.unscale = unscale(output[1], *(inputs[i] for i in grads))
+    ctx.unscale = unscale(output[1])
     ctx.holders = [weakref.ref(output[o]) for o in grads.values()]
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spo_kernels import dispatch, gradients, head, objective, products, rows
+from spo_kernels import dispatch, gradients, head, products, rows
 from spo_kernels.library import define
-from spo_kernels.objective import PolicyLoss, Tokens
-from spo_kernels.policy_loss import OUTPUTS, Launch, fake_outputs, reference
+from spo_kernels.objective import PolicyLoss
+from spo_kernels.policy_launch import OUTPUTS, Launch, fake_outputs, record
+from spo_kernels.policy_loss import reference
+from spo_kernels.tokens import SCHEMA, TYPES, Tokens, prepare
 
 BAD_TOKEN, BAD_STATE, BAD_NORM = 1, 2, 4  # kBadToken and so on in csrc/ops.h
 
@@ -21,14 +23,14 @@ def linear_masked_ppo_loss_ref(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     hidden_index: Tensor | None,  # (N,) int64
-    tokens: Tokens,  # N rows, from `objective.prepare`
+    tokens: Tokens,  # N rows, from `tokens.prepare`
     shape: tuple[int, ...],
     entropy: bool = False,
     max_active: int | None = None,
 ) -> PolicyLoss:
     """`linear_masked_ppo_loss` in differentiable PyTorch: keep rows, project, reference loss."""
     tokens.check(weight.shape[0])
-    index = tokens.used().nonzero().squeeze(1)
+    index = tokens.runs().nonzero().squeeze(1)
     _check_room(index.numel(), max_active)
     states = head.select_states(hidden, hidden_index, index)
     logits = head.linear_ref(head.flatten(hidden)[states], weight, bias)
@@ -44,18 +46,18 @@ def _check_room(active: int, max_active: int | None) -> None:
 
 def _read_active(call: Launch, hidden_index: Tensor | None, states: int, vocab: int) -> int:
     """The number of rows to project, in the only wait for a GPU; ValueError for bad input."""
-    _, _, active, bad, _ = call.counts.tolist()
+    _, _, active, bad, *_ = call.counts.tolist()
     if bad & (BAD_TOKEN | BAD_NORM):
         call.tokens.check(vocab)
     if bad & BAD_STATE and hidden_index is not None:
-        head.check_states(hidden_index, states, call.tokens.used().nonzero().squeeze(1))
+        head.check_states(hidden_index, states, call.tokens.runs().nonzero().squeeze(1))
     return active
 
 
 @define(
     "linear_policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor? hidden_index, "
     "bool[] needs_grad, bool entropy, ScalarType logits_dtype, int? memory_budget, "
-    f"int? max_active, bool fixed, str backend, {objective.SCHEMA}) -> ({OUTPUTS}, "
+    f"int? max_active, bool fixed, str backend, {SCHEMA}) -> ({OUTPUTS}, "
     "Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 def _linear_policy_loss(
@@ -114,7 +116,7 @@ def _linear_policy_loss(
 
 @_linear_policy_loss.register_fake
 def _(hidden, weight, bias, hidden_index, needs_grad, entropy, *others):
-    ids = others[-len(objective.TYPES)]
+    ids = others[-len(TYPES)]
     grads = head.empty_gradients(hidden, weight, bias, needs_grad)
     return *fake_outputs(hidden, ids, entropy), *grads
 
@@ -126,24 +128,32 @@ def linear_masked_ppo_loss(
     hidden: Tensor,  # (..., D), or (H, D) with hidden_index; fp32, bf16, fp16 or fp64
     weight: Tensor,  # (V, D), the vocabulary projection
     token_ids: Tensor,  # (...), or (N,) with hidden_index, as are the other per-token arguments
-    old_logprobs: Tensor,  # (...)
+    old_logprobs: Tensor | None,  # (...)
     advantages: Tensor,  # broadcasts against (...)
     *,
     bias: Tensor | None = None,  # (V,)
     hidden_index: Tensor | None = None,  # (N,) int64, the hidden state that predicts each token
+    weights: Tensor | None = None,
     loss_mask: Tensor | None = None,
     prob_threshold: float | None = 0.9,
     ref_logprobs: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     clip_eps_low: float = 0.2,
     clip_eps_high: float = 0.2,
-    log_ratio_clamp: float = 10.0,
+    clip_ratio_max: float | None = None,
+    log_ratio_clamp: float | None = 10.0,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
     kl_scope: str = "masked",
+    kl_weights: Tensor | None = None,
+    kl_clamp: float | None = 10.0,
+    kl_ratio: bool = False,
+    entropy_coef: float = 0.0,
     policy_norm: float | Tensor | None = None,
     kl_norm: float | Tensor | None = None,
+    nan_logprobs: str = "error",
     entropy: bool = False,
+    metrics: bool = False,
     max_active: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,  # bytes of logits at a time
@@ -152,9 +162,12 @@ def linear_masked_ppo_loss(
     """`masked_ppo_loss(hidden @ weight.T + bias, ...)` without the logits of unused tokens.
 
     Unused tokens are removed before the projection: those that the masks drop, and those with
-    advantage 0 that no KL term needs. The loss is the same; the three matrix products run over the
-    other tokens only. Several tokens may share a hidden state through `hidden_index`; their
-    gradients are summed in fp32, in order.
+    advantage 0 that no KL term, entropy bonus or `metrics` needs. The loss is the same; the three
+    matrix products run over the other tokens only. Several tokens may share a hidden state through
+    `hidden_index`; their gradients are summed in fp32, in order.
+
+    `old_logprobs=None` with a `prob_threshold` masks by probabilities that the projection gives. So
+    all tokens of the loss mask are projected, and the three products run over them.
 
     hidden and weight may differ in dtype, as under autocast. Logits are fp32, or bf16 with
     `logits_dtype=torch.bfloat16` (faster where the CPU has bf16 instructions; costs up to 4e-3 in a
@@ -170,14 +183,32 @@ def linear_masked_ppo_loss(
     shape = head.check_head(hidden, weight, bias, hidden_index)
     head.check_options(hidden, weight, bias, hidden_index, logits_dtype)
     rows.check_floating("hidden", hidden)
-    tokens = objective.prepare(
-        hidden, shape, token_ids=token_ids, old_logprobs=old_logprobs,
-        advantages=advantages, loss_mask=loss_mask, prob_threshold=prob_threshold,
+    tokens = prepare(
+        hidden, shape, token_ids=token_ids, old_logprobs=old_logprobs, advantages=advantages,
+        weights=weights, loss_mask=loss_mask, prob_threshold=prob_threshold,
         ref_logprobs=ref_logprobs, temperature=temperature, clip_eps_low=clip_eps_low,
-        clip_eps_high=clip_eps_high, log_ratio_clamp=log_ratio_clamp, kl_coef=kl_coef,
-        kl_estimator=kl_estimator, kl_scope=kl_scope, policy_norm=policy_norm, kl_norm=kl_norm,
+        clip_eps_high=clip_eps_high, clip_ratio_max=clip_ratio_max,
+        log_ratio_clamp=log_ratio_clamp, kl_coef=kl_coef, kl_estimator=kl_estimator,
+        kl_scope=kl_scope, kl_weights=kl_weights, kl_clamp=kl_clamp, kl_ratio=kl_ratio,
+        entropy_coef=entropy_coef, policy_norm=policy_norm, kl_norm=kl_norm,
+        nan_logprobs=nan_logprobs, metrics=metrics,
     )  # fmt: skip
+    sizes = (tokens.wants_entropy(entropy), logits_dtype, memory_budget, max_active)
+    return _loss(hidden, weight, bias, hidden_index, tokens, shape, sizes, backend)
+
+
+def _loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden_index: Tensor | None,
+    tokens: Tokens,
+    shape: tuple[int, ...],
+    sizes: tuple[bool, torch.dtype, int | None, int | None],
+    backend: str | None,
+) -> PolicyLoss:
     chosen = dispatch.choose("policy_loss", hidden, backend)
+    entropy, logits_dtype, _, max_active = sizes
     if chosen == "reference":
         head.refuse_low_precision(logits_dtype)
         return linear_masked_ppo_loss_ref(
@@ -185,10 +216,10 @@ def linear_masked_ppo_loss(
         )
     fixed = max_active is not None and rows.is_captured(hidden)
     needs_grad = head.needs_grad(hidden, weight, bias)
-    sizes = (entropy, logits_dtype, memory_budget, max_active, fixed)
-    loss, figures, counts, logprobs, row_entropy, *_ = _differentiable(
-        *(hidden, weight, bias, hidden_index, needs_grad, *sizes, chosen), *tokens.arguments()
+    outputs = _differentiable(
+        *(hidden, weight, bias, hidden_index, needs_grad, *sizes, fixed, chosen),
+        *tokens.arguments(),
     )
+    loss, figures, counts, logprobs, row_entropy = outputs[:5]
     row_entropy = row_entropy if entropy else None
-    overflow = counts[4:]
-    return objective.record(loss, figures, counts[0], logprobs, row_entropy, shape, overflow)
+    return record(loss, figures, counts, logprobs, row_entropy, shape, overflows=True)

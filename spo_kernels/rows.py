@@ -85,10 +85,22 @@ def flat_mask(name: str, mask: Tensor | None, shape: Sequence[int]) -> Tensor | 
     """A mask as (N,) bool or integers, not 0 = trained; None trains all."""
     if mask is None:
         return None
-    _check_real(name, mask)
+    check_mask(name, mask)
     _check_shape(name, mask, shape)
-    mask = mask.detach().reshape(-1)
-    return (mask != 0 if mask.is_floating_point() else mask).contiguous()
+    return mask.detach().reshape(-1).contiguous()
+
+
+def check_mask(name: str, mask: Tensor) -> None:
+    """Raise TypeError unless the mask holds bool or integers.
+
+    Floats would be cut to 0 and 1: NaN too, and fractions that are meant as weights.
+    """
+    check_tensors(**{name: mask})
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(
+            f"{name}: expected bool or integers, found {mask.dtype}; use `{name} != 0` as the "
+            "mask, and give numbers that multiply a token's loss as `weights`"
+        )
 
 
 def flat_temperature(

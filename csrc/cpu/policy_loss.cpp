@@ -14,47 +14,61 @@ static void zero_row(const PolicyLossArgs& a, int64_t row) {
     std::memset(row_of<U>(a.dlogits, a.dlogits_layout, row), 0, a.vocab * sizeof(U));
 }
 
+static void store_row(const PolicyLossArgs& a, int64_t token, float logprob, float entropy,
+                      const TokenLoss& loss) {
+  a.logprobs[token] = logprob;
+  if (a.entropy) a.entropy[token] = entropy;
+  std::memcpy(a.stats + kStats * token, loss.stats, sizeof loss.stats);
+}
+
+// dlogits_j = g (1[j = token] - p_j) - h p_j (log p_j + H), g and h the derivatives by the logprob
+// and the entropy H divided by the temperature; log p_j = ln 2 d_j - logsum.
+template <class T, class U>
+static void write_gradient(const PolicyLossArgs& a, const TokenLoss& loss, const T* x,
+                           const RowSums& sums, float exp_scale, float logprob, float entropy,
+                           float temperature, int64_t id, U* out) {
+  const float g = loss.dlogprob / temperature * a.scales[3];
+  const float h = loss.dentropy / temperature * a.scales[3];
+  // 1 - p of the token itself; 1 - exp(logprob) would cancel.
+  float own = -g * expm1f(logprob);
+  if (h == 0) {
+    write_row<false>(x, a.vocab, sums.max, exp_scale, static_cast<float>(-g / sums.sum), 0, out);
+  } else {
+    const double factor = -(g + h * (entropy - ::log(sums.sum))) / sums.sum;
+    write_row<true>(x, a.vocab, sums.max, exp_scale, static_cast<float>(factor),
+                    static_cast<float>(-h * kLn2 / sums.sum), out);
+    if (logprob != -INFINITY) own -= h * expf(logprob) * (logprob + entropy);
+  }
+  if (id >= 0) from_float(own, out + id);
+}
+
 // T: type of the logits, U: of dlogits.
 template <class T, class U>
 static void policy_loss_row(const PolicyLossArgs& a, int64_t row) {
   const int64_t token = a.index ? a.index[row] : row;
   if (token >= a.tokens) return zero_row<U>(a, row);  // there are fewer tokens than rows
   const uint8_t use = a.uses[token];
-  const bool in_kl = use & kInKl, in_policy = has_policy(a, use, token);
-  TokenLoss loss = {};
-  float logprob = 0, entropy = 0;
-  if (!in_policy && !in_kl) {
-    zero_row<U>(a, row);
-  } else {
-    const T* x = row_of<T>(a.logits, a.logits_layout, row);
-    const int64_t id = token_id(a, token);
-    const float temperature = temperature_of(a, token);
-    const float exp_scale = exponent_scale(temperature);
-    const RowSums sums = reduce_row(x, a.vocab, exp_scale, a.entropy != nullptr);
-    // Else NaN, if Python could not check.
-    const bool known = id >= 0 && id < a.vocab && !(use & kLost);
-    logprob = known ? static_cast<float>(row_logprob(sums, to_float(x[id]), exp_scale)) : NAN;
-    if (a.entropy) entropy = static_cast<float>(row_entropy(sums));
-    loss = token_loss(a, read_token(a, token), in_policy, in_kl, logprob);
-    if (a.dlogits && loss.dlogprob == 0) {
-      zero_row<U>(a, row);
-    } else if (a.dlogits) {
-      U* out = row_of<U>(a.dlogits, a.dlogits_layout, row);
-      const float g = loss.dlogprob / temperature * a.scales[2];
-      const float factor = static_cast<float>(-g / sums.sum);
-      // 1 - p of the token itself; 1 - exp(logprob) would cancel.
-      const float own = -g * expm1f(logprob);
-      write_row<false>(x, a.vocab, sums.max, exp_scale, factor, 0, out);
-      if (known) from_float(own, out + id);
-    }
+  if (!(use & kRuns)) {
+    store_row(a, token, NAN, NAN, {});
+    return zero_row<U>(a, row);
   }
-  a.logprobs[token] = logprob;
-  if (a.entropy) a.entropy[token] = entropy;
-  float* stats = a.stats + 4 * token;
-  stats[0] = loss.policy;
-  stats[1] = loss.kl;
-  stats[2] = loss.clipped;
-  stats[3] = loss.ratio;
+  const T* x = row_of<T>(a.logits, a.logits_layout, row);
+  const int64_t id = token_id(a, token);
+  const float temperature = temperature_of(a, token);
+  const float exp_scale = exponent_scale(temperature);
+  const RowSums sums = reduce_row(x, a.vocab, exp_scale, a.entropy != nullptr);
+  // Else NaN, if Python could not check.
+  const bool known = id >= 0 && id < a.vocab && !(use & kLost);
+  const float logprob =
+      known ? static_cast<float>(row_logprob(sums, to_float(x[id]), exp_scale)) : NAN;
+  const float entropy = a.entropy ? static_cast<float>(row_entropy(sums)) : 0;
+  const TokenLoss loss = token_loss(a, read_token(a, token, use), logprob, entropy);
+  if (masks_late(a)) a.uses[token] = loss.use;
+  store_row(a, token, logprob, entropy, loss);
+  if (!a.dlogits) return;
+  if (loss.dlogprob == 0 && loss.dentropy == 0) return zero_row<U>(a, row);
+  write_gradient(a, loss, x, sums, exp_scale, logprob, entropy, temperature, known ? id : -1,
+                 row_of<U>(a.dlogits, a.dlogits_layout, row));
 }
 
 template <class T, class U = T>

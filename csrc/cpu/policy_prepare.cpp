@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "csrc/objective.h"
 #include "csrc/ops.h"
+#include "csrc/prepare.h"
 
 namespace spo {
 
@@ -25,37 +25,40 @@ void take_token(const PolicyLossArgs& a, int64_t token, int64_t slot) {
 }  // namespace
 
 void policy_prepare_cpu(const PolicyLossArgs& a) {
-  int64_t kept = 0, with_policy = 0, used = 0;
+  int64_t kept = 0, runs = 0, dropped = 0;
   Slopes most = {};
   a.counts[3] = 0;
   for (int64_t i = 0; i < a.tokens; ++i) {
-    const uint8_t use = a.uses[i] = token_use(a, i);
-    const bool policy = has_policy(a, use, i), takes = policy || (use & kInKl);
-    kept += use & kInPolicy;
-    with_policy += policy;
-    if (a.scaled) raise_slopes(a, use, i, &most);
-    if (is_bad(a, use, i)) a.counts[3] |= kBadToken;
+    const Membership token = membership(a, i);
+    a.uses[i] = token.use;
+    kept += token.use & kInPolicy;
+    dropped += token.dropped;
+    if (a.scaled) raise_slopes(a, token.use, i, &most);
+    if (is_bad(a, token.use, i)) a.counts[3] |= kBadToken;
     if (a.index) {  // rows of other tokens are not run
-      a.logprobs[i] = 0;
-      if (a.entropy) a.entropy[i] = 0;
-      std::fill_n(a.stats + 4 * i, 4, 0.0f);
-      if (takes) take_token(a, i, used);
+      a.logprobs[i] = NAN;
+      if (a.entropy) a.entropy[i] = NAN;
+      std::fill_n(a.stats + kStats * i, kStats, 0.0f);
+      if (token.use & kRuns) take_token(a, i, runs);
     }
-    used += takes;
+    runs += (token.use & kRuns) != 0;
   }
-  a.counts[0] = kept, a.counts[1] = with_policy, a.counts[2] = used;
-  a.counts[4] = a.index && used > a.capacity;
+  a.counts[0] = kept, a.counts[2] = runs, a.counts[5] = dropped;
+  a.counts[4] = a.index && runs > a.capacity;
   if (a.index && !a.strict) {
-    for (int64_t slot = used; slot < a.capacity; ++slot)
+    for (int64_t slot = runs; slot < a.capacity; ++slot)
       a.index[slot] = a.tokens, a.states[slot] = a.num_states, a.sources[slot] = 0;
   }
-  write_scales(a, kept, most);
+  write_scales(a, most);
 }
 
 void policy_finish_cpu(const PolicyLossArgs& a) {
-  double sums[4] = {};
-  for (int64_t i = 0; i < 4 * a.tokens; ++i) sums[i % 4] += a.stats[i];
-  write_figures(a, sums);
+  Totals totals = {};
+  for (int64_t i = 0; i < a.tokens; ++i) {
+    count_use(a.uses[i], &totals);
+    for (int k = 0; k < kStats; ++k) totals.stats[k] += a.stats[kStats * i + k];
+  }
+  write_figures(a, totals);
 }
 
 void policy_step_cpu(const PolicyLossArgs& a) {

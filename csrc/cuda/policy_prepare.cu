@@ -2,7 +2,7 @@
 // order: a token costs it a nanosecond, a row of logits on the whole device a hundred times that.
 // Nothing here waits for the host.
 #include "csrc/cuda/row.cuh"
-#include "csrc/objective.h"
+#include "csrc/prepare.h"
 
 namespace spo {
 namespace {
@@ -49,78 +49,81 @@ __device__ __forceinline__ int64_t take_token(const PolicyLossArgs& a, int64_t t
 
 __global__ void __launch_bounds__(kThreads, 1)
     prepare_tokens(const __grid_constant__ PolicyLossArgs a) {
-  int64_t kept = 0, with_policy = 0, used = 0, bad = 0;
+  int64_t kept = 0, runs = 0, dropped = 0, bad = 0;
   Slopes most = {};
   for (int64_t first = 0; first < a.tokens; first += kThreads * kPerThread) {
-    // A thread's tokens follow each other, so that the used ones get their slots in order.
+    // A thread's tokens follow each other, so that those that run get their slots in order.
     const int64_t mine = first + threadIdx.x * kPerThread;
-    uint8_t use[kPerThread];
-    float advantage[kPerThread];
+    Membership tokens[kPerThread];
 #pragma unroll
-    for (int k = 0; k < kPerThread; ++k) {
-      const bool inside = mine + k < a.tokens;
-      use[k] = inside ? token_use(a, mine + k) : 0;
-      advantage[k] = inside ? a.advantages[mine + k] : 0;
-    }
+    for (int k = 0; k < kPerThread; ++k)
+      tokens[k] = mine + k < a.tokens ? membership(a, mine + k) : Membership{};
     uint32_t takes = 0;  // one bit for each token
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) {
       const int64_t i = mine + k;
       if (i >= a.tokens) continue;
-      const bool policy = (use[k] & kInPolicy) && advantage[k] != 0;
-      takes |= uint32_t{policy || (use[k] & kInKl)} << k;
-      a.uses[i] = use[k];
-      kept += use[k] & kInPolicy;
-      with_policy += policy;
-      if (a.scaled) raise_slopes(a, use[k], i, &most);
-      if (is_bad(a, use[k], i)) bad |= kBadToken;
+      const uint8_t use = tokens[k].use;
+      takes |= uint32_t{(use & kRuns) != 0} << k;
+      a.uses[i] = use;
+      kept += use & kInPolicy;
+      dropped += tokens[k].dropped;
+      if (a.scaled) raise_slopes(a, use, i, &most);
+      if (is_bad(a, use, i)) bad |= kBadToken;
       if (a.index) {  // rows of other tokens are not run
-        a.logprobs[i] = 0;
-        if (a.entropy) a.entropy[i] = 0;
-        reinterpret_cast<Granule*>(a.stats)[i] = Granule{};
+        a.logprobs[i] = NAN;
+        if (a.entropy) a.entropy[i] = NAN;
+        Granule* stats = reinterpret_cast<Granule*>(a.stats) + 2 * i;
+        stats[0] = stats[1] = Granule{};
       }
     }
     int64_t count = 0;
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) count += takes >> k & 1;
     if (!a.index) {
-      used += count;
+      runs += count;
       continue;
     }
     int64_t here;
-    int64_t slot = used + prefix_sum(count, warp_sums(), &here);
+    int64_t slot = runs + prefix_sum(count, warp_sums(), &here);
     for (int k = 0; k < kPerThread; ++k)
       if (takes >> k & 1) bad |= take_token(a, mine + k, slot++);
-    used += here;
+    runs += here;
   }
   kept = block_total(kept);
-  with_policy = block_total(with_policy);
-  if (!a.index) used = block_total(used);
+  dropped = block_total(dropped);
+  if (!a.index) runs = block_total(runs);
   const int64_t bad_tokens = block_total(bad & kBadToken),
                 bad_states = block_total(bad & kBadState);
-  if (a.scaled) most = {block_most(most.policy), block_most(most.kl)};
+  if (a.scaled) most = {block_most(most.policy), block_most(most.kl), block_most(most.entropy)};
   if (a.index && !a.strict) {
-    for (int64_t slot = used + threadIdx.x; slot < a.capacity; slot += kThreads)
+    for (int64_t slot = runs + threadIdx.x; slot < a.capacity; slot += kThreads)
       a.index[slot] = a.tokens, a.states[slot] = a.num_states, a.sources[slot] = 0;
   }
   if (threadIdx.x != 0) return;
-  a.counts[0] = kept, a.counts[1] = with_policy, a.counts[2] = used;
+  a.counts[0] = kept, a.counts[2] = runs, a.counts[5] = dropped;
   a.counts[3] = (bad_tokens ? kBadToken : 0) | (bad_states ? kBadState : 0);
-  a.counts[4] = a.index && used > a.capacity;
-  write_scales(a, kept, most);
+  a.counts[4] = a.index && runs > a.capacity;
+  write_scales(a, most);
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
     finish_tokens(const __grid_constant__ PolicyLossArgs a) {
-  double sums[4] = {};
+  static_assert(kStats * sizeof(float) == 2 * sizeof(Granule));
+  Totals totals = {};
   for (int64_t i = threadIdx.x; i < a.tokens; i += kThreads) {
-    const Granule stats = reinterpret_cast<const Granule*>(a.stats)[i];
+    count_use(a.uses[i], &totals);
+    const Granule* stats = reinterpret_cast<const Granule*>(a.stats) + 2 * i;
+    const Granule halves[2] = {stats[0], stats[1]};
 #pragma unroll
-    for (int k = 0; k < 4; ++k) sums[k] += bits_to_float(stats.words[k]);
+    for (int k = 0; k < kStats; ++k) totals.stats[k] += bits_to_float(halves[k / 4].words[k % 4]);
   }
 #pragma unroll
-  for (double& sum : sums) sum = block_total(sum);
-  if (threadIdx.x == 0) write_figures(a, sums);
+  for (double& sum : totals.stats) sum = block_total(sum);
+  totals.kept = block_total(totals.kept);
+  totals.measured = block_total(totals.measured);
+  totals.in_kl = block_total(totals.in_kl);
+  if (threadIdx.x == 0) write_figures(a, totals);
 }
 
 void launch_block(void (*kernel)(PolicyLossArgs), const PolicyLossArgs& args) {

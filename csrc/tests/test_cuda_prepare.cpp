@@ -29,10 +29,10 @@ struct Results {
   explicit Results(size_t n)
       : uses(n, 99),
         logprobs(n, kNan),
-        stats(4 * n, kNan),
-        scales(3, kNan),
-        figures(5, kNan),
-        counts(5, -7),
+        stats(spo::kStats * n, kNan),
+        scales(4, kNan),
+        figures(10, kNan),
+        counts(7, -7),
         index(n + 2, -7),
         states(n + 2, -7),
         sources(n + 2, -7) {}
@@ -57,37 +57,113 @@ spo::PolicyLossArgs arguments(const Inputs& in, Results* out, bool gathers) {
 
 using Phase = void (*)(const spo::PolicyLossArgs&);
 
+// The bits of a token that runs, for short.
+constexpr uint8_t kPolicyRow = spo::kInPolicy | spo::kRuns, kKlRow = spo::kInKl | spo::kRuns;
+
 // Token 0 trains; 1 has no advantage; 2 was sure; 3 is masked; 4 trains, with a ratio far away.
+const Inputs kByHand = {{1, 2, 3, -100, 9},        {4, 4, 0, -1, 2},    {1, 7, -1, 0, 1},
+                        {-1, -1, -0.1f, kNan, -2}, {2, 0, 5, kNan, -8}, {1, 1, 1, 0, 0.5f}};
+
 void test_by_hand(Phase prepare, Phase finish) {
-  const Inputs in = {{1, 2, 3, -100, 9},        {4, 4, 0, -1, 2},    {1, 7, -1, 0, 1},
-                     {-1, -1, -0.1f, kNan, -2}, {2, 0, 5, kNan, -8}, {1, 1, 1, 0, 0.5f}};
   Results out(5);
-  spo::PolicyLossArgs a = arguments(in, &out, true);
+  spo::PolicyLossArgs a = arguments(kByHand, &out, true);
   a.kl_estimator = spo::kK3, a.kl_scope = spo::kAll, a.kl_coef = 0.5, a.kl_norm_value = 4;
+  a.kl_clamp = 10, a.entropy_coef = 0;
   prepare(a);
-  CHECK((out.uses == std::vector<uint8_t>{3, 3, 2, 0, 3}));
-  CHECK((out.counts == std::vector<int64_t>{3, 2, 4, 0, 0}));
+  CHECK((out.uses == std::vector<uint8_t>{11, 11, 10, 0, 11}));
+  CHECK((std::vector<int64_t>{out.counts[0], out.counts[2], out.counts[3], out.counts[4]} ==
+         std::vector<int64_t>{3, 4, 0, 0}));
   CHECK((out.index == std::vector<int64_t>{0, 1, 2, 4, 5, 5, 5}));
   CHECK((out.states == std::vector<int64_t>{4, 4, 0, 2, 5, 5, 5}));
   CHECK((out.sources == std::vector<int64_t>{4, 4, 0, 2, 0, 0, 0}));
+  for (float x : out.logprobs) CHECK(std::isnan(x));
   CHECK_NEAR(out.scales[0], 1.0 / 3, 1e-7, "1 / Z");
   CHECK_NEAR(out.scales[1], 0.125, 0, "kl_coef / Z_kl");
-  CHECK_NEAR(out.scales[2], 1, 0, "power");
+  CHECK_NEAR(out.scales[2], 0, 0, "entropy_coef / Z");
+  CHECK_NEAR(out.scales[3], 1, 0, "power");
   // At most 8 / 0.5 / 3 + 22027 / 0.5 / 8 = 5512, in [2^12, 2^13); with a ratio of e^2 the same.
   a.scaled = true, a.log_ratio_clamp = 10;
   prepare(a);
-  CHECK_NEAR(out.scales[2], 4, 0, "power");
-  CHECK_NEAR(out.figures[4], 0.25, 0, "its inverse");
+  CHECK_NEAR(out.scales[3], 4, 0, "power");
   a.policy_norm_value = 1e-6;  // never smaller than the gradients are
   prepare(a);
-  CHECK_NEAR(out.scales[2], 1, 0, "power");
-  for (int i = 0; i < 20; ++i) out.stats[i] = static_cast<float>(i % 4 + 1);
+  CHECK_NEAR(out.scales[3], 1, 0, "power");
+  for (int i = 0; i < 5 * spo::kStats; ++i) out.stats[i] = static_cast<float>(i % spo::kStats + 1);
+  out.scales[3] = 4;
   finish(a);
-  CHECK_NEAR(out.figures[0], 5, 0, "policy");
-  CHECK_NEAR(out.figures[1], 10, 0, "KL");
-  CHECK_NEAR(out.figures[2], 7.5, 0, "clipfrac");
-  CHECK_NEAR(out.figures[3], 10, 0, "ratio");
-  CHECK_NEAR(out.loss, 15, 0, "loss");
+  // Five tokens left 1 to 8 each; three are kept and run, and four have a KL.
+  const double want[10] = {5, 10, 15, 65.0 / 3, 10, 35.0 / 3, 40.0 / 3, 20.0 / 3, 25.0 / 4, 0.25};
+  for (int i = 0; i < 10; ++i) CHECK_NEAR(out.figures[i], want[i], 2e-6, "figure");
+  CHECK((out.counts == std::vector<int64_t>{3, 3, 4, 0, 0, 0, 4}));
+  CHECK_NEAR(out.loss, 30, 0, "loss");
+}
+
+// What the options add to the tokens that run, to the counts and to the scales.
+void test_options(Phase prepare, Phase finish) {
+  Results out(5);
+  spo::PolicyLossArgs a = arguments(kByHand, &out, true);
+  prepare(a);  // token 1 has no term
+  CHECK((out.uses == std::vector<uint8_t>{kPolicyRow, spo::kInPolicy, 0, 0, kPolicyRow}));
+  CHECK(out.counts[2] == 2);
+  a.kl_estimator = spo::kK1;  // a figure of the rows that run anyway
+  prepare(a);
+  CHECK((out.uses == std::vector<uint8_t>{kPolicyRow | spo::kInKl, 3, 0, 0, 11}));
+  a.kl_estimator = spo::kNoKl, a.metrics = true;
+  prepare(a);
+  CHECK((out.uses == std::vector<uint8_t>{kPolicyRow, kPolicyRow, 0, 0, kPolicyRow}));
+  a.metrics = false, a.entropy_coef = 0.5;
+  prepare(a);
+  CHECK((out.uses == std::vector<uint8_t>{kPolicyRow, kPolicyRow, 0, 0, kPolicyRow}));
+  CHECK_NEAR(out.scales[2], 0.5 / 3, 1e-7, "entropy_coef / Z");
+  a.entropy_coef = 0, a.drop_nan = true, a.kl_estimator = spo::kK1, a.kl_scope = spo::kAll;
+  a.kl_coef = 1;
+  Inputs unknown = kByHand;
+  unknown.old[0] = kNan;
+  a.old_logprobs = unknown.old.data();
+  prepare(a);
+  CHECK((out.uses == std::vector<uint8_t>{0, 11, kKlRow, 0, 11}));
+  CHECK(out.counts[0] == 2 && out.counts[3] == 0 && out.counts[5] == 1);
+  a.drop_nan = false;
+  prepare(a);
+  CHECK(out.counts[3] == spo::kBadToken && out.counts[5] == 0);
+  // On-policy the rows decide; here they drop token 4, and Z becomes the 3 that are left.
+  a.old_logprobs = nullptr, a.kl_estimator = spo::kNoKl, a.kl_coef = 0;
+  prepare(a);
+  CHECK((out.uses == std::vector<uint8_t>{9, 9, 9, 0, 9}) && out.counts[2] == 4);
+  CHECK_NEAR(out.scales[0], 1, 0, "1 / Z before the rows");
+  out.uses[4] = spo::kRuns;
+  for (float& x : out.stats) x = 3;
+  finish(a);
+  CHECK(out.counts[0] == 3 && out.counts[1] == 3);
+  CHECK_NEAR(out.figures[0], 15.0 / 3, 1e-6, "policy");
+  CHECK_NEAR(out.figures[9], 1.0 / 3, 1e-7, "1 / Z after the rows");
+  CHECK_NEAR(out.loss, 15, 1e-6, "loss");
+  a.policy_norm_value = 8;
+  prepare(a);
+  finish(a);
+  CHECK_NEAR(out.scales[0], 0.125, 0, "1 / Z");
+  CHECK_NEAR(out.figures[9], 1, 0, "nothing is left to divide by");
+}
+
+// A weight, a maximal ratio and the ratio of the KL bound an fp16 gradient too.
+void test_power(Phase prepare) {
+  const std::vector<float> weights(5, 0.25f), kl_weights(5, 2);
+  Results out(5);
+  spo::PolicyLossArgs a = arguments(kByHand, &out, true);
+  a.scaled = true, a.policy_norm_value = 1, a.clip_ratio_max = 3;
+  const auto power = [&](double size) {
+    prepare(a);
+    CHECK_NEAR(out.scales[3], std::ldexp(1.0, 14 - std::ilogb(size)), 0, "power");
+  };
+  power(8 * 3 / 0.5);  // token 4: A = -8, temperature 1/2
+  a.weights = weights.data();
+  power(8 * 3 / 0.5 / 4);
+  a.entropy_coef = -4;
+  power(8 * 3 / 0.5 / 4 + 4 * (1 + std::log(10)) / 0.5);
+  a.entropy_coef = 0, a.kl_estimator = spo::kK3, a.kl_coef = 1, a.kl_clamp = 2, a.kl_norm_value = 1;
+  power(8 * 3 / 0.5 / 4 + std::exp(2.0) / 0.5);
+  a.kl_weights = kl_weights.data(), a.kl_ratio = true;
+  power(8 * 3 / 0.5 / 4 + std::exp(2.0) / 0.5 * 2 * 2 * std::exp(2.0));
 }
 
 // What each of them may not hold where a token is kept; masked tokens hold anything.
@@ -158,15 +234,15 @@ void test_random(size_t size, bool gathers, bool strict) {
   CHECK(want.index == found.index && want.states == found.states);
   CHECK(want.sources == found.sources);
   CHECK(want.scales == found.scales && want.figures == found.figures && want.loss == found.loss);
-  if (gathers) CHECK(want.logprobs == found.logprobs);
+  if (gathers) CHECK(std::isnan(found.logprobs.empty() ? kNan : found.logprobs.back()));
 }
 
 // Rows without tokens, and rows of tokens without a hidden state.
 void test_gathered_rows(Phase rows) {
   const Inputs in = {{1, 2, 3}, {0, 0, 0}, {1, 1, 1}, {-1, -1, -1}, {1, 1, 1}, {1, 1, 1}};
   Results out(3);
-  out.uses = {spo::kInPolicy, 0, spo::kInPolicy | spo::kLost}, out.scales = {1, 0, 1};
-  out.index = {2, 3, 0, 3, 3}, out.counts = {2, 2, 2, 0, 0};
+  out.uses = {kPolicyRow, 0, kPolicyRow | spo::kLost}, out.scales = {1, 0, 0, 1};
+  out.index = {2, 3, 0, 3, 3}, out.counts = {2, 2, 2, 0, 0, 0, 0};
   std::vector<float> logits(3 * 10, 0), dlogits(3 * 10, kNan);
   spo::PolicyLossArgs a = arguments(in, &out, true);
   a.rows = 3, a.logits = logits.data(), a.dlogits = dlogits.data();
@@ -215,6 +291,10 @@ int main() {
   test_gathered_rows(spo::policy_loss_cpu);
   test_by_hand(spo::policy_prepare_cpu, spo::policy_finish_cpu);
   test_by_hand(spo::policy_prepare_cuda, spo::policy_finish_cuda);
+  test_options(spo::policy_prepare_cpu, spo::policy_finish_cpu);
+  test_options(spo::policy_prepare_cuda, spo::policy_finish_cuda);
+  test_power(spo::policy_prepare_cpu);
+  test_power(spo::policy_prepare_cuda);
   test_bad_tokens(spo::policy_prepare_cpu);
   test_bad_tokens(spo::policy_prepare_cuda);
   for (size_t size : {0, 1, 31, 4095, 4097, 9000})

@@ -67,13 +67,17 @@ void near_grads(const Buffer& found, const Buffer& want, int64_t size) {
 
 struct Outputs {
   std::vector<float> logprobs, entropy, stats;
-  Outputs() : logprobs(kRows, kNan), entropy(kRows, kNan), stats(4 * kRows, kNan) {}
+  Outputs() : logprobs(kRows, kNan), entropy(kRows, kNan), stats(spo::kStats * kRows, kNan) {}
 };
 
 enum class Out { kFresh, kSameAlignment, kInplace, kNone };
 
+// kAll: an entropy bonus, weights, a maximal ratio, the ratio in the KL term. kLate: on-policy,
+// with the probability mask of this pass.
+enum class Options { kPlain, kAll, kLate };
+
 void test_policy_loss(Dtype dtype, Dtype grads_dtype, int64_t vocab, Mode mode, Out where,
-                      bool entropy) {
+                      bool entropy, Options options = Options::kPlain) {
   std::mt19937 random(static_cast<uint32_t>(vocab));
   std::normal_distribution<float> normal(0, 1);
   const Layout layout{vocab};
@@ -81,16 +85,17 @@ void test_policy_loss(Dtype dtype, Dtype grads_dtype, int64_t vocab, Mode mode, 
   fill(&logits, layout, dtype == spo::kFloat16, &random);
   std::vector<int64_t> ids(kRows);
   std::vector<float> old(kRows), advantages(kRows), ref(kRows), temperature(kRows);
-  std::vector<uint8_t> uses(kRows, spo::kInPolicy | spo::kInKl);
-  float scales[3] = {0.25f, 0.05f, 1};
-  int64_t counts[4] = {};
+  std::vector<uint8_t> uses(kRows, spo::kInPolicy | spo::kInKl | spo::kRuns);
+  float scales[4] = {0.25f, 0.05f, 0, 1};
+  int64_t counts[7] = {};
   for (int64_t i = 0; i < kRows; ++i) {
     ids[i] = i % 4 == 3 ? 0 : i == 4 ? vocab - 1 : random() % vocab;
     temperature[i] = 0.5f + 0.25f * (i % 5);
     old[i] = -3 + normal(random), ref[i] = -3 + normal(random), advantages[i] = normal(random);
   }
   // Row 2 has no policy term; rows 1 and 5 carry no loss: they must not be read.
-  uses[0] = uses[1] = spo::kInPolicy, uses[2] = spo::kInKl, uses[5] = 0, advantages[1] = 0;
+  uses[0] = spo::kInPolicy | spo::kRuns, uses[1] = spo::kInPolicy, uses[5] = 0;
+  uses[2] = spo::kInKl | spo::kRuns, advantages[1] = 0;
   ids[5] = -100;
   for (int64_t j = 0; j < vocab; ++j)
     for (int64_t i : {1, 5}) logits.set(layout.offset(i) + j, kNan);
@@ -104,7 +109,18 @@ void test_policy_loss(Dtype dtype, Dtype grads_dtype, int64_t vocab, Mode mode, 
   a.ref_logprobs = ref.data(), a.temperature = temperature.data(), a.temperature_stride = 1;
   a.uses = uses.data(), a.scales = scales, a.counts = counts;
   a.clip_eps_low = 0.2f, a.clip_eps_high = 0.3f, a.log_ratio_clamp = 10;
-  a.kl_estimator = spo::kK3;
+  a.kl_estimator = spo::kK3, a.kl_clamp = 10;
+  std::vector<float> weights(kRows), kl_weights(kRows);
+  for (int64_t i = 0; i < kRows; ++i) weights[i] = 0.3f * i, kl_weights[i] = 2 - 0.3f * i;
+  if (options != Options::kPlain) a.kl_ratio = true, a.kl_scope = spo::kAll;
+  if (options == Options::kAll) {
+    a.entropy_coef = 0.4, scales[2] = 0.1f, a.clip_ratio_max = 1.5f;
+    a.weights = weights.data(), a.kl_weights = kl_weights.data();
+  } else if (options == Options::kLate) {
+    a.old_logprobs = nullptr, a.log_threshold = -4;
+  }
+  const std::vector<uint8_t> uses_before = uses;
+  std::vector<uint8_t> want_uses;
   Outputs found, want;
   const auto run = [&](void (*kernel)(const spo::PolicyLossArgs&), Outputs* out, Buffer* x,
                        Buffer* dx) {
@@ -115,14 +131,17 @@ void test_policy_loss(Dtype dtype, Dtype grads_dtype, int64_t vocab, Mode mode, 
     kernel(a);
   };
   run(spo::policy_loss_cpu, &want, &copy, &want_grads);
+  want_uses = uses, uses = uses_before, a.uses = uses.data();
   mode.set(vocab * logits.width());
   run(spo::policy_loss_cuda, &found, &logits, &grads);
   const int64_t granules = vocab * logits.width() / 16;
-  if (where != Out::kNone && mode.cluster > 0 && granules >= mode.cluster * mode.cluster)
+  const bool holds = where != Out::kNone && mode.cluster > 0 && options != Options::kAll;
+  if (holds && granules >= mode.cluster * mode.cluster)
     CHECK(runtime.launches.back().cluster == mode.cluster);
   near_rows(found.logprobs, want.logprobs, 4e-6, "logprob");
   near_rows(found.entropy, want.entropy, 8e-6, "entropy");
   near_rows(found.stats, want.stats, 2e-6, "stats");
+  CHECK(uses == want_uses);
   const Buffer& out = where == Out::kInplace ? logits : grads;
   near_grads(out, where == Out::kInplace ? copy : want_grads, layout.size());
   CHECK(logits.guard_untouched() && grads.guard_untouched());
@@ -177,8 +196,8 @@ void test_bad_rows(Mode mode) {
   logits[2 * vocab + 299] = kNan;
   const int64_t ids[kRows] = {0, -1, 7, vocab, int64_t{1} << 40, 299, 5};
   const std::vector<float> zeros(kRows), ones(kRows, 1);
-  std::vector<uint8_t> uses(kRows, spo::kInPolicy);
-  float scales[3] = {1, 0, 1};
+  std::vector<uint8_t> uses(kRows, spo::kInPolicy | spo::kRuns);
+  float scales[4] = {1, 0, 0, 1};
   Outputs out;
   spo::PolicyLossArgs a;
   a.tokens = a.rows = kRows, a.vocab = vocab, a.logits = logits.data(), a.dlogits = dlogits.data();
@@ -199,7 +218,7 @@ void test_bad_rows(Mode mode) {
     const bool good = i == 0 || i >= 5;
     CHECK_NEAR(out.logprobs[i], good ? -std::log(300.0) : kNan, 1e-6, "logprob");
     CHECK_NEAR(alone.logprobs[i], good ? -std::log(300.0) : kNan, 1e-6, "logprob alone");
-    CHECK(std::isnan(out.stats[4 * i]) == !good);
+    CHECK(std::isnan(out.stats[spo::kStats * i]) == !good);
     CHECK(std::isnan(dlogits[i * vocab]) == !good);
   }
 }
@@ -214,6 +233,8 @@ int main() {
         for (Out where : {Out::kFresh, Out::kSameAlignment, Out::kInplace, Out::kNone})
           test_policy_loss(dtype, dtype, vocab, {cluster, odd}, where, where != Out::kFresh);
         test_policy_loss(dtype, dtype, vocab, {cluster, !odd}, Out::kInplace, false);
+        test_policy_loss(dtype, dtype, vocab, {cluster, odd}, Out::kInplace, true, Options::kAll);
+        test_policy_loss(dtype, dtype, vocab, {cluster, odd}, Out::kInplace, odd, Options::kLate);
         if (dtype != spo::kFloat32) continue;
         for (Out where : {Out::kFresh, Out::kSameAlignment})
           test_policy_loss(dtype, spo::kBFloat16, vocab, {cluster, odd}, where, false);

@@ -49,7 +49,8 @@ void test_policy_loss(Dtype dtype, int64_t vocab, int32_t threads, bool inplace)
   std::vector<int64_t> ids(rows);
   std::vector<float> old(rows), advantages(rows), ref(rows), temperature(rows),
       logprobs(rows, kNan);
-  std::vector<float> entropy(rows, kNan), stats(4 * rows, kNan), scales = {0.25f, 0.05f, 1.0f};
+  std::vector<float> entropy(rows, kNan), stats(spo::kStats * rows, kNan),
+      scales = {0.25f, 0.05f, 0, 1.0f};
   std::vector<uint8_t> uses(rows);
   for (int64_t i = 0; i < rows; ++i) {
     ids[i] = i % 4 == 3 ? 0 : random() % vocab;
@@ -58,7 +59,8 @@ void test_policy_loss(Dtype dtype, int64_t vocab, int32_t threads, bool inplace)
     old[i] = static_cast<float>(row.logprob) + 0.3f * normal(random);
     ref[i] = static_cast<float>(row.logprob) + 0.3f * normal(random);
     advantages[i] = i == 5 ? 0 : normal(random);
-    uses[i] = (i != 2 && i != 8 ? spo::kInPolicy : 0) | (i != 5 && i != 8 ? spo::kInKl : 0);
+    uses[i] =
+        (i != 2 && i != 8 ? spo::kInPolicy : 0) | (i != 5 && i != 8 ? spo::kInKl | spo::kRuns : 0);
   }
   for (int64_t j = 0; j < vocab; ++j) {  // rows 5 and 8 carry no loss: they must not be read
     logits.set(5 * vocab + j, kNan);
@@ -75,7 +77,7 @@ void test_policy_loss(Dtype dtype, int64_t vocab, int32_t threads, bool inplace)
   a.ref_logprobs = ref.data(), a.temperature = temperature.data(), a.temperature_stride = 1;
   a.uses = uses.data(), a.scales = scales.data();
   a.clip_eps_low = 0.2f, a.clip_eps_high = 0.3f, a.log_ratio_clamp = 10;
-  a.kl_estimator = spo::kK3;
+  a.kl_estimator = spo::kK3, a.kl_clamp = 10;
   a.logprobs = logprobs.data(), a.entropy = entropy.data(), a.stats = stats.data();
   a.num_threads = threads;
   spo::policy_loss_cpu(a);
@@ -83,7 +85,7 @@ void test_policy_loss(Dtype dtype, int64_t vocab, int32_t threads, bool inplace)
   const Buffer& out = inplace ? logits : grads;
   for (int64_t i = 0; i < rows; ++i) {
     if (i == 5 || i == 8) {
-      CHECK_NEAR(logprobs[i], 0, 0, "dropped logprob");
+      CHECK_NEAR(logprobs[i], kNan, 0, "dropped logprob");
       for (int64_t j = 0; j < vocab; ++j) CHECK_NEAR(out.get(i * vocab + j), 0, 0, "dropped row");
       continue;
     }
@@ -103,8 +105,9 @@ void test_policy_loss(Dtype dtype, int64_t vocab, int32_t threads, bool inplace)
       kl = 0.05 * (std::exp(d) - d - 1);
       g += 0.05 * (1 - std::exp(d));
     }
-    CHECK_NEAR(stats[4 * i], policy, 1e-5 * std::abs(policy) + 1e-7, "policy term");
-    CHECK_NEAR(stats[4 * i + 1], kl, 1e-5 * std::abs(kl) + 1e-6, "KL term");
+    CHECK_NEAR(stats[spo::kStats * i + spo::kPolicyTerm], policy, 1e-5 * std::abs(policy) + 1e-7,
+               "policy term");
+    CHECK_NEAR(stats[spo::kStats * i + spo::kKlTerm], kl, 1e-5 * std::abs(kl) + 1e-6, "KL term");
     for (int64_t j = 0; j < vocab; ++j) {
       const double want = g / temperature[i] * ((j == ids[i]) - row.p[j]);
       const double bound = 1e-6 + 1e-5 * std::abs(want) + 1.01 * out.rounding(want);

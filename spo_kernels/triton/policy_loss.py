@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spo_kernels.triton.configs import aligned_alike, row_sweep
-from spo_kernels.triton.objective import kl_term, policy_term, token_args
+from spo_kernels.triton.objective import importance_ratio, kl_term, policy_term, token_args
 from spo_kernels.triton.prepare import policy_finish, policy_prepare
 from spo_kernels.triton.softmax import LN2, LOG2E, expm1, row_start, row_sums, write_row, zero_row
 
@@ -43,6 +43,7 @@ def policy_loss_kernel(
     stats,
     STRICT: tl.constexpr,  # after bad input no row is touched
     DLOGITS_ZEROED: tl.constexpr,
+    SLOPED: tl.constexpr,  # the loss has an entropy term
     ALIKE: tl.constexpr,  # as in write_row
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
@@ -58,22 +59,24 @@ def policy_loss_kernel(
         run = tl.load(counts + 3) == 0
     exists = exists & run
     use = tl.load(uses + token, mask=exists, other=0)
-    advantage = tl.load(tokens.advantages + token, mask=exists, other=0.0)
-    # A zero advantage makes the policy term and its gradient 0: such a row needs no logprob.
-    in_policy = ((use & 1) != 0) & (advantage != 0)
-    in_kl = (use & 2) != 0
-    logprob = 0.0
-    entropy = 0.0
+    logprob = float("nan")
+    entropy = float("nan")
     policy = 0.0
     kl = 0.0
-    clipped = 0.0
+    entropy_term = 0.0
+    estimate = 0.0
+    low = 0.0
+    high = 0.0
+    most = 0.0
     ratio = 0.0
-    slope = 0.0
+    g = 0.0
+    h = 0.0
     row_max = 0.0
     row_sum = 1.0
+    log_sum = 0.0
     inv_temperature = 1.0
     column = -1
-    if in_policy | in_kl:
+    if (use & 8) != 0:
         if tokens.temperature is not None:
             heat = tl.load(tokens.temperature + token * temperature_stride)
         else:
@@ -92,27 +95,56 @@ def policy_loss_kernel(
         log_sum = tl.log(row_sum)
         logprob = (chosen - row_max) * inv_temperature - log_sum
         entropy = log_sum - LN2 * weighted / row_sum
-        if in_policy:
-            policy, clipped, ratio, slope = policy_term(
-                logprob, token, tokens, advantage, tl.load(scales)
+        if tokens.old_logprobs is None:  # the probability mask is that of this pass
+            if logprob >= tokens.log_threshold:
+                if tokens.kl_scope == 1:
+                    use = use & 254
+                else:
+                    use = use & 252
+            tl.store(uses + token, use)
+        full_ratio, ratio_slope = importance_ratio(logprob, token, tokens)
+        if (use & 1) != 0:
+            ratio = full_ratio
+            advantage = tl.load(tokens.advantages + token)
+            policy, low, high, most, g = policy_term(
+                ratio, ratio_slope, token, tokens, advantage, tl.load(scales)
             )
+            if SLOPED:
+                h = -tl.load(scales + 2)
+                entropy_term = h * entropy
         if tokens.kl_estimator != 0:
-            if in_kl:
-                kl, kl_slope = kl_term(logprob, token, tokens, tl.load(scales + 1))
-                slope += kl_slope
+            if (use & 2) != 0:
+                kl, estimate, kl_slope = kl_term(
+                    logprob, full_ratio, ratio_slope, token, tokens, tl.load(scales + 1)
+                )
+                g += kl_slope
     tl.store(logprobs + token, logprob, mask=exists)
     if entropies is not None:
         tl.store(entropies + token, entropy, mask=exists)
-    tl.store(stats + 4 * token, policy, mask=exists)
-    tl.store(stats + 4 * token + 1, kl, mask=exists)
-    tl.store(stats + 4 * token + 2, clipped, mask=exists)
-    tl.store(stats + 4 * token + 3, ratio, mask=exists)
+    row_stats = stats + 8 * token
+    tl.store(row_stats, policy, mask=exists)
+    tl.store(row_stats + 1, kl, mask=exists)
+    tl.store(row_stats + 2, entropy_term, mask=exists)
+    tl.store(row_stats + 3, ratio, mask=exists)
+    tl.store(row_stats + 4, estimate, mask=exists)
+    tl.store(row_stats + 5, low, mask=exists)
+    tl.store(row_stats + 6, high, mask=exists)
+    tl.store(row_stats + 7, most, mask=exists)
     if dlogits is not None:
         out_start = row_start(row, dlogits_block_rows, dlogits_block_stride, dlogits_row_stride)
-        if slope != 0:
-            g = slope * inv_temperature * tl.load(scales + 2)
+        if (g != 0) | (h != 0):
+            power = inv_temperature * tl.load(scales + 3)
+            g *= power
+            h *= power
             # 1 - p of the token itself; 1 - exp(logprob) would cancel.
             own = -g * expm1(logprob)
+            factor = -g / row_sum
+            slope = 0.0
+            if SLOPED:
+                factor -= h * (entropy - log_sum) / row_sum
+                slope = -h * LN2 / row_sum
+                p_log_p = tl.exp(logprob) * (logprob + entropy)
+                own -= h * tl.where(logprob == float("-inf"), 0.0, p_log_p)
             write_row(
                 logits,
                 start,
@@ -121,11 +153,11 @@ def policy_loss_kernel(
                 vocab,
                 row_max,
                 LOG2E * inv_temperature,
-                -g / row_sum,
-                0.0,
+                factor,
+                slope,
                 column,
                 own,
-                False,
+                SLOPED,
                 ALIKE,
                 BLOCK_V,
                 STAGES,
@@ -148,11 +180,11 @@ def policy_loss(
     strict: bool,
     temperature_stride: int,
     uses: Tensor,  # (N,)
-    scales: Tensor,  # (3,)
-    counts: Tensor,  # (5,)
+    scales: Tensor,  # (4,)
+    counts: Tensor,  # (7,)
     logprobs: Tensor,  # (N,)
     entropy: Tensor | None,  # (N,)
-    stats: Tensor,  # (N, 4)
+    stats: Tensor,  # (N, 8)
     **fields: Any,  # of `Tokens`; dtypes and sizes for native code
 ) -> None:
     """Fill logprobs, entropy, stats and dlogits: `policy_loss_cpu` on `PolicyLossArgs`."""
@@ -177,6 +209,7 @@ def policy_loss(
             stats,
             STRICT=strict,
             DLOGITS_ZEROED=dlogits_zeroed,
+            SLOPED=fields["entropy_coef"] != 0,
             ALIKE=aligned_alike(logits_layout, dlogits_layout),
             **row_sweep(vocab),
         )

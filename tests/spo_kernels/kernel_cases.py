@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from spo_kernels.dispatch import unavailable
-from spo_kernels.objective import Tokens
+from spo_kernels.objective import FIGURES as SUMS
 from spo_kernels.testing import DEVICE, FAST, assert_as_good_as_torch
+from spo_kernels.tokens import TYPES, Tokens
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # A backend that cannot run the tensors of these tests.
 ELSEWHERE = "cpu" if DEVICE.type == "cuda" else "cuda"
 INTERPRETED = FAST == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-FIGURES = ("loss", "policy_loss", "kl", "clipfrac", "ratio_mean", "logprobs", "entropy")
+FIGURES = ("loss", *SUMS, "logprobs", "entropy")
 on_cpu_tensors = pytest.mark.skipif(DEVICE.type != "cpu", reason="it is about CPU tensors")
 slow_if_interpreted = pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter takes minutes")
 
@@ -43,7 +44,7 @@ def assert_figures_as_good(got, same, oracle):
             assert triple[0].dtype == torch.float32
             summed = 1.0 if triple[0].ndim == 0 else 0.0  # terms of order one that may cancel
             assert_as_good_as_torch(name, *triple, scale=summed)
-    assert got.num_kept == oracle.num_kept
+    assert got.num_kept == oracle.num_kept and got.num_nan == oracle.num_nan
 
 
 def assert_compiles(step, *tensors):
@@ -54,16 +55,17 @@ def assert_compiles(step, *tensors):
         loss, *others = function(*leaves)
         loss.backward()
         results.append([loss.detach(), *others, *(x.grad for x in leaves)])
-    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[1], results[0], equal_nan=True)
 
 
 def tokens_from(inputs, **changes):
     """`Tokens` of all rows of `LossInputs`: nothing masked, no KL term, one temperature."""
-    fields = {
+    fields = dict.fromkeys(TYPES) | {
         **{name: getattr(inputs, name) for name in ("token_ids", "old_logprobs", "advantages")},
-        **dict.fromkeys(("ref_logprobs", "loss_mask", "temperature", "policy_norm", "kl_norm")),
         **{"temperature_value": 1.0, "policy_norm_value": -1.0, "kl_norm_value": -1.0},
         **{"log_threshold": math.inf, "clip_eps_low": 0.2, "clip_eps_high": 0.2},
-        **{"log_ratio_clamp": 10.0, "kl_coef": 0.0, "kl_estimator": 0, "kl_scope": 0},
+        **{"clip_ratio_max": math.inf, "log_ratio_clamp": 10.0, "kl_coef": 0.0, "kl_clamp": 10.0},
+        **{"entropy_coef": 0.0, "kl_estimator": 0, "kl_scope": 0, "kl_ratio": False},
+        **{"drop_nan": False, "metrics": False},
     }
     return Tokens(**fields | changes)

@@ -287,7 +287,7 @@ def test_compiles_into_one_graph():
         ({"token_ids": tensor([0, 1, 5])}, ValueError, r"\[0, 5\).*found 5 at row 2"),
         ({"token_ids": tensor([0, 1])}, ValueError, r"token_ids: .* shape \(3,\)"),
         ({"logits": torch.zeros(3, 5, dtype=torch.int32)}, TypeError, "logits: expected float32"),
-        ({"loss_mask": torch.ones(2)}, ValueError, "loss_mask: expected the tokens' shape"),
+        ({"loss_mask": torch.ones(2).bool()}, ValueError, "loss_mask: expected the tokens' shape"),
         ({"temperature": -1.0}, ValueError, "temperature: expected a positive finite"),
         ({"backend": ELSEWHERE}, ValueError, f"backend='{ELSEWHERE}' cannot run logprobs"),
     ],

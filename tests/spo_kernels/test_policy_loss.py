@@ -23,6 +23,7 @@ from spo_kernels import masked_ppo_loss, policy_loss, rows
 from spo_kernels.testing import FAST, assert_as_good_as_torch, loss_inputs, poison
 
 needs_native, BACKENDS = needs_fast("policy_loss"), backends_of("policy_loss")
+EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 FIELDS = ("logits", "token_ids", "old_logprobs", "advantages", "loss_mask", "ref_logprobs")
 
 
@@ -72,8 +73,10 @@ def test_by_hand(backend):
     assert out.num_kept == 2
     assert out.clipfrac.item() == 0.5
     assert out.ratio_mean.item() == pytest.approx(1.5)
-    torch.testing.assert_close(out.logprobs, tensor([math.log(0.5), math.log(0.5), 0.0]))
-    torch.testing.assert_close(out.entropy, tensor([math.log(2), math.log(2), 0.0]))
+    assert (out.clipfrac_low, out.clipfrac_high, out.clipfrac_max) == (0, 0.5, 0)
+    missing = math.nan  # the third row is not computed
+    for found, value in ((out.logprobs, math.log(0.5)), (out.entropy, math.log(2))):
+        torch.testing.assert_close(found, tensor([value, value, missing]), equal_nan=True)
     # d(-ratio A / 2)/dlogprob = -1/2 on the first row only, times (onehot - p).
     torch.testing.assert_close(logits.grad, tensor([[-0.25, 0.25], [0.0, 0.0], [0.0, 0.0]]))
 
@@ -159,7 +162,7 @@ def test_temperature_per_token():
     want, want_grad = evaluate(
         inputs, FAST, temperature=tensor([0.5, 1.0, 2.0]).repeat_interleave(8)
     )
-    assert torch.equal(got.logprobs.flatten(), want.logprobs)
+    torch.testing.assert_close(got.logprobs.flatten(), want.logprobs, **EXACT)
     assert torch.equal(grad.view(24, 99), want_grad)
 
 
@@ -203,7 +206,7 @@ def test_dropped_rows_hold_nan(dtype, kept):
     got, grad = compare(dirty, oracle_inputs=inputs, entropy=True)
     assert 0 < used.sum() < 37 and (grad[used] != 0).any()
     assert (grad[~used] == 0).all()
-    assert (got.logprobs[~used] == 0).all() and (got.entropy[~used] == 0).all()
+    assert torch.equal(got.logprobs.isnan(), ~used) and torch.equal(got.entropy.isnan(), ~used)
     # The reference withstands the same.
     ref, ref_grad = evaluate(dirty, "reference")
     assert torch.isfinite(ref_grad).all() and torch.isfinite(ref.loss)
@@ -231,7 +234,7 @@ def test_nothing_kept(backend, rows, options):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_not_finite_in_a_kept_row_is_seen(backend):
-    inputs = dataclasses.replace(loss_inputs(6, 300, kept=1.0), loss_mask=torch.ones(6))
+    inputs = dataclasses.replace(loss_inputs(6, 300, kept=1.0), loss_mask=None)
     for value in (math.nan, math.inf)[: 1 if backend == "reference" else 2]:
         inputs.logits[2, 70] = value
         out, grad = evaluate(inputs, backend)
@@ -528,14 +531,28 @@ def test_compiles_into_one_graph():
     assert_compiles(step, inputs.logits)
 
 
-def test_a_mask_may_hold_numbers():
+def test_a_mask_holds_bool_or_integers():
+    """A float would be cut to 0 and 1: fractions, and NaN, which trained its token."""
     old = tensor([-1.0, -1.0, -0.01, -1.0])
-    for mask in (tensor([2, 0, 1, 1]), tensor([0.5, 0.0, 1.0, 1.0])):
+    for mask in (tensor([2, 0, 1, 1]), tensor([True, False, True, True])):
         assert spo_kernels.policy_mask(old, mask, 0.9).tolist() == [True, False, False, True]
         assert spo_kernels.policy_mask(old, mask, None).tolist() == [True, False, True, True]
     for wrong in (None, [1, 0, 1, 1]):
         with pytest.raises(TypeError, match="loss_mask: expected a tensor"):
             spo_kernels.policy_mask(old, wrong, 0.9)
+    logits, ids = torch.zeros(4, 8), torch.arange(4)
+    for wrong in (torch.ones(4), tensor([1.0, math.nan, 0.5, 0]).bfloat16(), torch.ones(4) * 1j):
+        for call in (
+            lambda mask: spo_kernels.policy_mask(old, mask, 0.9),
+            lambda mask: masked_ppo_loss(logits, ids, old, old, loss_mask=mask),
+            lambda mask: spo_kernels.policy_objective(old, old, old, loss_mask=mask),
+            lambda mask: spo_kernels.linear_masked_ppo_loss(
+                logits, torch.zeros(9, 8), ids, old, old, loss_mask=mask
+            ),
+            lambda mask: spo_kernels.token_logprobs(logits, ids, loss_mask=mask),
+        ):
+            with pytest.raises(TypeError, match="loss_mask: expected bool or .* as `weights`"):
+                call(wrong)
 
 
 @needs_native
@@ -568,12 +585,16 @@ def test_second_derivatives_are_refused():
         ({"logits": torch.zeros(4, 16, dtype=torch.int64)}, TypeError, "logits: expected float32"),
         ({"old_logprobs": torch.zeros(5)}, ValueError, r"old_logprobs: .* shape \(4,\)"),
         ({"advantages": torch.zeros(3)}, ValueError, "advantages: expected a shape"),
-        ({"loss_mask": torch.ones(4, 1)}, ValueError, "loss_mask: expected the tokens' shape"),
-        (
-            {"loss_mask": torch.ones(4, dtype=torch.complex64)},
-            TypeError,
-            "loss_mask: expected real",
-        ),
+        ({"loss_mask": torch.ones(4, 1).long()}, ValueError, "loss_mask: expected the tokens' sh"),
+        ({"weights": torch.ones(3)}, ValueError, "weights: expected a shape"),
+        ({"kl_weights": [1.0] * 4}, TypeError, "kl_weights: expected a tensor"),
+        ({"clip_ratio_max": 1.0}, ValueError, "clip_ratio_max: expected a number above 1"),
+        ({"clip_ratio_max": math.nan}, ValueError, "clip_ratio_max: expected a number above 1"),
+        ({"clip_eps_low": -0.1}, ValueError, "clip_eps_low: expected a number >= 0"),
+        ({"kl_clamp": 0.0}, ValueError, "kl_clamp: expected a positive number or None"),
+        ({"entropy_coef": math.inf}, ValueError, "entropy_coef: expected a finite number"),
+        ({"nan_logprobs": "keep"}, ValueError, "nan_logprobs: expected 'error' or 'drop'"),
+        ({"old_logprobs": None, "kl_norm": 2}, ValueError, "kl_norm: expected policy_norm beside"),
         ({"old_logprobs": torch.zeros(4) * 1j}, TypeError, "old_logprobs: expected real"),
         ({"logits": tensor(1.0)}, ValueError, "logits: expected at least one dimension"),
         ({"kl_coef": 0.1}, ValueError, "ref_logprobs: expected a tensor"),
@@ -592,7 +613,7 @@ def test_second_derivatives_are_refused():
         ({"policy_norm": tensor(-1.0)}, ValueError, "policy_norm: expected a finite count"),
         ({"policy_norm": tensor(math.nan)}, ValueError, "policy_norm: expected a finite count"),
         ({"policy_norm": torch.ones(2)}, ValueError, "policy_norm: expected one number"),
-        ({"log_ratio_clamp": 0}, ValueError, "log_ratio_clamp > 0"),
+        ({"log_ratio_clamp": 0}, ValueError, "log_ratio_clamp: expected a positive number"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of"),
     ],
 )

@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from spo_kernels import objective, token_logprobs  # noqa: E402
-from spo_kernels.objective import TYPES  # noqa: E402
 from spo_kernels.testing import assert_as_good_as_torch  # noqa: E402
+from spo_kernels.tokens import TYPES  # noqa: E402
 from spo_kernels.triton import (  # noqa: E402
     configs,
     logprobs,
@@ -32,10 +32,17 @@ from spo_kernels.triton import (  # noqa: E402
     segments,
     tree,
 )
-from spo_kernels.triton.objective import TokenArgs, kl_term, policy_term, token_args  # noqa: E402
+from spo_kernels.triton.objective import (  # noqa: E402
+    TokenArgs,
+    importance_ratio,
+    kl_term,
+    policy_term,
+    token_args,
+)
 
 SHARED = [
     *("test_policy_loss.py", "test_logprobs.py", "test_tree.py", "test_segments.py"),
+    *("test_loss_options.py",),
     *(f"test_triton.py::test_{n}" for n in ("objective", "rows_of_several_blocks", "scale")),
     *(f"test_linear_policy_loss.py::test_{n}" for n in ("options", "bf16_gradient_of_fp32_logits")),
 ]
@@ -79,51 +86,58 @@ def objective_kernel(logprobs, tokens, out):
     i = tl.arange(0, N)
     logprob = tl.load(logprobs + i)
     advantage = tl.load(tokens.advantages + i)
-    policy, clipped, ratio, slope = policy_term(logprob, i, tokens, advantage, 0.7)
-    kl, kl_slope = kl_term(logprob, i, tokens, 0.3)
+    ratio, ratio_slope = importance_ratio(logprob, i, tokens)
+    policy, low, high, most, slope = policy_term(ratio, ratio_slope, i, tokens, advantage, 0.7)
+    kl, estimate, kl_slope = kl_term(logprob, ratio, ratio_slope, i, tokens, 0.3)
     tl.store(out + i, policy)
     tl.store(out + N + i, kl)
-    tl.store(out + 2 * N + i, clipped)
-    tl.store(out + 3 * N + i, ratio)
-    tl.store(out + 4 * N + i, slope + kl_slope)
+    tl.store(out + 2 * N + i, low)
+    tl.store(out + 3 * N + i, high)
+    tl.store(out + 4 * N + i, most)
+    tl.store(out + 5 * N + i, ratio)
+    tl.store(out + 6 * N + i, estimate)
+    tl.store(out + 7 * N + i, slope + kl_slope)
 
 
 @pytest.mark.skipif(not CAN_RUN, reason="there is no GPU, and Triton does not interpret")
 @pytest.mark.parametrize("estimator", [1, 2, 3])
-@pytest.mark.parametrize("clips", [(0.0, 0.0), (0.2, 0.3)])
-@pytest.mark.parametrize("clamp", [0.5, 10.0])
-def test_objective(estimator, clips, clamp):
+@pytest.mark.parametrize("clips", [(0.0, 0.0, math.inf), (0.2, 0.3, 1.5)])
+@pytest.mark.parametrize(("clamp", "kl_ratio"), [(0.5, True), (10.0, False)])
+def test_objective(estimator, clips, clamp, kl_ratio):
     """Value and slope on, just inside and just outside every bound, at infinity and at NaN."""
     tiny = 2.0**-20
     steps = [sign * x for x in (tiny, 1e-3, 0.1, 0.5, 0.5 + tiny, 10, 10.5) for sign in (1, -1)]
     steps = [0.25] * (29 - len(steps)) + [0, *steps, -math.inf, math.nan]
     steps = tensor(steps, device=DEVICE)
+    ones = torch.ones_like(steps)
     for sign in (1.0, -1.0):
-        # In fp64, since PyTorch's slope of expm1(d) - d cancels near 0.
-        leaf = steps.double().requires_grad_()
-        zeros = torch.zeros_like(leaf)
-        advantages = torch.full_like(steps, 1.5 * sign)
-        inputs = SimpleNamespace(
-            token_ids=zeros.long(), old_logprobs=zeros, advantages=advantages.double()
-        )
+        floats = {"old_logprobs": 0 * ones, "advantages": 1.5 * sign * ones}
+        floats |= {"ref_logprobs": 0 * ones, "weights": 0.5 * ones, "kl_weights": 2 * ones}
         tokens = tokens_from(
-            inputs,
-            ref_logprobs=zeros,
-            clip_eps_low=clips[0],
-            clip_eps_high=clips[1],
-            log_ratio_clamp=clamp,
-            kl_estimator=estimator,
+            SimpleNamespace(token_ids=ones.long(), **floats),
+            **{name: floats[name] for name in ("ref_logprobs", "weights", "kl_weights")},
+            **{"clip_eps_low": clips[0], "clip_eps_high": clips[1], "clip_ratio_max": clips[2]},
+            **{"log_ratio_clamp": clamp, "kl_clamp": clamp, "kl_coef": 0.3, "kl_ratio": kl_ratio},
+            **{"kl_estimator": estimator, "policy_norm_value": 1 / 0.7, "kl_norm_value": 1.0},
         )
-        scales = tensor([0.7, 0.3], device=DEVICE).double().unbind()
-        want = objective.token_objective(leaf, tokens, scales)
-        (slope,) = torch.autograd.grad((want[0] + want[1]).sum(), leaf)
-        expected = torch.stack([*want, slope]).detach().float()
-        expected[4, -1] = math.nan  # a kernel shows it, the derivative of PyTorch's clamp hides it
-        got, zeros = torch.full_like(expected, 99.0), torch.zeros_like(steps)
-        floats = {"old_logprobs": zeros, "advantages": advantages, "ref_logprobs": zeros}
-        tokens = dataclasses.replace(tokens, **floats)
+        expected = torch.stack([of_one(tokens, steps, i) for i in range(32)], 1).float()
+        expected[7, -1] = math.nan  # a kernel shows it, the derivative of PyTorch's clamp hides it
+        got = torch.full_like(expected, 99.0)
         objective_kernel[(1,)](steps, token_args(vars(tokens)), got)
-        torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-9, equal_nan=True)
+        # Two terms of order one may cancel with `kl_ratio`.
+        atol = 1e-7 if kl_ratio else 1e-9
+        torch.testing.assert_close(got, expected, rtol=2e-6, atol=atol, equal_nan=True)
+
+
+def of_one(tokens, logprobs, i):
+    """What `objective_kernel` finds of token i, in fp64: PyTorch's expm1(d) - d cancels near 0."""
+    floats = {k: x[i : i + 1].double() for k, x in vars(tokens).items() if hasattr(x, "double")}
+    one = dataclasses.replace(tokens, **floats | {"token_ids": torch.zeros(1).long()})
+    leaf = logprobs[i : i + 1].double().requires_grad_()
+    out = objective.evaluate(leaf, None, one, torch.ones(1).bool(), (1,))
+    (slope,) = torch.autograd.grad(out.loss, leaf)
+    figures = (out.policy_loss, out.kl, out.clipfrac_low, out.clipfrac_high, out.clipfrac_max)
+    return torch.stack([*figures, out.ratio_mean, out.kl_mean, slope[0]])
 
 
 @pytest.mark.skipif(not CAN_RUN, reason="there is no GPU, and Triton does not interpret")
@@ -175,14 +189,22 @@ FORWARD = logprobs.logprobs_kernel
 BACKWARD = logprobs.logprobs_backward_kernel
 PREPARE, FINISH = prepare.prepare_kernel, prepare.finish_kernel
 GIVEN = {"kl_scope": 0, "policy_norm": None, "kl_norm": None, "index": None, "STRICT": True}
-GIVEN |= {"DLOGITS_ZEROED": False}
+GIVEN |= {"kl_ratio": False, "drop_nan": False, "metrics": False}
+GIVEN |= {"weights": None, "kl_weights": None, "DLOGITS_ZEROED": False, "SLOPED": False}
 NO_KL = {**GIVEN, "kl_estimator": 0, "ref_logprobs": None, "temperature": None}
 PLAIN = {**NO_KL, "entropies": None}
 NO_GRAD = {"dlogits": None, **{f"dlogits_{x}": 0 for x in ("block_stride", "row_stride")}}
 K3 = {**GIVEN, "kl_estimator": 3}
+# What takes the most registers: every option that adds to the arithmetic of a token.
+LATE = {**K3, "old_logprobs": None, "kl_ratio": True, "SLOPED": True, "metrics": True}
+LATE = {k: x for k, x in LATE.items() if k not in ("weights", "kl_weights")}
+BESIDE = {"BLOCK": prepare.BLOCK, "kl_ratio": True, "drop_nan": True, "metrics": True}
 PREPARED = {**PLAIN, "SCALED": False, "BLOCK": prepare.BLOCK, "hidden_index": None}
-del PREPARED["DLOGITS_ZEROED"]
-GATHERED = {"kl_estimator": 2, "kl_scope": 1, "STRICT": False, "SCALED": True, "BLOCK": 1024}
+PREPARED = {k: x for k, x in PREPARED.items() if k not in ("DLOGITS_ZEROED", "SLOPED")}
+GATHERED = {"kl_estimator": 2, "kl_scope": 1, "STRICT": False, "SCALED": True, **BESIDE}
+
+
+LATE_NORM = {"kl_estimator": 0, "kl_scope": 0, "old_logprobs": None, "policy_norm": None}
 
 
 def without(constants, *names):
@@ -204,9 +226,12 @@ VARIANTS = {  # kernel, dtypes of logits and dlogits, arguments that are no run-
     "loss entropy k3 bf16": (LOSS, "bf16", "bf16", K3),
     "loss entropy k3 fp16": (LOSS, "fp16", "fp16", K3),
     "loss of gathered rows": (LOSS, "fp32", "bf16", without(K3, "index")),
+    "loss all options fp32": (LOSS, "fp32", "fp32", LATE),
+    "loss all options bf16": (LOSS, "bf16", "bf16", LATE),
     "prepare": (PREPARE, "", "", PREPARED),
     "prepare gathered rows": (PREPARE, "", "", GATHERED),
-    "finish": (FINISH, "", "", {"BLOCK": prepare.BLOCK}),
+    "finish": (FINISH, "", "", {**BESIDE, "kl_estimator": 3, "kl_scope": 0}),
+    "finish late": (FINISH, "", "", {**BESIDE, **LATE_NORM}),
     "logprobs fp32": (FORWARD, "fp32", "", {"entropies": None}),
     "logprobs bf16": (FORWARD, "bf16", "", {"entropies": None}),
     "logprobs of all rows": (FORWARD, "fp16", "", {"entropies": None, "mask": None}),
