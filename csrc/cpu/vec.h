@@ -1,7 +1,7 @@
 #pragma once
 // A float vector of the instruction set this file is compiled for (see CMakeLists.txt): `Vec` with
-// loads and stores of fp32, bf16 and fp16, arithmetic, and exp2. Kernels written against it are
-// compiled once per instruction set, into the namespace SPO_ISA.
+// loads and stores of fp32, bf16 and fp16, arithmetic, exp2 and tanh. Kernels written against it
+// are compiled once per instruction set, into the namespace SPO_ISA.
 //
 // Nothing here or in a kernel may have a name shared between two instruction sets (no std::
 // template, no inline function outside SPO_ISA): the linker keeps one copy, perhaps the one this
@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "csrc/tanh.h"
 
 #if defined(SPO_ISA_AVX2) || defined(SPO_ISA_AVX512)
 #include <immintrin.h>
@@ -107,8 +109,15 @@ struct Vec {
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+  friend Vec operator&(Vec a, Vec b) { return {_mm512_and_ps(a.v, b.v)}; }
+  friend Vec operator|(Vec a, Vec b) { return {_mm512_or_ps(a.v, b.v)}; }
   // The larger; `b` if either is NaN.
   friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  // `yes` where a < b, else `no`; `no` if either is NaN.
+  friend Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+  }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec exp2(Vec x) {
     const __mmask16 tiny = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(kExpLow), _CMP_LT_OQ);
@@ -157,8 +166,15 @@ struct Vec {
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+  friend Vec operator&(Vec a, Vec b) { return {_mm256_and_ps(a.v, b.v)}; }
+  friend Vec operator|(Vec a, Vec b) { return {_mm256_or_ps(a.v, b.v)}; }
   // The larger; `b` if either is NaN.
   friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+  // `yes` where a < b, else `no`; `no` if either is NaN.
+  friend Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+    return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+  }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec exp2(Vec x) {
     const __m256 tiny = _mm256_cmp_ps(x.v, _mm256_set1_ps(kExpLow), _CMP_LT_OQ);
@@ -217,9 +233,22 @@ struct Vec {
   friend Vec operator*(Vec a, Vec b) {
     return map([&](int i) { return a.v[i] * b.v[i]; });
   }
+  friend Vec operator/(Vec a, Vec b) {
+    return map([&](int i) { return a.v[i] / b.v[i]; });
+  }
+  friend Vec operator&(Vec a, Vec b) {
+    return map([&](int i) { return bits_to_float(float_to_bits(a.v[i]) & float_to_bits(b.v[i])); });
+  }
+  friend Vec operator|(Vec a, Vec b) {
+    return map([&](int i) { return bits_to_float(float_to_bits(a.v[i]) | float_to_bits(b.v[i])); });
+  }
   // The larger; `b` if either is NaN.
   friend Vec max(Vec a, Vec b) {
     return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  // `yes` where a < b, else `no`; `no` if either is NaN.
+  friend Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+    return map([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
   }
   friend Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   friend Vec exp2(Vec x) {
@@ -245,6 +274,23 @@ struct Vec {
 };
 
 #endif
+
+struct Tanh {
+  Vec value, slope;  // the slope is 0 at infinities; NaN stays NaN in both
+};
+
+// tanh and its derivative, as csrc/tanh.h says. What a caller does not use costs nothing.
+static inline Tanh tanh(Vec u) {
+  const Vec square = u * u, one = Vec::fill(1), sign = Vec::fill(-0.0f);
+  Vec p = fma(Vec::fill(kTanhP4), square, Vec::fill(kTanhP3));
+  p = fma(p, square, Vec::fill(kTanhP2));
+  p = fma(fma(p, square, Vec::fill(kTanhP1)), square, Vec::fill(kTanhP0));
+  const Vec near = fma(u * square, p, u);
+  const Vec e = exp2((u | sign) * Vec::fill(kTwoLog2E)), inverse = one / (one + e);
+  const Vec rest = (e + e) * inverse, far = (one - rest) | (u & sign);
+  const Vec bound = Vec::fill(kTanhNear * kTanhNear);
+  return {select_less(square, bound, near, far), rest * (inverse + inverse)};
+}
 
 }  // namespace SPO_ISA
 }  // namespace spo

@@ -16,6 +16,14 @@ static void apply(const In* x, Out* y, int64_t size, bool with_exp2) {
 
 void probe_exp2(const float* x, float* y, int64_t size) { apply(x, y, size, true); }
 
+void probe_tanh(const float* x, float* y, float* slope, int64_t size) {
+  for (int64_t i = 0; i < size; i += Vec::kLanes) {
+    const Tanh t = tanh(Vec::load(x + i));
+    t.value.store(y + i);
+    t.slope.store(slope + i);
+  }
+}
+
 // fp32 to half precision and back; bf16 if `bfloat`, else fp16.
 void probe_round(const float* x, uint16_t* half, float* back, int64_t size, bool bfloat) {
   if (bfloat) {

@@ -1,4 +1,4 @@
-// Vec of every instruction set this host can run: exp2, half precision, NaN, infinities,
+// Vec of every instruction set this host can run: exp2, tanh, half precision, NaN, infinities,
 // reductions.
 #include <cmath>
 #include <cstdint>
@@ -12,6 +12,7 @@
 
 namespace spo {
 SPO_PER_ISA(void, probe_exp2, (const float*, float*, int64_t))
+SPO_PER_ISA(void, probe_tanh, (const float*, float*, float*, int64_t))
 SPO_PER_ISA(void, probe_round, (const float*, uint16_t*, float*, int64_t, bool))
 SPO_PER_ISA(void, probe_reduce, (const float*, const float*, float*))
 SPO_PER_ISA(int, probe_lanes, ())
@@ -50,6 +51,39 @@ void test_exp2(spo::Isa isa) {
   }
   std::fprintf(stderr, "  exp2: worst relative error %.3g\n", worst);
   CHECK(worst < 1.3e-7);
+}
+
+// Every float from 2^-120 to 64 at a stride of its bit pattern, both signs, in units in the last
+// place of the double function. Infinities give 1 and a slope of 0.
+void test_tanh(spo::Isa isa) {
+  std::vector<float> x, y, slope;
+  for (uint32_t bits = 0x03800000u; bits < 0x42800000u; bits += 991)
+    for (uint32_t sign : {0u, 0x80000000u}) x.push_back(from_bits(bits | sign));
+  for (float special : {0.0f, -0.0f, kInf, -kInf, 3e38f, -3e38f}) x.push_back(special);
+  for (uint32_t payload : {0x7fc00000u, 0xffc00000u, 0x7fffffffu}) x.push_back(from_bits(payload));
+  while (x.size() % 16 != 0) x.push_back(0);
+  y.resize(x.size()), slope.resize(x.size());
+  const auto size = static_cast<int64_t>(x.size());
+  spo::probe_tanh_for(isa)(x.data(), y.data(), slope.data(), size);
+  double worst = 0, worst_slope = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double exact = x[i], want = std::tanh(exact), flat = 1 / std::cosh(exact);
+    if (x[i] != x[i]) {
+      CHECK(y[i] != y[i] && slope[i] != slope[i]);
+      continue;
+    }
+    CHECK(std::abs(y[i]) <= 1 && (x[i] == 0 || std::signbit(y[i]) == std::signbit(x[i])));
+    if (std::abs(x[i]) > 64) {
+      CHECK(std::abs(y[i]) == 1 && slope[i] == 0);
+    } else {
+      const double ulp = std::ldexp(1.0, std::ilogb(want == 0 ? 1 : want) - 23);
+      worst = std::fmax(worst, std::abs(y[i] - want) / ulp);
+      if (std::abs(exact) < 40)
+        worst_slope = std::fmax(worst_slope, std::abs(slope[i] / (flat * flat) - 1));
+    }
+  }
+  std::fprintf(stderr, "  tanh: worst error %.3g ulp, of its slope %.3g\n", worst, worst_slope);
+  CHECK(worst < 1.8 && worst_slope < 6e-6);
 }
 
 // Rounding to nearest even by definition: the candidate is the nearest of its neighbours.
@@ -121,6 +155,7 @@ int main() {
     }
     std::fprintf(stderr, "%s\n", spo::isa_name(isa));
     test_exp2(isa);
+    test_tanh(isa);
     test_round(isa, true);
     test_round(isa, false);
     test_reduce(isa);
