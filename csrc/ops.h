@@ -139,7 +139,8 @@ struct ScaleArgs {
 };
 
 // token_logprobs: logprob (and entropy) of N rows. The fields from grad_logprobs to dlogits_dtype
-// are for the backward, which reads logprobs, entropy, row_max and row_logsum.
+// are for the backward, which reads logprobs, entropy, row_max and row_logsum. With a tanh_scale k
+// the logits x count as tanh(k x), and the temperature is that of these.
 #define SPO_LOGPROBS_FIELDS(FIELD)                                                                 \
   FIELD(int64_t, rows, 0)                                                                          \
   FIELD(int64_t, vocab, 0)                                                                         \
@@ -150,9 +151,10 @@ struct ScaleArgs {
   FIELD(const uint8_t*, mask, nullptr)      /* (N,) rows to compute; null: all */                  \
   FIELD(const float*, temperature, nullptr) /* (N,), or one value if temperature_stride is 0 */    \
   FIELD(int64_t, temperature_stride, 0)                                                            \
+  FIELD(float, tanh_scale, 0)        /* k, positive; 0: no tanh */                                 \
   FIELD(float*, logprobs, nullptr)   /* (N,), 0 on dropped rows */                                 \
   FIELD(float*, entropy, nullptr)    /* (N,); null: not wanted */                                  \
-  FIELD(float*, row_max, nullptr)    /* (N,) largest logit; kept for the backward */               \
+  FIELD(float*, row_max, nullptr)    /* (N,) largest logit or tanh; kept for the backward */       \
   FIELD(float*, row_logsum, nullptr) /* (N,) log of the sum of exp((logit - max) / temperature) */ \
   FIELD(const float*, grad_logprobs, nullptr) /* (N,) */                                           \
   FIELD(const float*, grad_entropy, nullptr)  /* (N,); null: zero */                               \

@@ -12,8 +12,8 @@ static void logprobs_row(const LogprobsArgs& a, int64_t row) {
   if (!a.mask || a.mask[row]) {
     const T* x = row_of<T>(a.logits, a.logits_layout, row);
     const float scale = exponent_scale(a.temperature[row * a.temperature_stride]);
-    const RowSums sums = reduce_row(x, a.vocab, scale, a.entropy != nullptr);
-    const float logit = to_float(x[a.token_ids[row]]);
+    const RowSums sums = reduce_row(x, a.vocab, scale, a.entropy != nullptr, a.tanh_scale);
+    const float logit = capped_logit(to_float(x[a.token_ids[row]]), a.tanh_scale).value;
     logprob = static_cast<float>(row_logprob(sums, logit, scale));
     if (a.entropy) entropy = static_cast<float>(row_entropy(sums));
     a.row_max[row] = sums.max;
@@ -24,7 +24,8 @@ static void logprobs_row(const LogprobsArgs& a, int64_t row) {
 }
 
 // dlogits_j = g (1[j = token] - p_j) - h p_j (log p_j + H), g and h the gradients of logprob and
-// entropy divided by the temperature; log p_j = ln 2 d_j - logsum.
+// entropy divided by the temperature; log p_j = ln 2 d_j - logsum. Under a cap all of this times
+// k (1 - y_j^2).
 // T: type of the logits, U: of dlogits.
 template <class T, class U>
 static void logprobs_backward_row(const LogprobsArgs& a, int64_t row) {
@@ -42,16 +43,17 @@ static void logprobs_backward_row(const LogprobsArgs& a, int64_t row) {
   const float logsum = a.row_logsum[row], logprob = a.logprobs[row];
   const float inv_sum = ::expf(-logsum);
   const float scale = exponent_scale(a.temperature[row * a.temperature_stride]);
+  float own = -g * ::expm1f(logprob);
+  const float own_slope = capped_logit(to_float(x[id]), a.tanh_scale).slope;
   if (h == 0) {
-    write_row<false>(x, a.vocab, a.row_max[row], scale, -g * inv_sum, 0, out);
-    from_float(-g * ::expm1f(logprob), out + id);
+    write_row<false>(x, a.vocab, a.row_max[row], scale, -g * inv_sum, 0, out, a.tanh_scale);
   } else {
     const float entropy = a.entropy[row];
     write_row<true>(x, a.vocab, a.row_max[row], scale, -(g + h * (entropy - logsum)) * inv_sum,
-                    -h * inv_sum * static_cast<float>(kLn2), out);
-    const float weighted = logprob == -INFINITY ? 0 : ::expf(logprob) * (logprob + entropy);
-    from_float(-g * ::expm1f(logprob) - h * weighted, out + id);
+                    -h * inv_sum * static_cast<float>(kLn2), out, a.tanh_scale);
+    own -= h * (logprob == -INFINITY ? 0 : ::expf(logprob) * (logprob + entropy));
   }
+  from_float(own * own_slope, out + id);
 }
 
 template <class T, class U = T>

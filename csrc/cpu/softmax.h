@@ -4,6 +4,10 @@
 // sweep does not go to memory. Sums are fp32 within a piece and fp64 across pieces.
 //
 // Exponentials are to base 2: 2^d with d = (x - max) * scale, scale = log2(e) / temperature.
+//
+// A soft cap c of logits times s: with k = s / c, all of this works on y = tanh(k x) in place of x,
+// at the temperature divided by c. Gradients by x are those by y times k (1 - y^2). The k is called
+// tanh_scale; it is 0 without a cap.
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -21,10 +25,20 @@ constexpr double kLn2 = 0.693147180559945309;
 static inline float exponent_scale(float temperature) { return 1.44269504088896341f / temperature; }
 
 struct RowSums {
-  float max;        // of the raw logits
+  float max;        // of the raw logits, or of y
   double sum;       // of 2^d
   double weighted;  // of 2^d d; 0 unless asked for
 };
+
+struct CappedLogit {
+  float value, slope;  // y and its derivative by x; x and 1 without a cap
+};
+
+static inline CappedLogit capped_logit(float x, float tanh_scale) {
+  if (tanh_scale == 0) return {x, 1};
+  const Tanh y = tanh(Vec::fill(x * tanh_scale));  // to the last bit as the sweeps find it
+  return {y.value.largest(), y.slope.largest() * tanh_scale};
+}
 
 static inline void fill_padding(float* p) { *p = -INFINITY; }
 static inline void fill_padding(BFloat16* p) { p->bits = 0xff80; }
@@ -69,29 +83,53 @@ static void add_piece(const T* x, int64_t size, float scale, RowSums* row) {
   piece_sums<kWeighted>(x, size, scale, row);
 }
 
+// As add_piece, on the y of a piece, `padded` elements of which `size` count. One buffer per piece
+// instead of a tanh per sweep over it.
+template <bool kWeighted, class T>
+static void add_capped_piece(const T* x, int64_t padded, int64_t size, float scale,
+                             float tanh_scale, RowSums* row) {
+  float y[kPiece];
+  const Vec k = Vec::fill(tanh_scale);
+  for (int64_t i = 0; i < padded; i += Vec::kLanes) tanh(Vec::load(x + i) * k).value.store(y + i);
+  for (int64_t i = size; i < padded; ++i) fill_padding(y + i);  // the tanh of -inf would count
+  add_piece<kWeighted>(y, padded, scale, row);
+}
+
 // First sweep: running max and sums. The maximum starts at the lowest float, not at -inf, because a
 // row may start with -inf. The maximum ignores NaN; the sums do not.
-template <bool kWeighted, class T>
-static RowSums reduce_row(const T* x, int64_t size, float scale) {
+template <bool kWeighted, bool kCapped, class T>
+static RowSums reduce_row(const T* x, int64_t size, float scale, float tanh_scale) {
   RowSums row = {-FLT_MAX, 0, 0};
+  const auto add = [&](const T* piece, int64_t padded, int64_t count) {
+    if (kCapped) {
+      add_capped_piece<kWeighted>(piece, padded, count, scale, tanh_scale, &row);
+    } else {
+      add_piece<kWeighted>(piece, padded, scale, &row);
+    }
+  };
   int64_t begin = 0;
-  for (; begin + kPiece <= size; begin += kPiece)
-    add_piece<kWeighted>(x + begin, kPiece, scale, &row);
+  for (; begin + kPiece <= size; begin += kPiece) add(x + begin, kPiece, kPiece);
   if (begin < size) {
     T tail[kPiece];
     int64_t filled = 0;
     for (; begin + filled < size; ++filled) tail[filled] = x[begin + filled];
     for (; filled % (4 * Vec::kLanes) != 0; ++filled) fill_padding(tail + filled);
-    add_piece<kWeighted>(tail, filled, scale, &row);
+    add(tail, filled, size - begin);
   }
   return row;
 }
 
 template <class T>
-static RowSums reduce_row(const T* x, int64_t size, float scale, bool weighted) {
-  return weighted ? reduce_row<true>(x, size, scale) : reduce_row<false>(x, size, scale);
+static RowSums reduce_row(const T* x, int64_t size, float scale, bool weighted,
+                          float tanh_scale = 0) {
+  if (tanh_scale == 0)
+    return weighted ? reduce_row<true, false>(x, size, scale, 0)
+                    : reduce_row<false, false>(x, size, scale, 0);
+  return weighted ? reduce_row<true, true>(x, size, scale, tanh_scale)
+                  : reduce_row<false, true>(x, size, scale, tanh_scale);
 }
 
+// `logit`: the value of its capped_logit.
 static inline double row_logprob(const RowSums& row, float logit, float scale) {
   return kLn2 * scale * (static_cast<double>(logit) - row.max) - ::log(row.sum);
 }
@@ -100,27 +138,41 @@ static inline double row_entropy(const RowSums& row) {
   return ::log(row.sum) - kLn2 * row.weighted / row.sum;
 }
 
-// Second sweep: out_j = 2^d_j (factor + slope d_j). `out` may be `x`.
-template <bool kSlope, class T, class U>
+// Second sweep: out_j = 2^d_j (factor + slope d_j), times k (1 - y_j^2) under a cap. `out` may be
+// `x`. The caller overwrites the element of the token, whose value it must compute before.
+template <bool kSlope, bool kCapped, class T, class U>
 static void write_row(const T* x, int64_t size, float row_max, float row_scale, float factor,
-                      float slope, U* out) {
-  const Vec top = Vec::fill(row_max), scale = Vec::fill(row_scale);
+                      float slope, U* out, float tanh_scale) {
+  const Vec top = Vec::fill(row_max), scale = Vec::fill(row_scale), k = Vec::fill(tanh_scale);
   const Vec a = Vec::fill(factor), b = Vec::fill(slope), floor = Vec::fill(kWeightFloor);
   const auto value = [&](const T* p) {
-    const Vec d = (Vec::load(p) - top) * scale;
-    return kSlope ? exp2(d) * fma(b, max(floor, d), a) : exp2(d) * a;
+    const Vec logit = Vec::load(p);
+    const Tanh y = kCapped ? tanh(logit * k) : Tanh{logit, logit};
+    const Vec d = (y.value - top) * scale;
+    const Vec by_y = kSlope ? exp2(d) * fma(b, max(floor, d), a) : exp2(d) * a;
+    return kCapped ? by_y * (y.slope * k) : by_y;
   };
   int64_t i = 0;
   for (; i + Vec::kLanes <= size; i += Vec::kLanes) value(x + i).store(out + i);
   if (i < size) {
     T tail[Vec::kLanes];
-    for (int k = 0; k < Vec::kLanes; ++k) {
-      fill_padding(tail + k);
-      if (i + k < size) tail[k] = x[i + k];
+    for (int j = 0; j < Vec::kLanes; ++j) {
+      fill_padding(tail + j);
+      if (i + j < size) tail[j] = x[i + j];
     }
     U rest[Vec::kLanes];
     value(tail).store(rest);
-    for (int k = 0; i + k < size; ++k) out[i + k] = rest[k];
+    for (int j = 0; i + j < size; ++j) out[i + j] = rest[j];
+  }
+}
+
+template <bool kSlope, class T, class U>
+static void write_row(const T* x, int64_t size, float row_max, float row_scale, float factor,
+                      float slope, U* out, float tanh_scale = 0) {
+  if (tanh_scale == 0) {
+    write_row<kSlope, false>(x, size, row_max, row_scale, factor, slope, out, 0);
+  } else {
+    write_row<kSlope, true>(x, size, row_max, row_scale, factor, slope, out, tanh_scale);
   }
 }
 

@@ -26,13 +26,20 @@ struct RowOracle {
   std::vector<double> p;
 };
 
-RowOracle oracle(const Buffer& x, int64_t offset, int64_t vocab, int64_t id, double temperature) {
-  double m = -kInf, sum = 0, entropy = 0;
-  for (int64_t j = 0; j < vocab; ++j) m = std::max(m, x.get(offset + j) / temperature);
-  for (int64_t j = 0; j < vocab; ++j) sum += std::exp(x.get(offset + j) / temperature - m);
-  RowOracle out{x.get(offset + id) / temperature - m - std::log(sum), 0, {}};
+// `tanh_scale`: of LogprobsArgs, where the temperature is that of the tanh.
+RowOracle oracle(const Buffer& x, int64_t offset, int64_t vocab, int64_t id, double temperature,
+                 double tanh_scale = 0) {
+  std::vector<double> z;
   for (int64_t j = 0; j < vocab; ++j) {
-    const double logp = x.get(offset + j) / temperature - m - std::log(sum);
+    const double logit = x.get(offset + j);
+    z.push_back((tanh_scale == 0 ? logit : std::tanh(tanh_scale * logit)) / temperature);
+  }
+  double sum = 0, entropy = 0;
+  const double m = *std::max_element(z.begin(), z.end());
+  for (double value : z) sum += std::exp(value - m);
+  RowOracle out{z[id] - m - std::log(sum), 0, {}};
+  for (double value : z) {
+    const double logp = value - m - std::log(sum);
     out.p.push_back(std::exp(logp));
     if (out.p.back() > 0) entropy -= out.p.back() * logp;
   }
@@ -117,7 +124,8 @@ void test_policy_loss(Dtype dtype, int64_t vocab, int32_t threads, bool inplace)
   CHECK(logits.guard_untouched() && grads.guard_untouched());
 }
 
-void test_logprobs(Dtype dtype, int64_t vocab) {
+// With a cap of 30 if `capped`: rows shifted by 1e4 are then flat, with gradients of 0.
+void test_logprobs(Dtype dtype, int64_t vocab, bool capped) {
   const int64_t rows = 8;
   std::mt19937 random(static_cast<uint32_t>(vocab) + 1);
   Buffer logits(dtype, rows * vocab), grads(dtype, rows * vocab);
@@ -126,7 +134,7 @@ void test_logprobs(Dtype dtype, int64_t vocab) {
   for (int64_t i = 0; i < rows; ++i) ids[i] = random() % vocab / 3 * 3;  // never a -inf entry
   std::vector<uint8_t> mask(rows, 1);
   mask[6] = 0, ids[6] = 1 << 30;
-  const float temperature = 0.7f;
+  const float temperature = capped ? 0.7f / 30 : 0.7f;
   std::vector<float> logprobs(rows, kNan), entropy(rows, kNan), row_max(rows), logsum(rows);
   std::vector<float> g(rows, 0.5f), h(rows, -0.25f);
 
@@ -134,6 +142,7 @@ void test_logprobs(Dtype dtype, int64_t vocab) {
   a.rows = rows, a.vocab = vocab, a.dtype = dtype, a.logits = logits.data();
   a.logits_layout = a.dlogits_layout = {1, vocab, 0};
   a.token_ids = ids.data(), a.mask = mask.data(), a.temperature = &temperature;
+  a.tanh_scale = capped ? 1.5f / 30 : 0;
   a.logprobs = logprobs.data(), a.entropy = entropy.data();
   a.row_max = row_max.data(), a.row_logsum = logsum.data();
   spo::logprobs_cpu(a);
@@ -145,14 +154,21 @@ void test_logprobs(Dtype dtype, int64_t vocab) {
       for (int64_t j = 0; j < vocab; ++j) CHECK_NEAR(grads.get(i * vocab + j), 0, 0, "masked row");
       continue;
     }
-    const RowOracle row = oracle(logits, i * vocab, vocab, ids[i], temperature);
-    CHECK_NEAR(logprobs[i], row.logprob, 4e-6 + 1e-7 * std::abs(row.logprob), "logprob");
-    CHECK_NEAR(entropy[i], row.entropy, 4e-6, "entropy");
+    const RowOracle row = oracle(logits, i * vocab, vocab, ids[i], temperature, a.tanh_scale);
+    const double cap = capped ? 30 : 0;  // a tanh is good to 1.7 ulp, of 2^-24 at most
+    const double bound = 4e-6 + 1e-7 * std::abs(row.logprob) + 3 * 0x1p-24 * cap / 0.7;
+    CHECK_NEAR(logprobs[i], row.logprob, bound, "logprob");
+    CHECK_NEAR(entropy[i], row.entropy, bound, "entropy");
+    CHECK(std::abs(row_max[i]) <= 1 || !capped);
     for (int64_t j = 0; j < vocab; ++j) {
       const double p = row.p[j];
       double want = 0.5 * ((j == ids[i]) - p);
       if (p > 0) want += 0.25 * p * (std::log(p) + row.entropy);
       want /= temperature;
+      if (capped) {
+        const double flat = 1 / std::cosh(a.tanh_scale * logits.get(i * vocab + j));
+        want *= a.tanh_scale * flat * flat;
+      }
       const double bound = 2e-6 + 1e-5 * std::abs(want) + 1.01 * grads.rounding(want);
       CHECK_NEAR(grads.get(i * vocab + j), want, bound, "dlogits");
     }
@@ -173,7 +189,7 @@ int main() {
       for (int64_t vocab : {1, 7, 8, 33, 64, 1003, 1024, 2050, 5000}) {
         for (bool inplace : {false, true}) test_policy_loss(dtype, vocab, 1, inplace);
         test_policy_loss(dtype, vocab, 3, false);
-        test_logprobs(dtype, vocab);
+        for (bool capped : {false, true}) test_logprobs(dtype, vocab, capped);
       }
     }
   }
