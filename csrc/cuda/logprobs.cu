@@ -7,9 +7,9 @@ namespace {
 
 constexpr int kThreads = 512;
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    logprobs_forward(const __grid_constant__ LogprobsArgs a) {
+// kCapped: with the soft cap of csrc/cuda/softcap.cuh.
+template <bool kCapped, class T>
+__device__ __forceinline__ void forward_row(const LogprobsArgs& a) {
   const int64_t row = blockIdx.x;
   if (a.mask && !a.mask[row]) {
     if (threadIdx.x == 0) {
@@ -25,11 +25,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   const float inv_temperature = 1 / a.temperature[row * a.temperature_stride];
   const float scale = inv_temperature * kLog2E;
   const float logit = threadIdx.x == 0 ? token_logit(x, a.vocab, token) : 0;
-  Partial p = a.entropy ? sum_row<true>(x, a.vocab, scale) : sum_row<false>(x, a.vocab, scale);
+  Partial p = a.entropy ? sum_row<true, kCapped>(x, a.vocab, scale, a.tanh_scale)
+                        : sum_row<false, kCapped>(x, a.vocab, scale, a.tanh_scale);
   p = reduce_block(p, scale, reinterpret_cast<Partial*>(block_memory()));
   if (threadIdx.x != 0) return;
   const double logsum = log(static_cast<double>(p.sum));
-  const double distance = (static_cast<double>(logit) - p.max) * inv_temperature;
+  const double chosen = swept_logit<kCapped>(logit, a.tanh_scale);
+  const double distance = (chosen - p.max) * inv_temperature;
   a.logprobs[row] = static_cast<float>(distance - logsum);
   if (a.entropy)
     a.entropy[row] = static_cast<float>(logsum - static_cast<double>(kLn2) * p.weighted / p.sum);
@@ -38,11 +40,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // dlogits_j = g (1[j = token] - p_j) - h p_j (log p_j + H), g and h the gradients of logprob and
-// entropy divided by the temperature; log p_j = ln(2) d_j - logsum with d_j as in Partial.
+// entropy divided by the temperature; log p_j = ln(2) d_j - logsum with d_j as in Partial. Under a
+// cap all of this times k (1 - y_j^2).
 // T: type of the logits, U: of dlogits.
-template <class T, class U>
-__global__ void __launch_bounds__(kThreads, 2)
-    logprobs_backward(const __grid_constant__ LogprobsArgs a) {
+template <bool kCapped, class T, class U>
+__device__ __forceinline__ void backward_row(const LogprobsArgs& a) {
   const int64_t row = blockIdx.x;
   U* out = row_of<U>(a.dlogits, a.dlogits_layout, row);
   const bool masked = a.mask && !a.mask[row];
@@ -56,12 +58,33 @@ __global__ void __launch_bounds__(kThreads, 2)
   const float inv_sum = expf(-logsum);
   Gradient gradient = {a.row_max[row], inv_temperature * kLog2E, -g * inv_sum, 0,
                        -g * expm1f(logprob)};
-  if (h == 0) return write_row<false>(x, a.vocab, gradient, token, out);
+  if (h == 0) return write_row<false, kCapped>(x, a.vocab, gradient, token, out, a.tanh_scale);
   const float entropy = a.entropy[row];
   gradient.factor = -(g + h * (entropy - logsum)) * inv_sum;
   gradient.slope = -h * inv_sum * kLn2;
   if (logprob != -INFINITY) gradient.own -= h * expf(logprob) * (logprob + entropy);
-  write_row<true>(x, a.vocab, gradient, token, out);
+  write_row<true, kCapped>(x, a.vocab, gradient, token, out, a.tanh_scale);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    logprobs_forward(const __grid_constant__ LogprobsArgs a) {
+  forward_row<false, T>(a);
+}
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    logprobs_forward_capped(const __grid_constant__ LogprobsArgs a) {
+  forward_row<true, T>(a);
+}
+template <class T, class U>
+__global__ void __launch_bounds__(kThreads, 2)
+    logprobs_backward(const __grid_constant__ LogprobsArgs a) {
+  backward_row<false, T, U>(a);
+}
+template <class T, class U>
+__global__ void __launch_bounds__(kThreads, 2)
+    logprobs_backward_capped(const __grid_constant__ LogprobsArgs a) {
+  backward_row<true, T, U>(a);
 }
 
 template <class T, class U = T>
@@ -70,7 +93,10 @@ void launch_rows(const LogprobsArgs& args, bool backward) {
   shape.blocks = args.rows;
   shape.threads = row_threads(args.vocab / kPerGranule<T>, kInFlight, kThreads);
   shape.shared_bytes = kMaxWarps * sizeof(Partial);
-  launch(backward ? logprobs_backward<T, U> : logprobs_forward<T>, shape, args.stream, args);
+  const bool capped = args.tanh_scale != 0;
+  const auto forward = capped ? logprobs_forward_capped<T> : logprobs_forward<T>;
+  const auto second = capped ? logprobs_backward_capped<T, U> : logprobs_backward<T, U>;
+  launch(backward ? second : forward, shape, args.stream, args);
 }
 
 void launch_rows(const LogprobsArgs& args, bool backward) {

@@ -63,6 +63,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// 1 / x within 1 ulp.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The larger halves of two pairs; a NaN loses.
 __device__ __forceinline__ uint32_t max_bfloat16(uint32_t a, uint32_t b) {
   uint32_t larger;

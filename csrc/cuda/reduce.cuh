@@ -12,7 +12,7 @@ constexpr int kMaxWarps = 32;
 
 // Sums over some logits x_j of a row, in powers of two: d_j = (x_j - max) log2(e) / temperature.
 struct Partial {
-  float max;       // of the raw logits; the lowest float, not -inf, where there are none
+  float max;       // of the logits or their tanh; the lowest float, not -inf, where there are none
   float sum;       // of 2^d
   float weighted;  // of 2^d d; meaningless unless asked for
 };

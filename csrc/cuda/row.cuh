@@ -1,12 +1,14 @@
 #pragma once
 // The two sweeps over a logits row that the policy-loss and logprob kernels share. A row of any
 // length at any address consists of granules, aligned pieces of 16 bytes that every load and store
-// handles whole, and of a few loose elements at its two ends, one thread each.
+// handles whole, and of a few loose elements at its two ends, one thread each. kCapped: with the
+// soft cap of csrc/cuda/softcap.cuh, whose k is the tanh_scale.
 #include <algorithm>
 #include <type_traits>
 
 #include "csrc/cuda/launch.cuh"
 #include "csrc/cuda/reduce.cuh"
+#include "csrc/cuda/softcap.cuh"
 #include "csrc/ops.h"
 
 namespace spo {
@@ -161,10 +163,11 @@ __device__ __forceinline__ float token_logit(const T* row, int64_t size, int64_t
 }
 
 // First sweep, one step: adds the elements of a few granules. The maximum is raised once per step
-// and not once per element: two exponentials per element would be the limit of the kernel.
-template <bool kWeighted, class T, int kCount>
+// and not once per element: two exponentials per element would be the limit of the kernel. Under
+// a cap the tanh of padding would count: only the `left` granules of the row from here on are none.
+template <bool kWeighted, class T, bool kCapped = false, int kCount>
 __device__ __forceinline__ void add_granules(const Granule (&granules)[kCount], float scale,
-                                             Partial* p) {
+                                             Partial* p, float tanh_scale = 0, int64_t left = 0) {
   uint32_t largest = granules[0].words[0];
 #pragma unroll
   for (const Granule& granule : granules)
@@ -173,7 +176,7 @@ __device__ __forceinline__ void add_granules(const Granule (&granules)[kCount], 
   float x[kPerGranule<T>], max = p->max;
   unpack<T>(largest, x);
 #pragma unroll
-  for (int i = 0; i < kPerWord<T>; ++i) max = fmaxf(max, x[i]);
+  for (int i = 0; i < kPerWord<T>; ++i) max = fmaxf(max, swept_logit<kCapped>(x[i], tanh_scale));
   if (kWeighted) {
     raise_max(p, max, scale);
   } else {
@@ -181,12 +184,13 @@ __device__ __forceinline__ void add_granules(const Granule (&granules)[kCount], 
     p->max = max;
   }
 #pragma unroll
-  for (const Granule& granule : granules) {
-    unpack<T>(granule, x);
+  for (int i = 0; i < kCount; ++i) {
+    if (kCapped && i * int64_t{blockDim.x} >= left) break;
+    unpack<T>(granules[i], x);
     float sum = 0;
 #pragma unroll
     for (float value : x) {
-      const float d = (value - max) * scale, e = exp2_approx(d);
+      const float d = (swept_logit<kCapped>(value, tanh_scale) - max) * scale, e = exp2_approx(d);
       sum += e;
       if (kWeighted) p->weighted = fmaf(e, fmaxf(d, kWeightFloor), p->weighted);
     }
@@ -207,13 +211,16 @@ __device__ __forceinline__ void add_element(float x, float scale, Partial* p) {
 constexpr int kInFlight = 4;
 
 // First sweep of one block over a whole row in global memory; this thread's part.
-template <bool kWeighted, class T>
-__device__ __forceinline__ Partial sum_row(const T* row, int64_t size, float scale) {
+template <bool kWeighted, bool kCapped = false, class T>
+__device__ __forceinline__ Partial sum_row(const T* row, int64_t size, float scale,
+                                           float tanh_scale = 0) {
   const Split split = split_row(row, size);
   const int thread = threadIdx.x, threads = blockDim.x;
   Partial p = empty_partial();
-  if (thread < split.loose())
-    add_element<kWeighted>(to_float(row[split.element(thread, size)]), scale, &p);
+  if (thread < split.loose()) {
+    const float x = to_float(row[split.element(thread, size)]);
+    add_element<kWeighted>(swept_logit<kCapped>(x, tanh_scale), scale, &p);
+  }
   const Granule* granules = reinterpret_cast<const Granule*>(row + split.head);
   for (int64_t first = thread; first < split.granules; first += kInFlight * threads) {
     Granule step[kInFlight];
@@ -222,20 +229,28 @@ __device__ __forceinline__ Partial sum_row(const T* row, int64_t size, float sca
       const int64_t g = first + i * threads;
       step[i] = g < split.granules ? granules[g] : padding<T>();
     }
-    add_granules<kWeighted, T>(step, scale, &p);
+    add_granules<kWeighted, T, kCapped>(step, scale, &p, tanh_scale, split.granules - first);
   }
   return p;
 }
 
-// Second sweep: out_j = 2^d (factor + slope d) with d as in Partial, and `own` at the token itself.
+// Second sweep: out_j = 2^d (factor + slope d) with d as in Partial, and `own` at the token itself;
+// under a cap both times the derivative of y.
 struct Gradient {
   float max, scale;
   float factor, slope, own;
 
-  template <bool kSlope>
-  __device__ __forceinline__ float at(float x) const {
-    const float d = (x - max) * scale, e = exp2_approx(d);
-    return kSlope ? e * fmaf(slope, fmaxf(d, kWeightFloor), factor) : e * factor;
+  template <bool kSlope, bool kCapped = false>
+  __device__ __forceinline__ float at(float x, float tanh_scale = 0) const {
+    const CappedLogit y = kCapped ? capped_logit(x, tanh_scale) : CappedLogit{x, 1};
+    const float d = (y.value - max) * scale, e = exp2_approx(d);
+    const float out = kSlope ? e * fmaf(slope, fmaxf(d, kWeightFloor), factor) : e * factor;
+    return kCapped ? out * y.slope : out;
+  }
+
+  template <bool kCapped>
+  __device__ __forceinline__ float at_token(float x, float tanh_scale) const {
+    return kCapped ? own * capped_logit(x, tanh_scale).slope : own;
   }
 };
 
@@ -255,17 +270,18 @@ struct Target {
         token_element(static_cast<int>((token - split.head) % kPerGranule<T>)) {}
 
   // Index is an integer of the width that the caller's loop needs.
-  template <bool kSlope, class Index>
-  __device__ __forceinline__ void write(Index g, const Granule& logits,
-                                        const Gradient& gradient) const {
-    float x[kPerGranule<T>];
-    unpack<T>(logits, x);
+  template <bool kSlope, bool kCapped = false, class Index>
+  __device__ __forceinline__ void write(Index g, const Granule& granule, const Gradient& gradient,
+                                        float tanh_scale = 0) const {
+    float x[kPerGranule<T>], logits[kPerGranule<T>];
+    unpack<T>(granule, logits);
 #pragma unroll
-    for (float& value : x) value = gradient.template at<kSlope>(value);
+    for (int i = 0; i < kPerGranule<T>; ++i)
+      x[i] = gradient.template at<kSlope, kCapped>(logits[i], tanh_scale);
     if (g == static_cast<Index>(token_granule)) {
 #pragma unroll
       for (int i = 0; i < kPerGranule<T>; ++i)
-        if (i == token_element) x[i] = gradient.own;
+        if (i == token_element) x[i] = gradient.template at_token<kCapped>(logits[i], tanh_scale);
     }
     if (aligned) {
       reinterpret_cast<Packed<T, U>*>(out)[g] = pack<T, U>(x);
@@ -277,23 +293,25 @@ struct Target {
   }
 };
 
-template <bool kSlope, class U>
+template <bool kSlope, bool kCapped = false, class U>
 __device__ __forceinline__ void write_element(float x, const Gradient& gradient, bool is_token,
-                                              U* out) {
-  from_float(is_token ? gradient.own : gradient.template at<kSlope>(x), out);
+                                              U* out, float tanh_scale = 0) {
+  from_float(is_token ? gradient.template at_token<kCapped>(x, tanh_scale)
+                      : gradient.template at<kSlope, kCapped>(x, tanh_scale),
+             out);
 }
 
 // Second sweep of one block over a whole row in global memory; `out` may be `row`. From the end to
 // the beginning: what the first sweep read last is still in the L2 cache.
-template <bool kSlope, class T, class U>
+template <bool kSlope, bool kCapped = false, class T, class U>
 __device__ __forceinline__ void write_row(const T* row, int64_t size, const Gradient& gradient,
-                                          int64_t token, U* out) {
+                                          int64_t token, U* out, float tanh_scale = 0) {
   const Split split = split_row(row, size);
   const Target<T, U> target(split, token, out);
   const int thread = threadIdx.x, threads = blockDim.x;
   if (thread < split.loose()) {
     const int64_t i = split.element(thread, size);
-    write_element<kSlope>(to_float(row[i]), gradient, i == token, out + i);
+    write_element<kSlope, kCapped>(to_float(row[i]), gradient, i == token, out + i, tanh_scale);
   }
   const Granule* granules = reinterpret_cast<const Granule*>(row + split.head);
   for (int64_t last = split.granules - 1 - thread; last >= 0; last -= kInFlight * threads) {
@@ -303,7 +321,8 @@ __device__ __forceinline__ void write_row(const T* row, int64_t size, const Grad
       if (last >= i * threads) step[i] = granules[last - i * threads];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i)
-      if (last >= i * threads) target.template write<kSlope>(last - i * threads, step[i], gradient);
+      if (last >= i * threads)
+        target.template write<kSlope, kCapped>(last - i * threads, step[i], gradient, tanh_scale);
   }
 }
 

@@ -239,6 +239,7 @@ inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0 : y;
 }
+inline float reciprocal_approx(float x) { return 1 / x; }
 
 template <class T>
 uint32_t max_halves(uint32_t a, uint32_t b) {

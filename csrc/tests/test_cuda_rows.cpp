@@ -151,7 +151,8 @@ void test_policy_loss(Dtype dtype, Dtype grads_dtype, int64_t vocab, Mode mode, 
       CHECK_NEAR(out.get(spo::row_offset(a.dlogits_layout, i) + j), 0, 0, "dropped row");
 }
 
-void test_logprobs(Dtype dtype, Dtype grads_dtype, int64_t vocab, bool backwards, bool entropy) {
+void test_logprobs(Dtype dtype, Dtype grads_dtype, int64_t vocab, bool backwards, bool entropy,
+                   bool capped) {
   std::mt19937 random(static_cast<uint32_t>(vocab) + 1);
   const Layout layout{vocab};
   Buffer logits(dtype, layout.size());
@@ -160,7 +161,7 @@ void test_logprobs(Dtype dtype, Dtype grads_dtype, int64_t vocab, bool backwards
   for (int64_t i = 0; i < kRows; ++i) ids[i] = random() % vocab / 3 * 3;  // never a -inf entry
   std::vector<uint8_t> mask(kRows, 1);
   mask[6] = 0, ids[6] = 1 << 30;
-  const float temperature = 0.7f;
+  const float temperature = capped ? 0.7f / 30 : 0.7f;
   std::vector<float> g(kRows, 0.5f), h(kRows, -0.25f);
   g[2] = h[2] = 0, h[4] = 0;
   Buffer grads(grads_dtype, layout.size()), want_grads(grads_dtype, layout.size());
@@ -169,6 +170,7 @@ void test_logprobs(Dtype dtype, Dtype grads_dtype, int64_t vocab, bool backwards
   a.rows = kRows, a.vocab = vocab, a.dtype = dtype, a.logits = logits.data();
   a.logits_layout = a.dlogits_layout = layout.rows(), a.dlogits_dtype = grads_dtype;
   a.token_ids = ids.data(), a.mask = mask.data(), a.temperature = &temperature;
+  a.tanh_scale = capped ? 1.5f / 30 : 0;
   Outputs found, want;
   const auto run = [&](void (*forward)(const spo::LogprobsArgs&),
                        void (*backward)(const spo::LogprobsArgs&), Outputs* out, Buffer* dx) {
@@ -183,8 +185,9 @@ void test_logprobs(Dtype dtype, Dtype grads_dtype, int64_t vocab, bool backwards
   run(spo::logprobs_cpu, spo::logprobs_backward_cpu, &want, &want_grads);
   machine.backwards = backwards;
   run(spo::logprobs_cuda, spo::logprobs_backward_cuda, &found, &grads);
-  near_rows(found.logprobs, want.logprobs, 4e-6, "logprob");
-  near_rows(found.entropy, want.entropy, 8e-6, "entropy");
+  const double more = capped ? 4 * 0x1p-24 * 30 / 0.7 : 0;  // both tanhs are good to 1.7 ulp
+  near_rows(found.logprobs, want.logprobs, 4e-6 + more, "logprob");
+  near_rows(found.entropy, want.entropy, 8e-6 + more, "entropy");
   near_rows(found.stats, want.stats, 4e-6, "maximum and log of the sum");
   near_grads(grads, want_grads, layout.size());
 }
@@ -240,9 +243,11 @@ int main() {
           test_policy_loss(dtype, spo::kBFloat16, vocab, {cluster, odd}, where, false);
       }
       for (bool backwards : {false, true}) {
-        test_logprobs(dtype, dtype, vocab, backwards, backwards);
-        if (dtype == spo::kFloat32)
-          test_logprobs(dtype, spo::kBFloat16, vocab, backwards, backwards);
+        for (bool capped : {false, true}) {
+          test_logprobs(dtype, dtype, vocab, backwards, backwards != capped, capped);
+          if (dtype == spo::kFloat32)
+            test_logprobs(dtype, spo::kBFloat16, vocab, backwards, backwards, capped);
+        }
       }
     }
   }
