@@ -10,7 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from spo_kernels.triton.configs import aligned_alike, row_sweep
-from spo_kernels.triton.softmax import LN2, LOG2E, expm1, row_start, row_sums, write_row, zero_row
+from spo_kernels.triton.softmax import (
+    LN2,
+    LOG2E,
+    capped,
+    expm1,
+    row_start,
+    row_sums,
+    write_row,
+    zero_row,
+)
 
 
 @triton.jit
@@ -24,6 +33,7 @@ def logprobs_kernel(
     mask,  # None: all rows
     temperature,
     temperature_stride,
+    tanh_scale,  # None: no cap
     logprobs,
     entropies,  # None: not wanted
     row_maxes,
@@ -42,7 +52,8 @@ def logprobs_kernel(
         inv_temperature = tl.div_rn(1.0, tl.load(temperature + row * temperature_stride))
         id = tl.load(token_ids + row)
         known = (id >= 0) & (id < vocab)  # else NaN: in a CUDA graph Python cannot check ids
-        chosen = tl.load(logits + start + id, mask=known, other=float("nan")).to(tl.float32)
+        chosen = tl.load(logits + start + id, mask=known, other=float("nan"))
+        chosen, _ = capped(chosen, tanh_scale)
         row_max, row_sum, weighted = row_sums(
             logits,
             start,
@@ -51,6 +62,7 @@ def logprobs_kernel(
             entropies is not None,
             BLOCK_V,
             STAGES,
+            tanh_scale,
         )
         log_sum = tl.log(row_sum)
         logprob = (chosen - row_max) * inv_temperature - log_sum
@@ -77,6 +89,7 @@ def logprobs_backward_kernel(
     mask,  # None: all rows
     temperature,
     temperature_stride,
+    tanh_scale,  # None: no cap
     logprobs,
     entropies,
     row_maxes,
@@ -87,7 +100,10 @@ def logprobs_backward_kernel(
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dlogits_j = g (1[j = token] - p_j) - h p_j (log p_j + H), g and h divided by temperature."""
+    """dlogits_j = g (1[j = token] - p_j) - h p_j (log p_j + H), g and h divided by temperature.
+
+    Under a cap these are the derivatives by y, and `write_row` makes them those by the logits.
+    """
     row = tl.program_id(0).to(tl.int64)
     out_start = row_start(row, dlogits_block_rows, dlogits_block_stride, dlogits_row_stride)
     kept = row >= 0
@@ -135,6 +151,7 @@ def logprobs_backward_kernel(
             ALIKE,
             BLOCK_V,
             STAGES,
+            tanh_scale,
         )
     else:
         zero_row(dlogits, out_start, vocab, BLOCK_V)
@@ -151,6 +168,7 @@ def logprobs(
     mask: Tensor | None = None,  # (N,) bool, None: all rows
     temperature: Tensor,  # (N,) or (1,)
     temperature_stride: int,
+    tanh_scale: float = 0.0,  # 0: no cap
     logprobs: Tensor,  # (N,)
     entropy: Tensor | None,  # (N,)
     row_max: Tensor,  # (N,)
@@ -166,6 +184,7 @@ def logprobs(
             mask,
             temperature,
             temperature_stride,
+            tanh_scale or None,
             logprobs,
             entropy,
             row_max,
@@ -188,6 +207,7 @@ def logprobs_backward(
     mask: Tensor | None = None,  # (N,) bool, None: all rows
     temperature: Tensor,  # (N,) or (1,)
     temperature_stride: int,
+    tanh_scale: float = 0.0,  # 0: no cap
     logprobs: Tensor,  # (N,) of the forward, as the next three
     entropy: Tensor | None,
     row_max: Tensor,
@@ -207,6 +227,7 @@ def logprobs_backward(
             mask,
             temperature,
             temperature_stride,
+            tanh_scale or None,
             logprobs,
             entropy,
             row_max,

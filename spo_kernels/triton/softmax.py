@@ -2,6 +2,10 @@
 
 Exponents are to base 2, since that is the instruction: d_j = (x_j - max) * scale with
 scale = log2(e) / temperature, one rounding of the scale and one of the product.
+
+A soft cap c of logits times s: with tanh_scale k = s / c, all of this works on y = tanh(k x) in
+place of x, at the temperature divided by c. Gradients by x are those by y times k (1 - y^2). A
+tanh_scale of None is no cap.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportIndexIssue=false
@@ -15,6 +19,14 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # not -inf: a row may start with -inf
 FLOOR = tl.constexpr(-160.0)  # 2 to it is 0, so that 0 * -inf never happens
 IMPOSSIBLE = tl.constexpr(float("-inf"))  # pads the last block
+# Of the tanh, as in csrc/tanh.h.
+TANH_NEAR = tl.constexpr(0.65)
+TWO_LOG2E = tl.constexpr(2.8853900817779268)
+TANH_P0 = tl.constexpr(-3.333325918e-1)
+TANH_P1 = tl.constexpr(1.333081248e-1)
+TANH_P2 = tl.constexpr(-5.368657090e-2)
+TANH_P3 = tl.constexpr(2.046483715e-2)
+TANH_P4 = tl.constexpr(-5.510236871e-3)
 
 
 @triton.jit
@@ -46,6 +58,33 @@ def edges(start, vocab, body, vectors, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def capped(x, tanh_scale):
+    """(y, its derivative by x) in fp32; NaN stays NaN. Without a cap x and 1."""
+    y = x.to(tl.float32)
+    by_x = 1.0
+    if tanh_scale is not None:
+        u = y * tanh_scale
+        square = u * u
+        p = ((TANH_P4 * square + TANH_P3) * square + TANH_P2) * square
+        near = u * square * ((p + TANH_P1) * square + TANH_P0) + u
+        e = tl.exp2(-tl.abs(u) * TWO_LOG2E)
+        inverse = 1.0 / (1.0 + e)
+        rest = 2 * e * inverse
+        y = tl.where(square < TANH_NEAR * TANH_NEAR, near, tl.where(u < 0, rest - 1, 1 - rest))
+        by_x = rest * (2 * inverse) * tanh_scale
+    return y, by_x
+
+
+@triton.jit
+def swept(x, used, tanh_scale):
+    """y of the logits x, of which those not `used` add nothing to a sum. They are -inf in x."""
+    y, _ = capped(x, tanh_scale)
+    if tanh_scale is not None:  # the tanh of -inf would add something
+        y = tl.where(used, y, IMPOSSIBLE)
+    return y
+
+
+@triton.jit
 def row_sums(
     x,
     start,  # of the row in x
@@ -54,8 +93,9 @@ def row_sums(
     WEIGHTED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
+    tanh_scale=None,
 ):
-    """(max x, sum 2^d, sum 2^d d); the last is 0 unless WEIGHTED.
+    """(max y, sum 2^d, sum 2^d d); the last is 0 unless WEIGHTED. Without a cap y is x.
 
     Every vector of a block has its own maximum and sums, which are merged once, after the loop.
     They are rescaled when a vector's maximum rises: one exponential more per vector. The maximum
@@ -65,7 +105,8 @@ def row_sums(
     body, vectors = row_parts(start, vocab, VECTOR)
     ROWS: tl.constexpr = BLOCK_V // VECTOR
     column, used = edges(start, vocab, body, vectors, VECTOR)
-    edge = tl.load(x + start + column, mask=used, other=IMPOSSIBLE).to(tl.float32)
+    edge = tl.load(x + start + column, mask=used, other=IMPOSSIBLE)
+    edge = swept(edge, used, tanh_scale)
     row = tl.arange(0, ROWS)[:, None]
     lanes = row * VECTOR + tl.arange(0, VECTOR)[None, :]
     top = tl.full((ROWS,), LOWEST, tl.float32)
@@ -75,9 +116,11 @@ def row_sums(
     for block in tl.range(0, blocks, num_stages=STAGES):
         # Measured on an H100, V 151936: these hints make the two sweeps a tenth faster.
         value = tl.load(x + body + block * BLOCK_V + lanes, eviction_policy="evict_last")
+        value, _ = capped(value, tanh_scale)
         top, total, weighted = add_block(value, scale, top, total, weighted, WEIGHTED)
     inside = (blocks * ROWS + row < vectors) & (lanes >= 0)
     value = tl.load(x + body + blocks * BLOCK_V + lanes, mask=inside, other=IMPOSSIBLE)
+    value = swept(value, inside, tanh_scale)
     top, total, weighted = add_block(value, scale, top, total, weighted, WEIGHTED)
     row_max = tl.maximum(tl.max(top, 0), tl.max(edge, 0))
     d = (top - row_max) * scale
@@ -93,8 +136,7 @@ def row_sums(
 
 @triton.jit
 def add_block(value, scale, top, total, weighted, WEIGHTED: tl.constexpr):
-    """The maxima and sums (ROWS,) with a block (ROWS, VECTOR) of logits added."""
-    value = value.to(tl.float32)
+    """The maxima and sums (ROWS,) with a block (ROWS, VECTOR) of y added."""
     risen = tl.maximum(top, tl.max(value, 1))
     d = (value - risen[:, None]) * scale
     e = tl.exp2(d)
@@ -118,13 +160,16 @@ def write_row(
     factor,
     slope,
     token,  # column of the chosen token, -1 for none
-    own,  # the value written at that column
+    own,  # the value written at that column; under a cap its derivative by y
     SLOPED: tl.constexpr,
     ALIKE: tl.constexpr,  # the rows of x and of out start at the same place within VECTOR elements
     BLOCK_V: tl.constexpr,
     STAGES: tl.constexpr,
+    tanh_scale=None,
 ):
-    """out_j = 2^d (factor + slope d), d = (x_j - shift) * scale; the slope only if SLOPED.
+    """out_j = 2^d (factor + slope d), d = (y_j - shift) * scale; the slope only if SLOPED.
+
+    Under a cap that is the derivative by y; what is written is the one by x.
 
     It goes from the end of the row to its start: the end is what the L2 cache still has of the
     sweep before, where it cannot hold the rows of all programs.
@@ -138,7 +183,7 @@ def write_row(
         out_body = (out_start + VECTOR - 1) // VECTOR * VECTOR
     column, used = edges(start, vocab, body, vectors, VECTOR)
     value = tl.load(x + start + column, mask=used, other=IMPOSSIBLE)
-    value = gradient(value, column, shift, scale, factor, slope, token, own, SLOPED)
+    value = gradient(value, column, shift, scale, factor, slope, token, own, SLOPED, tanh_scale)
     tl.store(out + out_start + column, value.to(out.dtype.element_ty), mask=used)
     row = tl.arange(0, ROWS)[:, None]
     lanes = row * VECTOR + tl.arange(0, VECTOR)[None, :]
@@ -147,25 +192,33 @@ def write_row(
     inside = (blocks * ROWS + row < vectors) & (lanes >= 0)
     at = blocks * BLOCK_V
     value = tl.load(x + body + at + lanes, mask=inside, other=IMPOSSIBLE)
-    value = gradient(value, lanes, shift, scale, factor, slope, token - at, own, SLOPED)
+    value = gradient(value, lanes, shift, scale, factor, slope, token - at, own, SLOPED, tanh_scale)
     tl.store(out + out_body + at + lanes, value.to(out.dtype.element_ty), mask=inside)
     for block in tl.range(0, blocks, num_stages=STAGES):
         at = (blocks - 1 - block) * BLOCK_V
         value = tl.load(x + body + at + lanes, eviction_policy="evict_first")
-        value = gradient(value, lanes, shift, scale, factor, slope, token - at, own, SLOPED)
+        value = gradient(
+            value, lanes, shift, scale, factor, slope, token - at, own, SLOPED, tanh_scale
+        )
         narrow = value.to(out.dtype.element_ty)
         tl.store(out + out_body + at + lanes, narrow, eviction_policy="evict_first")
 
 
 @triton.jit
-def gradient(value, column, shift, scale, factor, slope, token, own, SLOPED: tl.constexpr):
-    d = (value.to(tl.float32) - shift) * scale
+def gradient(
+    value, column, shift, scale, factor, slope, token, own, SLOPED: tl.constexpr, tanh_scale
+):
+    y, by_x = capped(value, tanh_scale)
+    d = (y - shift) * scale
     e = tl.exp2(d)
     if SLOPED:
         value = e * (tl.maximum(d, FLOOR) * slope + factor)
     else:
         value = e * factor
-    return tl.where(column == token, own, value)
+    value = tl.where(column == token, own, value)
+    if tanh_scale is not None:
+        value *= by_x
+    return value
 
 
 @triton.jit
