@@ -26,13 +26,16 @@ def linear_token_logprobs_ref(
     mask: Tensor,  # (N,) bool
     temperature: Tensor,  # (N,) or (1,)
     entropy: bool = False,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # (N,), (N,)
     """`linear_token_logprobs` in differentiable PyTorch: keep rows, project, reference logprobs."""
     _rows.check_rows(ids, temperature, mask, weight.shape[0])
     index = mask.nonzero().squeeze(1)
     states = head.select_states(hidden, hidden_index, index)
     logits = head.linear_ref(head.flatten(hidden)[states], weight, bias)
-    return _logprobs.reference(logits, ids, index, temperature, entropy)
+    scaling = (logit_scale, logit_softcap)
+    return _logprobs.reference(logits, ids, index, temperature, entropy, *scaling)
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? hidden_index"
@@ -45,7 +48,7 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? hidden_index"
 def _linear_logprobs(
     hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budget, *tokens
 ):
-    ids, mask, temperature, entropy, backend = tokens
+    ids, mask, temperature, *scaling, entropy, backend = tokens
     vocab = weight.shape[0]
     _rows.check_rows(ids, temperature, mask, vocab)
     results = tuple(x.zero_() for x in _logprobs.new_results(hidden, ids, entropy))
@@ -63,7 +66,8 @@ def _linear_logprobs(
                 backend,
                 logits,
                 ids[rows],
-                temperature=temperature if temperature.numel() == 1 else temperature[rows],
+                temperature if temperature.numel() == 1 else temperature[rows],
+                *scaling,
                 **dict(zip(NAMES, chunk, strict=True)),
             )
             for whole, values in zip(results, chunk, strict=True):
@@ -74,7 +78,7 @@ def _linear_logprobs(
 
 @_linear_logprobs.register_fake
 def _(hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budget, ids, *others):
-    return _logprobs.new_results(hidden, ids, others[2])
+    return _logprobs.new_results(hidden, ids, others[-2])
 
 
 @define(
@@ -86,7 +90,8 @@ def _linear_logprobs_backward(
     hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budget, *tokens_and_saved
 ):
     """Computes the logits again: the forward of a long batch cannot keep them."""
-    ids, mask, temperature, _, backend, *saved, grad_logprobs, grad_entropy = tokens_and_saved
+    ids, mask, temperature, logit_scale, logit_softcap, _, backend, *saved = tokens_and_saved
+    *saved, grad_logprobs, grad_entropy = saved
     wanted = mask & (grad_logprobs != 0)
     if grad_entropy is not None:
         wanted |= mask & (grad_entropy != 0)
@@ -110,7 +115,9 @@ def _linear_logprobs_backward(
                 backend,
                 logits,
                 ids[rows],
-                temperature=temperature if temperature.numel() == 1 else temperature[rows],
+                temperature if temperature.numel() == 1 else temperature[rows],
+                logit_scale,
+                logit_softcap,
                 grad_logprobs=grad_logprobs[rows],
                 grad_entropy=None if grad_entropy is None else grad_entropy[rows],
                 dlogits=dlogits,
@@ -148,6 +155,8 @@ def linear_token_logprobs(
     hidden_index: Tensor | None = None,
     loss_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     entropy: Literal[False] = False,
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
@@ -165,6 +174,8 @@ def linear_token_logprobs(
     hidden_index: Tensor | None = None,
     loss_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     entropy: Literal[True],
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
@@ -181,6 +192,8 @@ def linear_token_logprobs(
     hidden_index: Tensor | None = None,  # (N,) int64, the hidden state that predicts each token
     loss_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     entropy: bool = False,
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
@@ -194,17 +207,19 @@ def linear_token_logprobs(
     """
     shape = head.check_head(hidden, weight, bias, hidden_index)
     head.check_options(hidden, weight, bias, hidden_index, logits_dtype)
+    _rows.check_scaling(logit_scale, logit_softcap)
     ids, mask, heat = _logprobs.prepare("hidden", hidden, shape, token_ids, loss_mask, temperature)
     chosen = dispatch.choose("logprobs", hidden, backend)
+    scaling = (logit_scale, logit_softcap)
     if chosen == "reference":
         head.refuse_low_precision(logits_dtype)
         logprobs, row_entropy = linear_token_logprobs_ref(
-            hidden, weight, bias, hidden_index, ids, mask, heat, entropy
+            hidden, weight, bias, hidden_index, ids, mask, heat, entropy, *scaling
         )
     else:
         needs_grad = head.needs_grad(hidden, weight, bias)
         sizes = (needs_grad, logits_dtype, memory_budget)
-        tokens = (ids, mask, heat, entropy, chosen)
+        tokens = (ids, mask, heat, *scaling, entropy, chosen)
         logprobs, row_entropy, *_ = _linear_logprobs(
             hidden, weight, bias, hidden_index, *sizes, *tokens
         )

@@ -21,38 +21,62 @@ def token_logprobs_ref(
     mask: Tensor,  # (N,) bool
     temperature: Tensor,  # (N,) or (1,)
     entropy: bool = False,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # (N,), (N,)
     """`token_logprobs` in differentiable PyTorch; fp64 for fp64 logits."""
     shape = logits.shape[:-1]
     _rows.check_rows(ids, temperature, mask, logits.shape[-1])
     index = mask.nonzero().squeeze(1)
     kept = logits[torch.unravel_index(index, shape)] if len(shape) else logits[None][index]
-    return reference(kept, ids, index, temperature, entropy)
+    return reference(kept, ids, index, temperature, entropy, logit_scale, logit_softcap)
 
 
 def reference(
-    logits: Tensor, ids: Tensor, index: Tensor, temperature: Tensor, entropy: bool
-) -> tuple[Tensor, Tensor | None]:
+    logits: Tensor,  # (n, V) of the rows `index` only
+    ids: Tensor,  # (N,)
+    index: Tensor,  # (n,)
+    temperature: Tensor,  # (N,) or (1,)
+    entropy: bool,
+    logit_scale: float,
+    logit_softcap: float | None,
+) -> tuple[Tensor, Tensor | None]:  # (N,), (N,)
     n = ids.shape[0]
     chosen = temperature if temperature.shape[0] == 1 else temperature[index]
-    logprobs, row_entropy = _rows.logprobs_of(logits, ids[index], chosen, entropy)
+    logprobs, row_entropy = _rows.logprobs_of(
+        logits, ids[index], chosen, entropy, logit_scale, logit_softcap
+    )
     logprobs = logprobs.new_zeros(n).index_put((index,), logprobs)
     if row_entropy is not None:
         row_entropy = row_entropy.new_zeros(n).index_put((index,), row_entropy)
     return logprobs, row_entropy
 
 
-TOKENS = "Tensor ids, Tensor mask, Tensor temperature, bool with_entropy, str backend"
+TOKENS = (
+    "Tensor ids, Tensor mask, Tensor temperature, float logit_scale, float? logit_softcap, "
+    "bool with_entropy, str backend"
+)
 SAVED = "Tensor logprobs, Tensor entropy, Tensor row_max, Tensor row_logsum"
 RESULTS = f"({SAVED})"
 GRADS = "Tensor grad_logprobs, Tensor? grad_entropy"
 
 
-def run_rows(kernel: str, backend: str, logits: Tensor, ids: Tensor, **fields: Any) -> None:
-    """Run the forward or backward kernel over logits (..., V); `fields` holds the other buffers."""
+def run_rows(
+    kernel: str,
+    backend: str,
+    logits: Tensor,  # (..., V)
+    ids: Tensor,  # (N,) int64
+    temperature: Tensor,  # (N,) or (1,)
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    **fields: Any,
+) -> None:
+    """Run the forward or backward kernel; `fields` holds the other buffers."""
     if ids.numel() == 0:
         return
     vocab = logits.shape[-1]
+    divisor, tanh_scale = _rows.scaling(logit_scale, logit_softcap)
+    temperature = temperature if divisor == 1 else temperature / divisor
     if "dlogits" in fields:
         fields |= _rows.gradient_rows(fields["dlogits"], logits)
     logits, layout = _rows.strided_rows(logits)
@@ -66,7 +90,9 @@ def run_rows(kernel: str, backend: str, logits: Tensor, ids: Tensor, **fields: A
         logits=logits,
         logits_layout=layout,
         token_ids=ids,
-        temperature_stride=int(fields["temperature"].numel() > 1),
+        temperature=temperature,
+        temperature_stride=int(temperature.numel() > 1),
+        tanh_scale=tanh_scale,
         **{name: _null_if_empty(value) for name, value in fields.items()},
     )
 
@@ -86,33 +112,29 @@ NAMES = ("logprobs", "entropy", "row_max", "row_logsum")
 
 
 @define(f"logprobs(Tensor logits, {TOKENS}) -> {RESULTS}")
-def _logprobs(logits, ids, mask, temperature, entropy, backend):
+def _logprobs(logits, ids, mask, temperature, logit_scale, logit_softcap, entropy, backend):
     _rows.check_rows(ids, temperature, mask, logits.shape[-1])
     results = new_results(logits, ids, entropy)
     buffers = dict(zip(NAMES, results, strict=True))
-    run_rows("logprobs", backend, logits, ids, mask=mask, temperature=temperature, **buffers)
+    scales = (temperature, logit_scale, logit_softcap)
+    run_rows("logprobs", backend, logits, ids, *scales, mask=mask, **buffers)
     return results
 
 
 @_logprobs.register_fake
-def _(logits, ids, mask, temperature, entropy, backend):
-    return new_results(logits, ids, entropy)
+def _(logits, ids, *others):
+    return new_results(logits, ids, others[-2])
 
 
 @define(f"logprobs_backward(Tensor logits, {TOKENS}, {SAVED}, {GRADS}) -> Tensor")
-def _logprobs_backward(logits, ids, mask, temperature, entropy, backend, *saved_and_grads):
+def _logprobs_backward(logits, *tokens_and_saved):
+    ids, mask, temperature, logit_scale, logit_softcap, _, backend, *saved = tokens_and_saved
     names = (*NAMES, "grad_logprobs", "grad_entropy")
-    buffers = dict(zip(names, saved_and_grads, strict=True))
+    buffers = dict(zip(names, saved, strict=True))
     dlogits = memory.empty(logits.shape, logits.dtype, logits.device)
+    scales = (temperature, logit_scale, logit_softcap)
     run_rows(
-        "logprobs_backward",
-        backend,
-        logits,
-        ids,
-        mask=mask,
-        temperature=temperature,
-        dlogits=dlogits,
-        **buffers,
+        "logprobs_backward", backend, logits, ids, *scales, mask=mask, dlogits=dlogits, **buffers
     )
     return dlogits
 
@@ -167,6 +189,8 @@ def token_logprobs(
     *,
     loss_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     entropy: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -179,6 +203,8 @@ def token_logprobs(
     *,
     loss_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     entropy: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -190,27 +216,33 @@ def token_logprobs(
     *,
     loss_mask: Tensor | None = None,  # (...) bool, integer or float; 0 = not computed
     temperature: float | Tensor = 1.0,  # a number, or a tensor that broadcasts; (B,) per sequence
+    logit_scale: float = 1.0,  # Cohere's logit_scale; Granite: 1 / logits_scaling
+    logit_softcap: float | None = None,  # Gemma's final_logit_softcapping
     entropy: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (...) fp32 (fp64 from fp64), or that and the entropy (...)
-    """log_softmax(logits / temperature) at token_ids; with `entropy=True` also the entropy.
+    """log_softmax(z / temperature) at token_ids; with `entropy=True` also the entropy.
+
+    z = logits * logit_scale, and with a cap z = logit_softcap * tanh(z / logit_softcap).
 
     Both are differentiable. Masked tokens have logprob 0; their logits are not read, and the
     gradient of these logits is 0.
 
     Raises TypeError for wrong types; ValueError for wrong shapes, for an id outside [0, V) or a
-    temperature that is not positive and finite where the mask is set, and for a `backend` that
-    cannot run. A backward with create_graph=True raises RuntimeError: the kernels have no second
-    derivative.
+    temperature that is not positive and finite where the mask is set, for a scale or a cap that is
+    not positive and finite, and for a `backend` that cannot run. A backward with create_graph=True
+    raises RuntimeError: the kernels have no second derivative.
     """
     _rows.check_floating("logits", logits)
     shape = logits.shape[:-1]
+    _rows.check_scaling(logit_scale, logit_softcap)
     ids, mask, heat = prepare("logits", logits, shape, token_ids, loss_mask, temperature)
     chosen = dispatch.choose("logprobs", logits, backend)
+    scaling = (logit_scale, logit_softcap)
     if chosen == "reference":
-        logprobs, row_entropy = token_logprobs_ref(logits, ids, mask, heat, entropy)
+        logprobs, row_entropy = token_logprobs_ref(logits, ids, mask, heat, entropy, *scaling)
     else:
-        logprobs, row_entropy, *_ = _logprobs(logits, ids, mask, heat, entropy, chosen)
+        logprobs, row_entropy, *_ = _logprobs(logits, ids, mask, heat, *scaling, entropy, chosen)
     return shaped(logprobs, row_entropy if entropy else None, shape)
 
 

@@ -6,6 +6,7 @@ The public functions take any leading shape (...); the kernels take N contiguous
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,6 +117,34 @@ def flat_temperature(
     return None
 
 
+SCALES = (1e-18, 1e18)  # so that their ratio and a temperature's stay normal fp32 numbers
+
+
+def check_scaling(logit_scale: float, logit_softcap: float | None) -> None:
+    """Raise TypeError or ValueError unless the scale and the cap, if any, are positive numbers."""
+    values = {"logit_scale": logit_scale}
+    if logit_softcap is not None:
+        values["logit_softcap"] = logit_softcap
+    for name, value in values.items():
+        expected = "a positive finite number" + (" or None" if name == "logit_softcap" else "")
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}: expected {expected}, found {type(value).__name__}")
+        if not SCALES[0] <= value <= SCALES[1]:
+            low, high = SCALES
+            raise ValueError(f"{name}: expected {expected}, {low:g} to {high:g}, found {value}")
+
+
+def scaling(logit_scale: float, logit_softcap: float | None) -> tuple[float, float]:
+    """(divisor, tanh_scale) by which kernels apply a logit scale s and a soft cap c.
+
+    They divide the temperature T by the divisor, since s x / T = x / (T / s) and
+    c tanh(s x / c) / T = tanh(k x) / (T / c). The tanh_scale is k = s / c; 0 without a cap.
+    """
+    if logit_softcap is None:
+        return float(logit_scale), 0.0
+    return float(logit_softcap), logit_scale / logit_softcap
+
+
 def check_rows(
     ids: Tensor,
     temperature: Tensor,
@@ -195,9 +224,16 @@ def logprobs_of(
     ids: Tensor,  # (N,) int64
     temperature: Tensor,  # (N,) or (1,)
     entropy: bool,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # (N,), (N,)
     """Logprob of each id and entropy of each row in differentiable PyTorch, -inf logits allowed."""
-    z = logits.to(math_dtype(logits)) / temperature.unsqueeze(1)
+    z = logits.to(math_dtype(logits))
+    if logit_scale != 1:
+        z = z * logit_scale
+    if logit_softcap is not None:
+        z = logit_softcap * torch.tanh(z / logit_softcap)
+    z = z / temperature.unsqueeze(1)
     logprobs = z - torch.logsumexp(z, -1, keepdim=True)
     chosen = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1)
     if not entropy:

@@ -256,7 +256,7 @@ def test_gradcheck_of_reference():
 def test_opcheck(entropy):
     tensors, logits, ids, weights = make(6, 19)
     leaves = [x.clone().requires_grad_() for x in tensors.values()]
-    tokens = (ids, torch.ones(6, dtype=torch.bool), torch.ones(1), entropy, FAST)
+    tokens = (ids, torch.ones(6, dtype=torch.bool), torch.ones(1), 1.0, None, entropy, FAST)
     sizes = ([True, True, True], torch.float32, 1 << 20)
     ops = torch.ops.spo_kernels
     torch.library.opcheck(ops.logprobs.default, (logits.clone().requires_grad_(), *tokens))

@@ -42,7 +42,7 @@ from spo_kernels.triton.objective import (  # noqa: E402
 
 SHARED = [
     *("test_policy_loss.py", "test_logprobs.py", "test_tree.py", "test_segments.py"),
-    *("test_loss_options.py",),
+    *("test_loss_options.py", "test_softcap.py"),
     *(f"test_triton.py::test_{n}" for n in ("objective", "rows_of_several_blocks", "scale")),
     *(f"test_linear_policy_loss.py::test_{n}" for n in ("options", "bf16_gradient_of_fp32_logits")),
 ]
@@ -50,6 +50,7 @@ LEFT_OUT = [
     *("reference", "errors", "gradcheck", "opcheck", "compiles", "fuzz"),  # less of the kernel
     "(options or temperature) and (dtype1 or dtype2)",  # the rest is slow and was had in fp32
     "test_logprobs and (32000 or 50257 or 129920)",
+    "test_softcap and (dtype1 or dtype2 or 0.0625 or 50257 or 33)",
     "shared_states and dtype1 or large_weight",  # bf16 gradients: the interpreter truncates
 ]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -143,13 +144,15 @@ def of_one(tokens, logprobs, i):
 @pytest.mark.skipif(not CAN_RUN, reason="there is no GPU, and Triton does not interpret")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [1, 6, 9, 255, 256, 259, 512, 1003])
-def test_rows_of_several_blocks(vocab, dtype, monkeypatch):
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_rows_of_several_blocks(softcap, vocab, dtype, monkeypatch):
     """Sweeps of up to 4 blocks, in rows that start at any alignment and are written at another."""
     monkeypatch.setattr(configs, "MAX_BLOCK_V", 256)
     generator = torch.Generator(DEVICE).manual_seed(vocab)
     logits = torch.randn(3, 4, vocab, generator=generator, device=DEVICE).to(dtype)[:, 1:]
     ids = torch.randint(vocab, (3, 3), generator=generator, device=DEVICE)
     weights = torch.randn(2, 3, 3, generator=generator, device=DEVICE)
+    options = {"temperature": 0.7, "entropy": True, "logit_softcap": softcap}
     results = []
     for leaf, backend in (
         (logits, "triton"),
@@ -157,7 +160,7 @@ def test_rows_of_several_blocks(vocab, dtype, monkeypatch):
         (logits.double(), "reference"),
     ):
         leaf = leaf.detach().requires_grad_()
-        values = token_logprobs(leaf, ids, temperature=0.7, entropy=True, backend=backend)
+        values = token_logprobs(leaf, ids, backend=backend, **options)
         sum((w * x).sum() for w, x in zip(weights, values, strict=True)).backward()
         results.append([*values, leaf.grad])
     for name, *triple in zip(("logprobs", "entropy", "gradient"), *results, strict=True):
@@ -188,6 +191,8 @@ LOSS = policy_loss.policy_loss_kernel
 FORWARD = logprobs.logprobs_kernel
 BACKWARD = logprobs.logprobs_backward_kernel
 PREPARE, FINISH = prepare.prepare_kernel, prepare.finish_kernel
+NO_CAP = {"tanh_scale": None}
+NO_ENTROPY, NO_SLOPE = {"entropies": None, **NO_CAP}, {"grad_entropy": None, **NO_CAP}
 GIVEN = {"kl_scope": 0, "policy_norm": None, "kl_norm": None, "index": None, "STRICT": True}
 GIVEN |= {"kl_ratio": False, "drop_nan": False, "metrics": False}
 GIVEN |= {"weights": None, "kl_weights": None, "DLOGITS_ZEROED": False, "SLOPED": False}
@@ -232,19 +237,29 @@ VARIANTS = {  # kernel, dtypes of logits and dlogits, arguments that are no run-
     "prepare gathered rows": (PREPARE, "", "", GATHERED),
     "finish": (FINISH, "", "", {**BESIDE, "kl_estimator": 3, "kl_scope": 0}),
     "finish late": (FINISH, "", "", {**BESIDE, **LATE_NORM}),
-    "logprobs fp32": (FORWARD, "fp32", "", {"entropies": None}),
-    "logprobs bf16": (FORWARD, "bf16", "", {"entropies": None}),
-    "logprobs of all rows": (FORWARD, "fp16", "", {"entropies": None, "mask": None}),
-    "logprobs entropy fp32": (FORWARD, "fp32", "", {}),
-    "logprobs entropy bf16": (FORWARD, "bf16", "", {}),
-    "backward fp32": (BACKWARD, "fp32", "fp32", {"entropies": None, "grad_entropy": None}),
-    "backward bf16": (BACKWARD, "bf16", "bf16", {"entropies": None, "grad_entropy": None}),
-    "backward of all rows": (BACKWARD, "fp16", "fp16", {"grad_entropy": None, "mask": None}),
-    "backward fp32 to bf16": (BACKWARD, "fp32", "bf16", {"grad_entropy": None}),
-    "backward entropy fp32": (BACKWARD, "fp32", "fp32", {}),
-    "backward entropy bf16": (BACKWARD, "bf16", "bf16", {}),
+    "logprobs fp32": (FORWARD, "fp32", "", NO_ENTROPY),
+    "logprobs bf16": (FORWARD, "bf16", "", NO_ENTROPY),
+    "logprobs of all rows": (FORWARD, "fp16", "", {**NO_ENTROPY, "mask": None}),
+    "logprobs entropy fp32": (FORWARD, "fp32", "", NO_CAP),
+    "logprobs entropy bf16": (FORWARD, "bf16", "", NO_CAP),
+    "logprobs capped fp32": (FORWARD, "fp32", "", {"entropies": None}),
+    "logprobs capped bf16": (FORWARD, "bf16", "", {"entropies": None}),
+    "logprobs capped entropy fp32": (FORWARD, "fp32", "", {}),
+    "logprobs capped entropy bf16": (FORWARD, "bf16", "", {}),
+    "backward fp32": (BACKWARD, "fp32", "fp32", {**NO_SLOPE, "entropies": None}),
+    "backward bf16": (BACKWARD, "bf16", "bf16", {**NO_SLOPE, "entropies": None}),
+    "backward of all rows": (BACKWARD, "fp16", "fp16", {**NO_SLOPE, "mask": None}),
+    "backward fp32 to bf16": (BACKWARD, "fp32", "bf16", NO_SLOPE),
+    "backward entropy fp32": (BACKWARD, "fp32", "fp32", NO_CAP),
+    "backward entropy bf16": (BACKWARD, "bf16", "bf16", NO_CAP),
+    "backward capped fp32": (BACKWARD, "fp32", "fp32", {"grad_entropy": None}),
+    "backward capped bf16": (BACKWARD, "bf16", "bf16", {"grad_entropy": None}),
+    "backward capped fp32 to bf16": (BACKWARD, "fp32", "bf16", {"grad_entropy": None}),
+    "backward capped entropy fp32": (BACKWARD, "fp32", "fp32", {}),
+    "backward capped entropy bf16": (BACKWARD, "bf16", "bf16", {}),
 }
 UNALIGNED = ("loss entropy k3 fp16", "logprobs of all rows", "backward entropy bf16")
+UNALIGNED += ("logprobs capped entropy bf16", "backward capped entropy fp32")
 
 
 def compile_for(target, kernel, dtype, dlogits_dtype, constants, vocab):
@@ -270,7 +285,7 @@ def compile_for(target, kernel, dtype, dlogits_dtype, constants, vocab):
         size = name in sizes or name.endswith(("_stride", "block_rows"))
         if size:
             kind = "i64" if name.endswith("block_stride") else "i32"
-        elif TYPES.get(name) == "float":
+        elif name == "tanh_scale" or TYPES.get(name) == "float":
             return "fp32"
         else:
             kind = "*i1" if name.endswith("mask") else types.get(name, "*fp32")
