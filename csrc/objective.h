@@ -47,6 +47,17 @@ SPO_HOST_DEVICE float temperature_of(const PolicyLossArgs& a, int64_t token) {
                        : static_cast<float>(a.temperature_value);
 }
 
+// The sweeps work on y = tanh(k x), or on x if k is 0, at a temperature divided by the cap or the
+// scale of the logits: see csrc/cpu/softmax.h.
+SPO_HOST_DEVICE float tanh_scale_of(const PolicyLossArgs& a) {
+  return a.logit_softcap < INFINITY ? a.logit_scale / a.logit_softcap : 0;
+}
+
+SPO_HOST_DEVICE float swept_temperature_of(const PolicyLossArgs& a, int64_t token) {
+  const float divisor = a.logit_softcap < INFINITY ? a.logit_softcap : a.logit_scale;
+  return temperature_of(a, token) / divisor;
+}
+
 // The probability mask needs the logprobs of this pass.
 SPO_HOST_DEVICE bool masks_late(const PolicyLossArgs& a) {
   return !a.old_logprobs && a.log_threshold < INFINITY;

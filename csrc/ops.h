@@ -66,6 +66,8 @@ SPO_HOST_DEVICE int64_t row_offset(const RowLayout& layout, int64_t row) {
   FIELD(double, temperature_value, 1)                                                              \
   FIELD(double, policy_norm_value, -1) /* negative: the number of kept tokens */                   \
   FIELD(double, kl_norm_value, -1)                                                                 \
+  FIELD(float, logit_scale, 1)                                                                     \
+  FIELD(float, logit_softcap, INFINITY)                                                            \
   FIELD(float, log_threshold, INFINITY) /* kept: old_logprobs below it */                          \
   FIELD(float, clip_eps_low, 0)                                                                    \
   FIELD(float, clip_eps_high, 0)                                                                   \

@@ -71,7 +71,7 @@ struct Slopes {
 SPO_HOST_DEVICE void raise_slopes(const PolicyLossArgs& a, uint8_t use, int64_t token,
                                   Slopes* most) {
   if (!(use & kRuns)) return;
-  const float inverse = 1 / temperature_of(a, token), advantage = a.advantages[token];
+  const float inverse = a.logit_scale / temperature_of(a, token), advantage = a.advantages[token];
   const float old = a.old_logprobs ? a.old_logprobs[token] : 0;
   const float ratio = expf(fminf(a.log_ratio_clamp, -old));
   if (use & kInPolicy) {

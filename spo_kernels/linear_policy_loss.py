@@ -138,6 +138,8 @@ def linear_masked_ppo_loss(
     prob_threshold: float | None = 0.9,
     ref_logprobs: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     clip_eps_low: float = 0.2,
     clip_eps_high: float = 0.2,
     clip_ratio_max: float | None = None,
@@ -186,7 +188,8 @@ def linear_masked_ppo_loss(
     tokens = prepare(
         hidden, shape, token_ids=token_ids, old_logprobs=old_logprobs, advantages=advantages,
         weights=weights, loss_mask=loss_mask, prob_threshold=prob_threshold,
-        ref_logprobs=ref_logprobs, temperature=temperature, clip_eps_low=clip_eps_low,
+        ref_logprobs=ref_logprobs, temperature=temperature, logit_scale=logit_scale,
+        logit_softcap=logit_softcap, clip_eps_low=clip_eps_low,
         clip_eps_high=clip_eps_high, clip_ratio_max=clip_ratio_max,
         log_ratio_clamp=log_ratio_clamp, kl_coef=kl_coef, kl_estimator=kl_estimator,
         kl_scope=kl_scope, kl_weights=kl_weights, kl_clamp=kl_clamp, kl_ratio=kl_ratio,

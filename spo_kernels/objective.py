@@ -212,7 +212,8 @@ def policy_objective(
     arguments = tokens.prepare(
         logprobs, shape, token_ids=torch.zeros_like(logprobs, dtype=torch.int32),
         old_logprobs=old_logprobs, advantages=advantages, weights=weights, loss_mask=loss_mask,
-        prob_threshold=prob_threshold, temperature=1.0, ref_logprobs=ref_logprobs,
+        prob_threshold=prob_threshold, temperature=1.0, logit_scale=1.0,
+        logit_softcap=None, ref_logprobs=ref_logprobs,
         clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high, clip_ratio_max=clip_ratio_max,
         log_ratio_clamp=log_ratio_clamp, kl_coef=kl_coef, kl_estimator=kl_estimator,
         kl_scope=kl_scope, kl_weights=kl_weights, kl_clamp=kl_clamp, kl_ratio=kl_ratio,

@@ -5,6 +5,8 @@ Reference, op schemas with their fake and autograd, public functions, in that or
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,8 @@ def reference(
     heat = tokens.temperatures()
     heat = heat if heat.shape[0] == 1 else heat[index]
     ids = tokens.token_ids[index].long()
-    logprobs, row_entropy = _rows.logprobs_of(logits, ids, heat, entropy)
+    cap = tokens.logit_softcap if tokens.logit_softcap < math.inf else None
+    logprobs, row_entropy = _rows.logprobs_of(logits, ids, heat, entropy, tokens.logit_scale, cap)
     empty = logprobs.new_zeros(tokens.token_ids.shape)
     if row_entropy is not None:
         row_entropy = empty.index_put((index,), row_entropy)
@@ -166,6 +169,8 @@ def masked_ppo_loss(
     prob_threshold: float | None = 0.9,
     ref_logprobs: Tensor | None = None,  # (...) of the reference policy, at the temperature
     temperature: float | Tensor = 1.0,  # a number, or a tensor that broadcasts as advantages does
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     clip_eps_low: float = 0.2,
     clip_eps_high: float = 0.2,
     clip_ratio_max: float | None = None,
@@ -196,24 +201,23 @@ def masked_ppo_loss(
         entropy_loss = -entropy_coef * sum(M * H) / Z
         loss = policy_loss + kl + entropy_loss
 
-    w = `weights` and v = `kl_weights`, 1 if None: sequence means, importance corrections. For A < 0
-    the policy term is at most -clip_ratio_max * A (dual clip, arXiv 1912.09729). H is the entropy.
-    K is M for `kl_scope="masked"`, the loss mask for "all". With p and q the two logprobs, k1 is
-    p - q, k2 is (p - q)^2 / 2, k3 is exp(d) - d - 1 with d = clamp(q - p, +-kl_clamp); with
+    Logprobs are those of softmax(z / temperature), z = logits * logit_scale, with a cap
+    z = logit_softcap * tanh(z / logit_softcap). w = `weights` and v = `kl_weights`, 1 if None. For
+    A < 0 the policy term is at most -clip_ratio_max * A (dual clip, arXiv 1912.09729). H is the
+    entropy. K is M for `kl_scope="masked"`, the loss mask for "all". With p and q the two logprobs,
+    k1 is p - q, k2 is (p - q)^2 / 2, k3 is exp(d) - d - 1 with d = clamp(q - p, +-kl_clamp); with
     `kl_ratio=True` they are multiplied by the ratio. The gradient is that of the formula. A norm is
-    a count, a number or a tensor: give the global count of the optimiser step. `kl_norm=None` takes
-    the policy's norm. A norm of 0 gives loss 0 and zero gradients. `prob_threshold=None` trains the
-    whole loss mask; None for a clamp or for `clip_ratio_max` sets no bound.
+    a number or a tensor: give the global count of the optimiser step. `kl_norm=None` takes the
+    policy's. A norm of 0 gives loss 0. None for a threshold, a clamp or a maximum sets no bound.
 
     `old_logprobs=None` is on-policy: the ratio is 1, with the gradient of the logprob. The
     probability mask then takes the probabilities of this pass, so every row of the loss mask is
     read, and without `policy_norm` the backward multiplies the gradient by 1 / Z in a pass of its
     own. `nan_logprobs="drop"` drops and counts tokens with an old logprob of NaN.
 
-    The logits are read once and their gradient is written once. Logits of dropped tokens are not
-    read (they may be NaN); their gradient is 0. `entropy=True` returns the entropy of the rows that
-    were computed; `metrics=True` computes all kept rows, also where A is 0, with their entropy.
-    `inplace_grad=True` writes the gradient over the logits: do not use them afterwards.
+    Logits of dropped tokens are not read (they may be NaN); their gradient is 0. `entropy=True`
+    returns the entropy of the rows that were computed; `metrics=True` computes all kept rows, also
+    where A is 0. `inplace_grad=True` writes the gradient over the logits: do not use them again.
 
     Raises TypeError for wrong types; ValueError for wrong shapes or options, for a kept token with
     an id outside [0, V), a temperature that is not positive and finite or an old logprob that is
@@ -225,6 +229,7 @@ def masked_ppo_loss(
         logits, logits.shape[:-1], token_ids=token_ids, old_logprobs=old_logprobs,
         advantages=advantages, weights=weights, loss_mask=loss_mask,
         prob_threshold=prob_threshold, ref_logprobs=ref_logprobs, temperature=temperature,
+        logit_scale=logit_scale, logit_softcap=logit_softcap,
         clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high, clip_ratio_max=clip_ratio_max,
         log_ratio_clamp=log_ratio_clamp, kl_coef=kl_coef, kl_estimator=kl_estimator,
         kl_scope=kl_scope, kl_weights=kl_weights, kl_clamp=kl_clamp, kl_ratio=kl_ratio,

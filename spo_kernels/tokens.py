@@ -42,6 +42,8 @@ class Tokens:
     temperature_value: float
     policy_norm_value: float
     kl_norm_value: float
+    logit_scale: float
+    logit_softcap: float
     log_threshold: float
     clip_eps_low: float
     clip_eps_high: float
@@ -185,6 +187,8 @@ def prepare(
     loss_mask: Tensor | None,
     prob_threshold: float | None,
     temperature: float | Tensor,
+    logit_scale: float,
+    logit_softcap: float | None,
     clip_ratio_max: float | None,
     log_ratio_clamp: float | None,
     ref_logprobs: Tensor | None,
@@ -213,6 +217,7 @@ def prepare(
         kl_norm=kl_norm,
     )
     rows.check_tensors(token_ids=token_ids)
+    rows.check_scaling(logit_scale, logit_softcap)
     _check_names(kl_coef, kl_estimator, kl_scope, nan_logprobs, ref_logprobs)
     dtype = rows.math_dtype(like)
     for k, x in others.items():
@@ -231,6 +236,8 @@ def prepare(
         temperature_value=float(temperature) if heat is None else 1.0,
         policy_norm_value=z_value,
         kl_norm_value=z_kl_value,
+        logit_scale=float(logit_scale),
+        logit_softcap=math.inf if logit_softcap is None else float(logit_softcap),
         log_threshold=log_threshold(prob_threshold),
         clip_ratio_max=math.inf if clip_ratio_max is None else clip_ratio_max,
         log_ratio_clamp=math.inf if log_ratio_clamp is None else log_ratio_clamp,

@@ -22,24 +22,27 @@ static void store_row(const PolicyLossArgs& a, int64_t token, float logprob, flo
 }
 
 // dlogits_j = g (1[j = token] - p_j) - h p_j (log p_j + H), g and h the derivatives by the logprob
-// and the entropy H divided by the temperature; log p_j = ln 2 d_j - logsum.
+// and the entropy H divided by the temperature; log p_j = ln 2 d_j - logsum. Under a cap all of
+// this times k (1 - y_j^2), which is own_slope for the token itself.
 template <class T, class U>
 static void write_gradient(const PolicyLossArgs& a, const TokenLoss& loss, const T* x,
-                           const RowSums& sums, float exp_scale, float logprob, float entropy,
-                           float temperature, int64_t id, U* out) {
+                           const RowSums& sums, float temperature, float logprob, float entropy,
+                           int64_t id, float own_slope, U* out) {
   const float g = loss.dlogprob / temperature * a.scales[3];
   const float h = loss.dentropy / temperature * a.scales[3];
+  const float scale = exponent_scale(temperature), tanh_scale = tanh_scale_of(a);
   // 1 - p of the token itself; 1 - exp(logprob) would cancel.
   float own = -g * expm1f(logprob);
   if (h == 0) {
-    write_row<false>(x, a.vocab, sums.max, exp_scale, static_cast<float>(-g / sums.sum), 0, out);
+    const double factor = -g / sums.sum;
+    write_row<false>(x, a.vocab, sums.max, scale, static_cast<float>(factor), 0, out, tanh_scale);
   } else {
     const double factor = -(g + h * (entropy - ::log(sums.sum))) / sums.sum;
-    write_row<true>(x, a.vocab, sums.max, exp_scale, static_cast<float>(factor),
-                    static_cast<float>(-h * kLn2 / sums.sum), out);
+    write_row<true>(x, a.vocab, sums.max, scale, static_cast<float>(factor),
+                    static_cast<float>(-h * kLn2 / sums.sum), out, tanh_scale);
     if (logprob != -INFINITY) own -= h * expf(logprob) * (logprob + entropy);
   }
-  if (id >= 0) from_float(own, out + id);
+  if (id >= 0) from_float(own * own_slope, out + id);
 }
 
 // T: type of the logits, U: of dlogits.
@@ -54,20 +57,20 @@ static void policy_loss_row(const PolicyLossArgs& a, int64_t row) {
   }
   const T* x = row_of<T>(a.logits, a.logits_layout, row);
   const int64_t id = token_id(a, token);
-  const float temperature = temperature_of(a, token);
+  const float temperature = swept_temperature_of(a, token), tanh_scale = tanh_scale_of(a);
   const float exp_scale = exponent_scale(temperature);
-  const RowSums sums = reduce_row(x, a.vocab, exp_scale, a.entropy != nullptr);
+  const RowSums sums = reduce_row(x, a.vocab, exp_scale, a.entropy != nullptr, tanh_scale);
   // Else NaN, if Python could not check.
   const bool known = id >= 0 && id < a.vocab && !(use & kLost);
-  const float logprob =
-      known ? static_cast<float>(row_logprob(sums, to_float(x[id]), exp_scale)) : NAN;
+  const CappedLogit chosen = capped_logit(known ? to_float(x[id]) : NAN, tanh_scale);
+  const float logprob = static_cast<float>(row_logprob(sums, chosen.value, exp_scale));
   const float entropy = a.entropy ? static_cast<float>(row_entropy(sums)) : 0;
   const TokenLoss loss = token_loss(a, read_token(a, token, use), logprob, entropy);
   if (masks_late(a)) a.uses[token] = loss.use;
   store_row(a, token, logprob, entropy, loss);
   if (!a.dlogits) return;
   if (loss.dlogprob == 0 && loss.dentropy == 0) return zero_row<U>(a, row);
-  write_gradient(a, loss, x, sums, exp_scale, logprob, entropy, temperature, known ? id : -1,
+  write_gradient(a, loss, x, sums, temperature, logprob, entropy, known ? id : -1, chosen.slope,
                  row_of<U>(a.dlogits, a.dlogits_layout, row));
 }
 

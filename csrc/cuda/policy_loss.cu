@@ -43,13 +43,13 @@ __device__ __forceinline__ RowInputs row_inputs(const PolicyLossArgs& a, const R
 
 // For one thread: the objective of a row, its derivatives, and the row's outputs if `stores`.
 // dlogits_j = g (1[j = token] - p_j) - h p_j (log p_j + H), g and h the derivatives by the logprob
-// and the entropy H divided by the temperature.
+// and the entropy H divided by the temperature. `logit`: the token's, as the sweep takes it.
 __device__ __forceinline__ Gradient finish_row(const PolicyLossArgs& a, int64_t token,
                                                float inv_temperature, const RowInputs& in,
-                                               const Partial& sums, bool stores,
+                                               float logit, const Partial& sums, bool stores,
                                                bool* has_gradient) {
   const double logsum = log(static_cast<double>(sums.sum));
-  const double distance = (static_cast<double>(in.logit) - sums.max) * inv_temperature;
+  const double distance = (static_cast<double>(logit) - sums.max) * inv_temperature;
   const float logprob = static_cast<float>(distance - logsum);
   const float entropy =
       static_cast<float>(logsum - static_cast<double>(kLn2) * sums.weighted / sums.sum);
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kHeldThreads, kHeldBlocks)
     // Read before the blocks exchange their sums: after that dlogits may overwrite the logits.
     const float loose = held.loose_logit();
     const int64_t column = row_column(a, use);
-    const float inv_temperature = 1 / temperature_of(a, use.token);
+    const float inv_temperature = 1 / swept_temperature_of(a, use.token);
     const float scale = inv_temperature * kLog2E;
     if (threadIdx.x == 0) memory.inputs = row_inputs(a, use, held.row, column);
     Partial p = a.entropy ? held.template sums<true>(memory, loose, scale)
@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(kHeldThreads, kHeldBlocks)
     p = reduce_block(p, scale, memory.warps);
     p = reduce_cluster(p, scale, memory);
     if (threadIdx.x == 0)
-      memory.gradient = finish_row(a, use.token, inv_temperature, memory.inputs, p, rank == 0,
-                                   &memory.has_gradient);
+      memory.gradient = finish_row(a, use.token, inv_temperature, memory.inputs,
+                                   memory.inputs.logit, p, rank == 0, &memory.has_gradient);
     sync_block();
     U* out = row_of<U>(a.dlogits, a.dlogits_layout, row);
     if (memory.has_gradient) {
@@ -124,42 +124,56 @@ struct StreamedRowMemory {
 };
 
 // One block per row, in two passes: used if there are no clusters, if a row is larger than a
-// cluster can hold, for the gradient of the entropy, which needs more registers than a held row
-// leaves, and if no gradient is wanted, so that one pass is enough.
-template <class T, class U>
-__global__ void __launch_bounds__(1024)
-    policy_loss_streamed(const __grid_constant__ PolicyLossArgs a) {
+// cluster can hold, for a soft cap and the gradient of the entropy, which need more registers than
+// a held row leaves, and if no gradient is wanted, so that one pass is enough.
+template <bool kCapped, class T, class U>
+__device__ __forceinline__ void stream_row(const PolicyLossArgs& a) {
   const int64_t row = blockIdx.x;
   const RowUse use = row_use(a, row);
   if (!(use.use & kRuns)) return drop_row<U>(a, row, use.token, 0, 1);
   StreamedRowMemory& memory = *reinterpret_cast<StreamedRowMemory*>(block_memory());
   const T* x = row_of<T>(a.logits, a.logits_layout, row);
   const int64_t column = row_column(a, use);
-  const float inv_temperature = 1 / temperature_of(a, use.token);
-  const float scale = inv_temperature * kLog2E;
-  Partial p = a.entropy ? sum_row<true>(x, a.vocab, scale) : sum_row<false>(x, a.vocab, scale);
+  const float inv_temperature = 1 / swept_temperature_of(a, use.token);
+  const float scale = inv_temperature * kLog2E, tanh_scale = tanh_scale_of(a);
+  Partial p = a.entropy ? sum_row<true, kCapped>(x, a.vocab, scale, tanh_scale)
+                        : sum_row<false, kCapped>(x, a.vocab, scale, tanh_scale);
   p = reduce_block(p, scale, memory.warps);
   if (threadIdx.x == 0) {
     const RowInputs inputs = row_inputs(a, use, x, column);
+    const float logit = swept_logit<kCapped>(inputs.logit, tanh_scale);
     memory.gradient =
-        finish_row(a, use.token, inv_temperature, inputs, p, true, &memory.has_gradient);
+        finish_row(a, use.token, inv_temperature, inputs, logit, p, true, &memory.has_gradient);
   }
   if (!a.dlogits) return;
   sync_block();
   U* out = row_of<U>(a.dlogits, a.dlogits_layout, row);
   if (memory.has_gradient && a.entropy_coef != 0) {
-    write_row<true>(x, a.vocab, memory.gradient, column, out);
+    write_row<true, kCapped>(x, a.vocab, memory.gradient, column, out, tanh_scale);
   } else if (memory.has_gradient) {
-    write_row<false>(x, a.vocab, memory.gradient, column, out);
+    write_row<false, kCapped>(x, a.vocab, memory.gradient, column, out, tanh_scale);
   } else if (!a.dlogits_zeroed) {
     zero_row(out, a.vocab, 0, 1);
   }
 }
 
+template <class T, class U>
+__global__ void __launch_bounds__(1024)
+    policy_loss_streamed(const __grid_constant__ PolicyLossArgs a) {
+  stream_row<false, T, U>(a);
+}
+template <class T, class U>
+__global__ void __launch_bounds__(1024)
+    policy_loss_streamed_capped(const __grid_constant__ PolicyLossArgs a) {
+  stream_row<true, T, U>(a);
+}
+
 template <class T, class U = T>
 void launch_rows(const PolicyLossArgs& args) {
   LaunchShape shape;
-  if (args.dlogits && args.entropy_coef == 0 && has_clusters(policy_loss_held<T, U>))
+  const bool capped = tanh_scale_of(args) != 0;
+  const bool holds = args.dlogits && args.entropy_coef == 0 && !capped;
+  if (holds && has_clusters(policy_loss_held<T, U>))
     shape = plan_held_row(policy_loss_held<T, U>, args.rows, args.vocab * sizeof(T));
   if (shape.threads) return launch(policy_loss_held<T, U>, shape, args.stream, args);
   // With a second pass, one block of 1024 threads per multiprocessor: the fewer rows are in flight,
@@ -167,7 +181,8 @@ void launch_rows(const PolicyLossArgs& args) {
   shape.blocks = args.rows;
   shape.threads = row_threads(args.vocab / kPerGranule<T>, kInFlight, args.dlogits ? 1024 : 512);
   shape.shared_bytes = sizeof(StreamedRowMemory);
-  launch(policy_loss_streamed<T, U>, shape, args.stream, args);
+  const auto kernel = capped ? policy_loss_streamed_capped<T, U> : policy_loss_streamed<T, U>;
+  launch(kernel, shape, args.stream, args);
 }
 
 }  // namespace

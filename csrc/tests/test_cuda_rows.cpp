@@ -72,9 +72,9 @@ struct Outputs {
 
 enum class Out { kFresh, kSameAlignment, kInplace, kNone };
 
-// kAll: an entropy bonus, weights, a maximal ratio, the ratio in the KL term. kLate: on-policy,
-// with the probability mask of this pass.
-enum class Options { kPlain, kAll, kLate };
+// kAll: an entropy bonus, weights, a maximal ratio, the ratio in the KL term. kCapped: that and a
+// soft cap. kLate: on-policy, with the probability mask of this pass, and a scale of the logits.
+enum class Options { kPlain, kAll, kCapped, kLate };
 
 void test_policy_loss(Dtype dtype, Dtype grads_dtype, int64_t vocab, Mode mode, Out where,
                       bool entropy, Options options = Options::kPlain) {
@@ -113,11 +113,12 @@ void test_policy_loss(Dtype dtype, Dtype grads_dtype, int64_t vocab, Mode mode, 
   std::vector<float> weights(kRows), kl_weights(kRows);
   for (int64_t i = 0; i < kRows; ++i) weights[i] = 0.3f * i, kl_weights[i] = 2 - 0.3f * i;
   if (options != Options::kPlain) a.kl_ratio = true, a.kl_scope = spo::kAll;
-  if (options == Options::kAll) {
+  if (options == Options::kCapped) a.logit_scale = 0.5f, a.logit_softcap = 3;
+  if (options == Options::kAll || options == Options::kCapped) {
     a.entropy_coef = 0.4, scales[2] = 0.1f, a.clip_ratio_max = 1.5f;
     a.weights = weights.data(), a.kl_weights = kl_weights.data();
   } else if (options == Options::kLate) {
-    a.old_logprobs = nullptr, a.log_threshold = -4;
+    a.old_logprobs = nullptr, a.log_threshold = -4, a.logit_scale = 0.5f;
   }
   const std::vector<uint8_t> uses_before = uses;
   std::vector<uint8_t> want_uses;
@@ -135,7 +136,8 @@ void test_policy_loss(Dtype dtype, Dtype grads_dtype, int64_t vocab, Mode mode, 
   mode.set(vocab * logits.width());
   run(spo::policy_loss_cuda, &found, &logits, &grads);
   const int64_t granules = vocab * logits.width() / 16;
-  const bool holds = where != Out::kNone && mode.cluster > 0 && options != Options::kAll;
+  const bool holds = where != Out::kNone && mode.cluster > 0 &&
+                     (options == Options::kPlain || options == Options::kLate);
   if (holds && granules >= mode.cluster * mode.cluster)
     CHECK(runtime.launches.back().cluster == mode.cluster);
   near_rows(found.logprobs, want.logprobs, 4e-6, "logprob");
@@ -236,7 +238,8 @@ int main() {
         for (Out where : {Out::kFresh, Out::kSameAlignment, Out::kInplace, Out::kNone})
           test_policy_loss(dtype, dtype, vocab, {cluster, odd}, where, where != Out::kFresh);
         test_policy_loss(dtype, dtype, vocab, {cluster, !odd}, Out::kInplace, false);
-        test_policy_loss(dtype, dtype, vocab, {cluster, odd}, Out::kInplace, true, Options::kAll);
+        for (Options options : {Options::kAll, Options::kCapped})
+          test_policy_loss(dtype, dtype, vocab, {cluster, odd}, Out::kInplace, true, options);
         test_policy_loss(dtype, dtype, vocab, {cluster, odd}, Out::kInplace, odd, Options::kLate);
         if (dtype != spo::kFloat32) continue;
         for (Out where : {Out::kFresh, Out::kSameAlignment})

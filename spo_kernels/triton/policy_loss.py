@@ -7,6 +7,7 @@ sweeps it again to write dlogits. Rows that carry no loss are never read.
 # pyright: reportArgumentType=false, reportOperatorIssue=false
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,10 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spo_kernels.rows import scaling
 from spo_kernels.triton.configs import aligned_alike, row_sweep
 from spo_kernels.triton.objective import importance_ratio, kl_term, policy_term, token_args
 from spo_kernels.triton.prepare import policy_finish, policy_prepare
-from spo_kernels.triton.softmax import LN2, LOG2E, expm1, row_start, row_sums, write_row, zero_row
+from spo_kernels.triton.softmax import (
+    LN2,
+    LOG2E,
+    capped,
+    expm1,
+    row_start,
+    row_sums,
+    write_row,
+    zero_row,
+)
 
 
 @triton.jit
@@ -34,6 +45,8 @@ def policy_loss_kernel(
     num_tokens,
     tokens,  # TokenArgs
     temperature_stride,
+    divisor,  # of the temperature
+    tanh_scale,  # None: no cap
     uses,
     scales,
     counts,
@@ -81,16 +94,17 @@ def policy_loss_kernel(
             heat = tl.load(tokens.temperature + token * temperature_stride)
         else:
             heat = tokens.temperature_value
-        inv_temperature = tl.div_rn(1.0, heat)
+        inv_temperature = tl.div_rn(1.0, tl.div_rn(heat, divisor))
         id = tl.load(tokens.token_ids + token).to(tl.int64)
         # Else NaN: in a CUDA graph Python cannot check ids and hidden states.
         known = (id >= 0) & (id < vocab) & ((use & 4) == 0)
         column = tl.where(known, id, -1).to(tl.int32)
         # Before the sweeps: dlogits may be the logits.
-        chosen = tl.load(logits + start + id, mask=known, other=float("nan")).to(tl.float32)
+        chosen = tl.load(logits + start + id, mask=known, other=float("nan"))
+        chosen, _ = capped(chosen, tanh_scale)
         scale = LOG2E * inv_temperature
         row_max, row_sum, weighted = row_sums(
-            logits, start, vocab, scale, entropies is not None, BLOCK_V, STAGES
+            logits, start, vocab, scale, entropies is not None, BLOCK_V, STAGES, tanh_scale
         )
         log_sum = tl.log(row_sum)
         logprob = (chosen - row_max) * inv_temperature - log_sum
@@ -161,6 +175,7 @@ def policy_loss_kernel(
                 ALIKE,
                 BLOCK_V,
                 STAGES,
+                tanh_scale,
             )
         elif run & (not DLOGITS_ZEROED):
             zero_row(dlogits, out_start, vocab, BLOCK_V)
@@ -190,6 +205,8 @@ def policy_loss(
     """Fill logprobs, entropy, stats and dlogits: `policy_loss_cpu` on `PolicyLossArgs`."""
     if rows == 0:
         return
+    cap = fields["logit_softcap"]
+    divisor, tanh_scale = scaling(fields["logit_scale"], cap if cap < math.inf else None)
     with torch.cuda.device_of(logits):
         policy_loss_kernel[(rows,)](
             logits,
@@ -200,6 +217,8 @@ def policy_loss(
             tokens,
             token_args(fields),
             temperature_stride,
+            divisor,
+            tanh_scale or None,
             uses,
             scales,
             counts,

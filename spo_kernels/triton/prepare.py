@@ -123,6 +123,7 @@ def prepare_kernel(
         kept_count += tl.sum(kept.to(tl.int64), 0)
         run_count += tl.sum(runs.to(tl.int64), 0)
         if SCALED:  # see raise_slopes in csrc/prepare.h
+            heat = heat / tokens.logit_scale
             ratio = tl.exp(tl.minimum(-old, tokens.log_ratio_clamp))
             ceiling = tl.where(advantage > 0, 1 + tokens.clip_eps_high, tokens.clip_ratio_max)
             slope = tl.abs(advantage) * tl.minimum(ratio, ceiling) / heat

@@ -63,7 +63,13 @@ def tokens_from(inputs, **changes):
     fields = dict.fromkeys(TYPES) | {
         **{name: getattr(inputs, name) for name in ("token_ids", "old_logprobs", "advantages")},
         **{"temperature_value": 1.0, "policy_norm_value": -1.0, "kl_norm_value": -1.0},
-        **{"log_threshold": math.inf, "clip_eps_low": 0.2, "clip_eps_high": 0.2},
+        **{
+            "logit_scale": 1.0,
+            "logit_softcap": math.inf,
+            "log_threshold": math.inf,
+            "clip_eps_low": 0.2,
+            "clip_eps_high": 0.2,
+        },
         **{"clip_ratio_max": math.inf, "log_ratio_clamp": 10.0, "kl_coef": 0.0, "kl_clamp": 10.0},
         **{"entropy_coef": 0.0, "kl_estimator": 0, "kl_scope": 0, "kl_ratio": False},
         **{"drop_nan": False, "metrics": False},

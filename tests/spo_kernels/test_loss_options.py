@@ -196,6 +196,8 @@ def random_options(inputs, seed):
         "log_ratio_clamp": pick.choice([None, 0.2, 10.0]),
         "entropy_coef": pick.choice([0.0, 0.0, 0.2, -0.1]),
         "temperature": pick.choice([1.0, 0.7]),
+        "logit_scale": pick.choice([1.0, 1.0, 0.3]),
+        "logit_softcap": pick.choice([None, None, 3.0, 30.0]),
         "policy_norm": pick.choice([None, 7.0, tensor(5), tensor(3.0)]),
         "weights": pick.choice([None, numbers()]),
         "loss_mask": pick.choice([None, inputs.loss_mask]),
@@ -250,15 +252,14 @@ def test_objective_is_the_loss_from_logprobs(shape):
         inputs = loss_inputs(12, 9, torch.float64, seed=seed, kept=0.6)
         old, options = random_options(inputs, seed)
         options = {k: x for k, x in options.items() if k != "metrics"}
-        temperature = options.pop("temperature")
+        of_logits = ("temperature", "logit_scale", "logit_softcap")
+        of_logits = {name: options.pop(name) for name in of_logits}
         shaped = {k: x.view(shape) if getattr(x, "ndim", 0) else x for k, x in options.items()}
         old = None if old is None else old.view(shape)
         ids, advantages = inputs.token_ids.view(shape), inputs.advantages.view(shape)
         leaves = [inputs.logits.view(*shape, 9).clone().requires_grad_() for _ in range(2)]
-        want = masked_ppo_loss(
-            leaves[0], ids, old, advantages, temperature=temperature, metrics=True, **shaped
-        )
-        logprobs, entropy = token_logprobs(leaves[1], ids, temperature=temperature, entropy=True)
+        want = masked_ppo_loss(leaves[0], ids, old, advantages, **of_logits, metrics=True, **shaped)
+        logprobs, entropy = token_logprobs(leaves[1], ids, **of_logits, entropy=True)
         got = policy_objective(logprobs, old, advantages, entropy=entropy, **shaped)
         want.loss.backward()
         got.loss.backward()

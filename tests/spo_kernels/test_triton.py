@@ -196,16 +196,17 @@ NO_ENTROPY, NO_SLOPE = {"entropies": None, **NO_CAP}, {"grad_entropy": None, **N
 GIVEN = {"kl_scope": 0, "policy_norm": None, "kl_norm": None, "index": None, "STRICT": True}
 GIVEN |= {"kl_ratio": False, "drop_nan": False, "metrics": False}
 GIVEN |= {"weights": None, "kl_weights": None, "DLOGITS_ZEROED": False, "SLOPED": False}
+GIVEN |= NO_CAP
 NO_KL = {**GIVEN, "kl_estimator": 0, "ref_logprobs": None, "temperature": None}
 PLAIN = {**NO_KL, "entropies": None}
 NO_GRAD = {"dlogits": None, **{f"dlogits_{x}": 0 for x in ("block_stride", "row_stride")}}
 K3 = {**GIVEN, "kl_estimator": 3}
 # What takes the most registers: every option that adds to the arithmetic of a token.
 LATE = {**K3, "old_logprobs": None, "kl_ratio": True, "SLOPED": True, "metrics": True}
-LATE = {k: x for k, x in LATE.items() if k not in ("weights", "kl_weights")}
+LATE = {k: x for k, x in LATE.items() if k not in ("weights", "kl_weights", "tanh_scale")}
 BESIDE = {"BLOCK": prepare.BLOCK, "kl_ratio": True, "drop_nan": True, "metrics": True}
 PREPARED = {**PLAIN, "SCALED": False, "BLOCK": prepare.BLOCK, "hidden_index": None}
-PREPARED = {k: x for k, x in PREPARED.items() if k not in ("DLOGITS_ZEROED", "SLOPED")}
+PREPARED = {k: x for k, x in PREPARED.items() if k not in ("DLOGITS_ZEROED", "SLOPED", *NO_CAP)}
 GATHERED = {"kl_estimator": 2, "kl_scope": 1, "STRICT": False, "SCALED": True, **BESIDE}
 
 
@@ -231,6 +232,8 @@ VARIANTS = {  # kernel, dtypes of logits and dlogits, arguments that are no run-
     "loss entropy k3 bf16": (LOSS, "bf16", "bf16", K3),
     "loss entropy k3 fp16": (LOSS, "fp16", "fp16", K3),
     "loss of gathered rows": (LOSS, "fp32", "bf16", without(K3, "index")),
+    "loss capped fp32": (LOSS, "fp32", "fp32", without(PLAIN, "tanh_scale")),
+    "loss capped bf16": (LOSS, "bf16", "bf16", without(PLAIN, "tanh_scale")),
     "loss all options fp32": (LOSS, "fp32", "fp32", LATE),
     "loss all options bf16": (LOSS, "bf16", "bf16", LATE),
     "prepare": (PREPARE, "", "", PREPARED),
