@@ -13,6 +13,7 @@ from spo_kernels import dispatch
 ROOT = Path(__file__).resolve().parents[2]
 ROW_KERNELS = ("policy_loss_held", "policy_loss_streamed", "logprobs_forward")
 ROW_KERNELS += ("logprobs_backward", "scale_rows")
+ROW_KERNELS += ("logprobs_forward_capped", "logprobs_backward_capped")
 PACKED_KERNELS = ("write_segments", "advance_tokens", "climb", "write_stats", "advance_nodes")
 
 
@@ -41,6 +42,7 @@ def test_every_architecture_has_every_kernel(kernels):
     assert archs
     expected = {f"{name}<{t}>" for name in ROW_KERNELS for t in ("float", "BFloat16", "Float16")}
     narrowing = ("policy_loss_held", "policy_loss_streamed", "logprobs_backward")
+    narrowing += ("logprobs_backward_capped",)
     expected |= {f"{name}<float, {t}>" for name in narrowing for t in ("BFloat16", "Float16")}
     expected |= set(PACKED_KERNELS) | {"prepare_tokens", "finish_tokens"}
     for arch in archs:

@@ -284,27 +284,36 @@ def test_compiles_into_one_graph():
 
 
 @needs_native
-@pytest.mark.parametrize("softcap", [30.0, 5.0])
-def test_hidden_states_of_gemma2(softcap):
-    """The head of a tiny Gemma 2 of random weights, against the logits that the model returns."""
+@pytest.mark.parametrize(
+    ("family", "settings", "options"),
+    [
+        ("Gemma2", {"head_dim": 16}, lambda c: {"logit_softcap": c.final_logit_softcapping}),
+        ("Cohere", {"pad_token_id": 0}, lambda c: {"logit_scale": c.logit_scale}),
+        ("Granite", {"logits_scaling": 8.0}, lambda c: {"logit_scale": 1 / c.logits_scaling}),
+    ],
+    ids=["gemma2", "cohere", "granite"],
+)
+def test_hidden_states_of_models(family, settings, options):
+    """The head of a tiny model of random weights, against the logits that the model returns."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.Gemma2Config(
+    config = getattr(transformers, family + "Config")(
         **{"vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
-        **{"final_logit_softcapping": softcap, "attn_implementation": "eager"},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "attn_implementation": "eager"},
+        **settings,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = transformers.Gemma2ForCausalLM(config).eval()
-        ids = torch.randint(257, (2, 9))
+        model = getattr(transformers, family + "ForCausalLM")(config).eval()
+        ids = torch.randint(1, 257, (2, 9))
     head = model.get_output_embeddings().weight
     with torch.no_grad():
         head.mul_(80)  # embeddings too, which the norms take back
         logits = model(ids).logits.double()
         hidden = model.model(ids).last_hidden_state
-        assert (hidden @ head.t()).abs().max() > 1.2 * softcap >= 1.2 * logits.abs().max()
-        options = {"logit_softcap": config.final_logit_softcapping, "backend": FAST}
-        got = linear_token_logprobs(hidden[:, :-1], head, ids[:, 1:], **options)
+        raw = (hidden @ head.t()).abs().max()
+        assert raw > 30 and raw > 1.2 * logits.abs().max()  # so that cap and scale matter
+        found = options(config)
+        got = linear_token_logprobs(hidden[:, :-1], head, ids[:, 1:], backend=FAST, **found)
     want = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
 
