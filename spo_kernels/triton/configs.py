@@ -26,18 +26,24 @@ def child_sums(warp_size: int | None = None) -> dict[str, int | bool]:
     return {"BLOCK": warp_size or _warp_size(), "WIDTH": 8, "num_warps": 1, **FUSED}
 
 
-def row_sweep(vocab: int, warp_size: int | None = None) -> dict[str, int | bool]:
+def row_sweep(
+    vocab: int, warp_size: int | None = None, capped: bool = False
+) -> dict[str, int | bool]:
     """Constants of a kernel that runs one program per row of `vocab` logits.
+
+    A soft cap takes registers, so a thread has half as many elements at a time; else ptxas spills.
 
     A row is read twice, and the second read should hit the L2 cache. The cache holds all rows in
     flight only if each SM works on one: 132 rows of 151936 bf16 logits are 40 of an H100's 50 MB.
     """
     warp_size = warp_size or _warp_size()
-    block = max(256, min(MAX_BLOCK_V, 1 << (vocab - 1).bit_length()))
+    most = MAX_BLOCK_V // 2 if capped else MAX_BLOCK_V
+    elements = ELEMENTS_PER_THREAD // 2 if capped else ELEMENTS_PER_THREAD
+    block = max(256, min(most, 1 << (vocab - 1).bit_length()))
     constants = {
         "BLOCK_V": block,
         "STAGES": STAGES,
-        "num_warps": max(1, block // (ELEMENTS_PER_THREAD * warp_size)),
+        "num_warps": max(1, block // (elements * warp_size)),
         **FUSED,
     }
     if warp_size == 32:  # else ptxas spills a value to get by with 32 registers, for sm_100

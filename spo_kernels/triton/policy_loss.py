@@ -230,7 +230,7 @@ def policy_loss(
             DLOGITS_ZEROED=dlogits_zeroed,
             SLOPED=fields["entropy_coef"] != 0,
             ALIKE=aligned_alike(logits_layout, dlogits_layout),
-            **row_sweep(vocab),
+            **row_sweep(vocab, capped=tanh_scale != 0),
         )
 
 

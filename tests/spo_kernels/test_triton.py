@@ -267,7 +267,8 @@ UNALIGNED += ("logprobs capped entropy bf16", "backward capped entropy fp32")
 
 def compile_for(target, kernel, dtype, dlogits_dtype, constants, vocab):
     """The kernel as a launch on `vocab` logits, in rows 16 bytes aligned or not, specialises it."""
-    options = configs.row_sweep(vocab, target.warp_size)
+    capped = kernel is LOSS and "tanh_scale" not in constants
+    options = configs.row_sweep(vocab, target.warp_size, capped)
     swept = {name: options.pop(name) for name in ("BLOCK_V", "STAGES")} | {"ALIKE": True}
     sweeps = "BLOCK_V" in kernel.arg_names
     alone = {"num_warps": prepare.NUM_WARPS}
@@ -288,7 +289,7 @@ def compile_for(target, kernel, dtype, dlogits_dtype, constants, vocab):
         size = name in sizes or name.endswith(("_stride", "block_rows"))
         if size:
             kind = "i64" if name.endswith("block_stride") else "i32"
-        elif name == "tanh_scale" or TYPES.get(name) == "float":
+        elif name in ("tanh_scale", "divisor") or TYPES.get(name) == "float":
             return "fp32"
         else:
             kind = "*i1" if name.endswith("mask") else types.get(name, "*fp32")
