@@ -89,6 +89,8 @@ PYBIND11_MODULE(_C, m) {
   STRUCT(LogprobsArgs, SPO_LOGPROBS_FIELDS(EXPOSE))
   KERNEL(logprobs);
   KERNEL(logprobs_backward);
+  STRUCT(FixedMatmulArgs, SPO_FIXED_MATMUL_FIELDS(EXPOSE))
+  m.def("matmul_fixed_cpu", &spo::matmul_fixed_cpu, NoGil());
   STRUCT(MatmulArgs, SPO_MATMUL_FIELDS(EXPOSE))
   m.def("matmul_bf16_cpu", &spo::matmul_bf16_cpu, NoGil());
   STRUCT(SegmentsArgs, SPO_SEGMENTS_FIELDS(EXPOSE))

@@ -186,6 +186,26 @@ struct MatmulArgs {
   SPO_MATMUL_FIELDS(SPO_MEMBER)
 };
 
+// matmul_fixed: C = A times B of fp32, bf16 or fp16 numbers, in fp32. A number of C is a sum in an
+// order that depends on the depth alone: not on the other rows and columns, not on the threads.
+#define SPO_FIXED_MATMUL_FIELDS(FIELD)                                       \
+  FIELD(int64_t, rows, 0)                                                    \
+  FIELD(int64_t, columns, 0)                                                 \
+  FIELD(int64_t, depth, 0)                                                   \
+  FIELD(const void*, a, nullptr) /* (rows, depth) */                         \
+  FIELD(int32_t, a_dtype, kFloat32)                                          \
+  FIELD(int64_t, a_stride, 0)    /* from row to row */                       \
+  FIELD(const void*, b, nullptr) /* (depth, columns), or (columns, depth) */ \
+  FIELD(int32_t, b_dtype, kFloat32)                                          \
+  FIELD(int64_t, b_stride, 0)                                                \
+  FIELD(bool, b_transposed, false) /* B is (columns, depth) */               \
+  FIELD(float*, c, nullptr)        /* (rows, columns) */                     \
+  FIELD(int64_t, c_stride, 0)                                                \
+  FIELD(int32_t, num_threads, 1)
+struct FixedMatmulArgs {
+  SPO_FIXED_MATMUL_FIELDS(SPO_MEMBER)
+};
+
 // cutpoint_segments: where the segments of B packed sequences start.
 #define SPO_SEGMENTS_FIELDS(FIELD)                                                     \
   FIELD(int64_t, tokens, 0)                                                            \
@@ -283,6 +303,7 @@ void policy_finish_cpu(const PolicyLossArgs& args);
 void policy_step_cpu(const PolicyLossArgs& args);
 void logprobs_cpu(const LogprobsArgs& args);
 void logprobs_backward_cpu(const LogprobsArgs& args);
+void matmul_fixed_cpu(const FixedMatmulArgs& args);
 void matmul_bf16_cpu(const MatmulArgs& args);  // where has_bf16_products() (csrc/cpu/isa.h)
 
 // These check offsets and parents before they use them. They return false (or -1) if the input is

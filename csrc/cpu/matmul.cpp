@@ -2,9 +2,6 @@
 // A thread takes a block of columns, packs the rows of B that make them into its cache, and runs
 // all rows of A past it. So B is read once and nothing as large as B is written.
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 
 #include "csrc/cpu/isa.h"
@@ -15,26 +12,8 @@
 namespace spo {
 namespace {
 
-constexpr int64_t kAlignment = 64;      // bytes, of a vector
 constexpr int64_t kPacked = 256 << 10;  // bytes of B: a part of a core's L2 cache
 constexpr int64_t kPieces = 8;          // of the columns, per thread, so that all end together
-
-// Memory of the calling thread for a block of B, kept for its next call.
-uint32_t* block_buffer(int64_t count) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  static thread_local std::unique_ptr<void, Free> data;
-  static thread_local int64_t size = 0;
-  if (count > size) {
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(uint32_t));
-    size = 0;
-    data.reset(std::aligned_alloc(kAlignment, bytes));  // a multiple of it: see kColumns
-    if (!data) throw std::bad_alloc();
-    size = count;
-  }
-  return static_cast<uint32_t*>(data.get());
-}
 
 }  // namespace
 
@@ -59,7 +38,7 @@ void matmul_bf16_cpu(const MatmulArgs& args) {
   const int64_t blocks = args.columns / (width * kPieces * std::max(1, args.num_threads));
   const int64_t piece = width * std::max<int64_t>(1, blocks);
   torch_parallel_for(args.columns, piece, args.num_threads, [&](int64_t begin, int64_t end) {
-    uint32_t* columns = block_buffer(width * pairs);
+    auto* columns = static_cast<uint32_t*>(thread_buffer(width * pairs * sizeof(uint32_t)));
     for (int64_t next; begin < end; begin = next) {
       next = std::min(end, begin + width);
       bf16::pack_columns(args, begin, next, columns);

@@ -6,7 +6,10 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdlib>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 
 namespace spo {
@@ -123,6 +126,23 @@ void torch_parallel_for(int64_t size, int64_t grain, int32_t num_threads,
   task.size = size;
   task.grain = std::max<int64_t>(grain, 1);
   team([](void* data) { static_cast<Task*>(data)->work(); }, &task, num_threads, 0);
+}
+
+void* thread_buffer(int64_t bytes) {
+  constexpr int64_t kAlignment = 64;  // of a vector
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  static thread_local std::unique_ptr<void, Free> data;
+  static thread_local int64_t size = 0;
+  if (bytes > size) {
+    size = 0;
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    data.reset(std::aligned_alloc(kAlignment, bytes));
+    if (!data) throw std::bad_alloc();
+    size = bytes;
+  }
+  return data.get();
 }
 
 }  // namespace spo

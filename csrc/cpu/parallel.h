@@ -23,4 +23,7 @@ void parallel_for(int64_t size, int64_t grain, int32_t num_threads,
 void torch_parallel_for(int64_t size, int64_t grain, int32_t num_threads,
                         const std::function<void(int64_t begin, int64_t end)>& body);
 
+// Memory of the calling thread, at a multiple of 64 bytes, kept for its next call.
+void* thread_buffer(int64_t bytes);
+
 }  // namespace spo
