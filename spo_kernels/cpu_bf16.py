@@ -36,15 +36,17 @@ def multiply(
     x: Tensor,  # (n, D) bf16
     weight: Tensor,  # (V, D) bf16
     out: Tensor,  # (n, V) fp32, contiguous rows
+    fixed: bool = False,
 ) -> bool:
     """Write x times weight transposed to `out` with the native kernel, if it is the best way here.
 
-    Otherwise returns False, and `out` is untouched.
+    Otherwise returns False, and `out` is untouched. `fixed`: if the processor can, though it may
+    have a better way while no other Python thread runs; the kernel sums in the same order always.
     """
     x, weight = x.resolve_neg(), weight.resolve_neg()  # the kernel takes addresses
     if dispatch.unavailable("policy_loss", "cpu") or not dispatch.native().has_bf16_products():
         return False
-    if weight.stride(1) != 1 or _may_switch() and is_fast("amx_bf16"):
+    if weight.stride(1) != 1 or not fixed and _may_switch() and is_fast("amx_bf16"):
         return False
     x = x.contiguous()
     packed = memory.empty((x.shape[0], x.shape[1] + x.shape[1] % 2), x.dtype, x.device)

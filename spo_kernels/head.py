@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spo_kernels import cpu_bf16, memory, products, rows
+from spo_kernels import cpu_bf16, cpu_fixed, memory, products, rows
 
 MEMORY_BUDGET = 1 << 30  # bytes of logits that the head makes at a time
 BLOCK_ELEMENTS = 1 << 22  # of the weight widened at a time: 16 MiB of fp32, to stay in the cache
@@ -72,11 +72,17 @@ def needs_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool
     return [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
 
 
-def refuse_low_precision(logits_dtype: torch.dtype) -> None:
-    """Raise ValueError for logits that the reference cannot make: it has fp32 and fp64 only."""
+def check_reference(logits_dtype: torch.dtype, batch_invariant: bool) -> None:
+    """Raise ValueError for what the reference cannot do: it has fp32 and fp64 logits only, from
+    PyTorch's products."""
     if logits_dtype != torch.float32:
         raise ValueError(
             f"logits_dtype: expected torch.float32 on the reference backend, found {logits_dtype}"
+        )
+    if batch_invariant:
+        raise ValueError(
+            "batch_invariant: expected False on the reference backend, found True: the bits of "
+            "PyTorch's products depend on the batch"
         )
 
 
@@ -174,12 +180,20 @@ def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
         yield block, buffer[: block.stop - begin].copy_(weight[block])
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x (n, D) times weight (V, D) transposed, plus bias: logits (n, V) of `dtype`."""
+def project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, fixed: bool = False
+) -> Tensor:
+    """x (n, D) times weight (V, D) transposed, plus bias: logits (n, V) of `dtype`.
+
+    `fixed`: a row has the same bits whatever rows, and on the CPU threads, stand beside it.
+    """
     if products.on_gpu(x):
-        logits = products.logits(x.to(weight.dtype), weight, dtype)
+        logits = products.logits(x.to(weight.dtype), weight, dtype, fixed)
+        return logits if bias is None else logits.add_(bias)
+    logits = memory.empty((x.shape[0], weight.shape[0]), dtype, x.device)
+    if fixed:
+        cpu_fixed.logits(x, weight, logits)
     else:
-        logits = memory.empty((x.shape[0], weight.shape[0]), dtype, x.device)
         wide = dtype == torch.float32 and _is_fast_bf16(x, weight)
         if not (wide and cpu_bf16.multiply(x, weight, logits)):
             with cpu_bf16.rounded() if wide else contextlib.nullcontext():
@@ -228,8 +242,10 @@ class HeadGradients:
         operand: Tensor,  # the weight in the dtype of the products
         bias: Tensor | None,
         needs: list[bool],
+        fixed: bool = False,
     ):
-        """`needs`: which of hidden, weight and bias want a gradient."""
+        """`needs`: which of the three want a gradient. `fixed`: of `project`, for dhidden."""
+        self.fixed = fixed
         self.weight, self.operand, self.bias = weight, operand, bias
         self.hidden_dtype, self.weight_dtype = gradient_dtype(hidden), gradient_dtype(weight)
         self.needs_hidden, self.needs_weight, self.needs_bias = needs
@@ -253,7 +269,9 @@ class HeadGradients:
     def _states_gradient(self, dlogits: Tensor) -> Tensor:
         if products.on_gpu(dlogits):
             operand = self.operand.to(dlogits.dtype)
-            return products.states_gradient(dlogits, operand, self.hidden_dtype)
+            return products.states_gradient(dlogits, operand, self.hidden_dtype, self.fixed)
+        if self.fixed:
+            return cpu_fixed.states_gradient(dlogits, self.operand)
         blocks = _blocks(self.operand, dlogits.dtype)
         block, w = next(blocks)
         dx = torch.mm(dlogits[:, block], w)

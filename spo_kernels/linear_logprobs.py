@@ -43,12 +43,12 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? hidden_index"
 
 @define(
     f"linear_logprobs({_HEAD}, bool[] needs_grad, ScalarType logits_dtype, int? memory_budget, "
-    f"{TOKENS}) -> {RESULTS}",
+    f"bool batch_invariant, {TOKENS}) -> {RESULTS}",
 )
 def _linear_logprobs(
     hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budget, *tokens
 ):
-    ids, mask, temperature, *scaling, entropy, backend = tokens
+    fixed, ids, mask, temperature, *scaling, entropy, backend = tokens
     vocab = weight.shape[0]
     _rows.check_rows(ids, temperature, mask, vocab)
     results = tuple(x.zero_() for x in _logprobs.new_results(hidden, ids, entropy))
@@ -59,7 +59,7 @@ def _linear_logprobs(
     with torch.autocast(hidden.device.type, enabled=False):
         for part in head.chunks(index.numel(), vocab, logits_dtype, room):
             rows, x = index[part], flat[states[part]]
-            logits = head.project(x, weight, bias, logits_dtype)
+            logits = head.project(x, weight, bias, logits_dtype, fixed)
             chunk = _logprobs.new_results(hidden, rows, entropy)
             _logprobs.run_rows(
                 "logprobs",
@@ -77,20 +77,21 @@ def _linear_logprobs(
 
 
 @_linear_logprobs.register_fake
-def _(hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budget, ids, *others):
-    return _logprobs.new_results(hidden, ids, others[-2])
+def _(hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budget, *tokens):
+    _, ids, *_, entropy, _ = tokens
+    return _logprobs.new_results(hidden, ids, entropy)
 
 
 @define(
     f"linear_logprobs_backward({_HEAD}, bool[] needs_grad, ScalarType logits_dtype, "
-    f"int? memory_budget, {TOKENS}, {SAVED}, {GRADS})"
+    f"int? memory_budget, bool batch_invariant, {TOKENS}, {SAVED}, {GRADS})"
     " -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
 )
 def _linear_logprobs_backward(
     hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budget, *tokens_and_saved
 ):
     """Computes the logits again: the forward of a long batch cannot keep them."""
-    ids, mask, temperature, logit_scale, logit_softcap, _, backend, *saved = tokens_and_saved
+    fixed, ids, mask, temperature, logit_scale, logit_softcap, _, backend, *saved = tokens_and_saved
     *saved, grad_logprobs, grad_entropy = saved
     wanted = mask & (grad_logprobs != 0)
     if grad_entropy is not None:
@@ -101,11 +102,11 @@ def _linear_logprobs_backward(
     operand = head.operand_of(hidden, weight)
     room = head.budget(memory_budget, hidden.device, index.numel() * size * logits_dtype.itemsize)
     parts = list(head.chunks(index.numel(), size, logits_dtype, room))
-    grads = head.HeadGradients(hidden, weight, operand, bias, needs_grad)
+    grads = head.HeadGradients(hidden, weight, operand, bias, needs_grad, fixed)
     with torch.autocast(hidden.device.type, enabled=False):
         for part in parts:
             rows, x = index[part], flat[states[part]]
-            logits = head.project(x, operand, bias, logits_dtype)
+            logits = head.project(x, operand, bias, logits_dtype, fixed)
             dlogits = head.gradient_buffer(logits, x, operand, backend)
             buffers = dict(
                 zip(NAMES, (s if s.numel() == 0 else s[rows] for s in saved), strict=True)
@@ -160,6 +161,7 @@ def linear_token_logprobs(
     entropy: Literal[False] = False,
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Tensor: ...
 
@@ -179,6 +181,7 @@ def linear_token_logprobs(
     entropy: Literal[True],
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -197,13 +200,16 @@ def linear_token_logprobs(
     entropy: bool = False,
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (...) fp32 (fp64 from fp64), or that and the entropy (...)
     """`token_logprobs(hidden @ weight.T + bias, ...)` with at most `memory_budget` bytes of logits.
 
     Masked tokens never reach the projection. Logits are fp32, or bf16 with
     `logits_dtype=torch.bfloat16`; hidden and weight may differ in dtype. The backward computes the
-    logits again. `token_logprobs` describes the other arguments and errors.
+    logits again. `batch_invariant=True`: the results and the gradient of a hidden state have the
+    same bits whatever stands beside it; see `linear_masked_ppo_loss`. `token_logprobs` describes
+    the other arguments and errors.
     """
     shape = head.check_head(hidden, weight, bias, hidden_index)
     head.check_options(hidden, weight, bias, hidden_index, logits_dtype)
@@ -212,13 +218,13 @@ def linear_token_logprobs(
     chosen = dispatch.choose("logprobs", hidden, backend)
     scaling = (logit_scale, logit_softcap)
     if chosen == "reference":
-        head.refuse_low_precision(logits_dtype)
+        head.check_reference(logits_dtype, batch_invariant)
         logprobs, row_entropy = linear_token_logprobs_ref(
             hidden, weight, bias, hidden_index, ids, mask, heat, entropy, *scaling
         )
     else:
         needs_grad = head.needs_grad(hidden, weight, bias)
-        sizes = (needs_grad, logits_dtype, memory_budget)
+        sizes = (needs_grad, logits_dtype, memory_budget, batch_invariant)
         tokens = (ids, mask, heat, *scaling, entropy, chosen)
         logprobs, row_entropy, *_ = _linear_logprobs(
             hidden, weight, bias, hidden_index, *sizes, *tokens

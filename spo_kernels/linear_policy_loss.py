@@ -57,7 +57,8 @@ def _read_active(call: Launch, hidden_index: Tensor | None, states: int, vocab: 
 @define(
     "linear_policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor? hidden_index, "
     "bool[] needs_grad, bool entropy, ScalarType logits_dtype, int? memory_budget, "
-    f"int? max_active, bool fixed, str backend, {SCHEMA}) -> ({OUTPUTS}, "
+    "int? max_active, bool fixed, bool batch_invariant, str backend, "
+    f"{SCHEMA}) -> ({OUTPUTS}, "
     "Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 def _linear_policy_loss(
@@ -71,6 +72,7 @@ def _linear_policy_loss(
     memory_budget,
     max_active,
     fixed,
+    batch_invariant,
     backend,
     *arguments,
 ):
@@ -100,11 +102,11 @@ def _linear_policy_loss(
     states = states[:active]
     room = head.budget(memory_budget, hidden.device, active * vocab * logits_dtype.itemsize)
     parts = list(head.chunks(active, vocab, logits_dtype, room)) if flat.shape[0] else []
-    grads = head.HeadGradients(hidden, weight, operand, bias, needs_grad)
+    grads = head.HeadGradients(hidden, weight, operand, bias, needs_grad, batch_invariant)
     with torch.autocast(hidden.device.type, enabled=False):
         for part in parts:
             x = flat.index_select(0, sources[part])
-            logits = head.project(x, operand, bias, logits_dtype)
+            logits = head.project(x, operand, bias, logits_dtype, batch_invariant)
             dlogits = head.gradient_buffer(logits, x, operand, backend) if any(needs_grad) else None
             call.over_rows("loss", logits, dlogits, index=index[part])
             if dlogits is not None:
@@ -159,6 +161,7 @@ def linear_masked_ppo_loss(
     max_active: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,  # bytes of logits at a time
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> PolicyLoss:
     """`masked_ppo_loss(hidden @ weight.T + bias, ...)` without the logits of unused tokens.
@@ -176,6 +179,11 @@ def linear_masked_ppo_loss(
     logprob). At most `memory_budget` bytes of logits exist at a time; None is 1 GiB, and on a GPU a
     quarter of what is free, from 1 to 6 GiB. `masked_ppo_loss` describes the other arguments and
     errors.
+
+    `batch_invariant=True`: at a given `policy_norm` and `kl_norm`, the logprob, the entropy, the
+    loss term and the gradient of a hidden state have the same bits whatever other tokens, masks,
+    chunks and threads stand beside it, as long as one token uses it. (On a GPU with float16, up to
+    gradients of logits 2^-29 times the largest.) docs/kernels.md says what that costs.
 
     Raises ValueError if there are more than `max_active` rows to project. While a CUDA graph is
     captured, and under torch.compile, always `max_active` rows are projected, without a host sync.
@@ -197,7 +205,8 @@ def linear_masked_ppo_loss(
         nan_logprobs=nan_logprobs, metrics=metrics,
     )  # fmt: skip
     sizes = (tokens.wants_entropy(entropy), logits_dtype, memory_budget, max_active)
-    return _loss(hidden, weight, bias, hidden_index, tokens, shape, sizes, backend)
+    head_tensors = (hidden, weight, bias, hidden_index)
+    return _loss(*head_tensors, tokens, shape, sizes, batch_invariant, backend)
 
 
 def _loss(
@@ -208,19 +217,20 @@ def _loss(
     tokens: Tokens,
     shape: tuple[int, ...],
     sizes: tuple[bool, torch.dtype, int | None, int | None],
+    batch_invariant: bool,
     backend: str | None,
 ) -> PolicyLoss:
     chosen = dispatch.choose("policy_loss", hidden, backend)
     entropy, logits_dtype, _, max_active = sizes
     if chosen == "reference":
-        head.refuse_low_precision(logits_dtype)
+        head.check_reference(logits_dtype, batch_invariant)
         return linear_masked_ppo_loss_ref(
             hidden, weight, bias, hidden_index, tokens, shape, entropy, max_active
         )
     fixed = max_active is not None and rows.is_captured(hidden)
     needs_grad = head.needs_grad(hidden, weight, bias)
     outputs = _differentiable(
-        *(hidden, weight, bias, hidden_index, needs_grad, *sizes, fixed, chosen),
+        *(hidden, weight, bias, hidden_index, needs_grad, *sizes, fixed, batch_invariant, chosen),
         *tokens.arguments(),
     )
     loss, figures, counts, logprobs, row_entropy = outputs[:5]

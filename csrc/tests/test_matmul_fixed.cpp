@@ -84,7 +84,7 @@ void check_product(const Shape& s, int32_t a_type, int32_t b_type, bool transpos
   }
   // Any rows of it, on any threads, have the same bits.
   for (int64_t rows : {int64_t{1}, s.rows / 2, s.rows}) {
-    if (rows == 0 || s.columns == 0) continue;
+    if (rows == 0 || rows > s.rows || s.columns == 0) continue;
     const int64_t first = s.rows - rows;
     const std::vector<float> part = product(s, a, b, transposed, first, rows, 3);
     for (int64_t i = 0; i < rows; ++i)

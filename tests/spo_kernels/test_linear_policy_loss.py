@@ -305,7 +305,7 @@ def test_opcheck(states):
     tokens = tokens_from(types.SimpleNamespace(**arguments)).arguments()
     leaves = [x.requires_grad_() for x in tensors.values()]
     op = torch.ops.spo_kernels.linear_policy_loss.default
-    for room in ((None, False), (8, True)):
+    for room in ((None, False, False), (8, True, True)):
         sizes = ([True, True, True], True, torch.float32, 1 << 20, *room, FAST)
         torch.library.opcheck(op, (*leaves, arguments["hidden_index"], *sizes, *tokens))
 

@@ -257,7 +257,7 @@ def test_opcheck(entropy):
     tensors, logits, ids, weights = make(6, 19)
     leaves = [x.clone().requires_grad_() for x in tensors.values()]
     tokens = (ids, torch.ones(6, dtype=torch.bool), torch.ones(1), 1.0, None, entropy, FAST)
-    sizes = ([True, True, True], torch.float32, 1 << 20)
+    sizes = ([True, True, True], torch.float32, 1 << 20, entropy)  # batch_invariant: either
     ops = torch.ops.spo_kernels
     torch.library.opcheck(ops.logprobs.default, (logits.clone().requires_grad_(), *tokens))
     torch.library.opcheck(ops.linear_logprobs.default, (*leaves, None, *sizes, *tokens))

@@ -143,6 +143,43 @@ def test_an_odd_vocabulary_is_split(gpu, monkeypatch):
     assert not any(101 in shape for shape in shapes)
 
 
+@pytest.mark.parametrize("budget", [1 << 30, 11 * 101 * 4])  # one chunk, several
+@pytest.mark.parametrize("rows", [1, 16, 40])
+@pytest.mark.parametrize("vocab", [96, 101])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_invariant_products_have_one_shape(gpu, monkeypatch, dtype, vocab, rows, budget):
+    """Each has FIXED_ROWS rows of one stride, those that are missing zeros; the results agree."""
+    monkeypatch.setattr(products, "FIXED_ROWS", 16)
+    shapes = []
+
+    def noted(product):
+        def run(*arguments, out, **others):
+            a = arguments[-2]
+            shapes.append((a.shape[0], out.shape[0], a.stride(), out.stride()))
+            return product(*arguments, out=out, **others)
+
+        return run
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, noted(getattr(torch, name)))
+    states, matrix, (ids, old, advantages) = case(vocab, dtype, dtype, rows=rows)
+    matrix.requires_grad_(False)
+    results = []
+    for invariant in (True, False):
+        options = {"batch_invariant": invariant, "memory_budget": budget}
+        shapes.clear()
+        record = linear_masked_ppo_loss(
+            states, matrix, ids, old.clamp(max=-0.2), advantages, policy_norm=4, **options
+        )
+        logprobs = linear_token_logprobs(states, matrix, ids, **options)
+        gradients = (torch.autograd.grad(x, states)[0] for x in (record.loss, logprobs.sum()))
+        results.append((record.logprobs, logprobs, *gradients))
+        if invariant:
+            assert {shape[:2] for shape in shapes} == {(16, 16)}
+            assert len({shape[2:] for shape in shapes}) == 2  # logits, dhidden
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
 @pytest.mark.parametrize("norm", [1e3, 1e5, 1e7])
 @pytest.mark.parametrize("from_logits", [True, False])
