@@ -3,6 +3,7 @@
 from importlib import metadata as _metadata
 
 from spo_kernels.dispatch import backends
+from spo_kernels.extras import TokenExtras
 from spo_kernels.gae import gae
 from spo_kernels.linear_logprobs import linear_token_logprobs
 from spo_kernels.linear_policy_loss import linear_masked_ppo_loss
@@ -20,6 +21,7 @@ except _metadata.PackageNotFoundError:
 
 __all__ = [
     "PolicyLoss",
+    "TokenExtras",
     "__version__",
     "backends",
     "cutpoint_segments",

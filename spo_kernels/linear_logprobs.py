@@ -5,16 +5,19 @@ Reference, op schemas with their fake and autograd, public function, in that ord
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from spo_kernels import dispatch, gradients, head
+from spo_kernels import extras as _extras
 from spo_kernels import logprobs as _logprobs
 from spo_kernels import rows as _rows
+from spo_kernels.extras import TokenExtras
 from spo_kernels.library import define
-from spo_kernels.logprobs import GRADS, NAMES, RESULTS, SAVED, TOKENS
+from spo_kernels.logprobs import GRADS, NAMES, SAVED, TOKENS
 
 
 def linear_token_logprobs_ref(
@@ -38,20 +41,49 @@ def linear_token_logprobs_ref(
     return _logprobs.reference(logits, ids, index, temperature, entropy, *scaling)
 
 
+def token_extras_ref(
+    hidden: Tensor,  # (..., D), or (H, D) with hidden_index
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    hidden_index: Tensor | None,  # (N,) int64
+    ids: Tensor,  # (N,) int64
+    mask: Tensor,  # (N,) bool
+    temperature: Tensor,  # (N,) or (1,)
+    logit_scale: float,
+    logit_softcap: float | None,
+    names: list[str],
+    top_k: int,
+) -> tuple[Tensor, ...]:
+    """The extras in the order of their names, from logits of their own; fp64 for fp64 states."""
+    results = _extras.new_results(hidden, ids.shape[0], names, top_k, _rows.math_dtype(hidden))
+    if not names:
+        return results
+    index = mask.nonzero().squeeze(1)
+    states = head.select_states(hidden, hidden_index, index)
+    with torch.no_grad():
+        logits = head.linear_ref(head.flatten(hidden)[states], weight, bias)
+        heat = temperature if temperature.shape[0] == 1 else temperature[index]
+        scaling = (heat, logit_scale, logit_softcap)
+        _extras.fill(results, index, logits, ids[index], *scaling, names, top_k)
+    return results
+
+
+_EXTRAS = "Tensor is_top1, Tensor log_sum_sq_probs, Tensor mean_logits, Tensor top_ids"
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? hidden_index"
 
 
 @define(
     f"linear_logprobs({_HEAD}, bool[] needs_grad, ScalarType logits_dtype, int? memory_budget, "
-    f"bool batch_invariant, {TOKENS}) -> {RESULTS}",
+    f"bool batch_invariant, str[] extras, int top_k, {TOKENS}) -> ({SAVED}, {_EXTRAS})",
 )
 def _linear_logprobs(
     hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budget, *tokens
 ):
-    fixed, ids, mask, temperature, *scaling, entropy, backend = tokens
+    fixed, names, top_k, ids, mask, temperature, *scaling, entropy, backend = tokens
     vocab = weight.shape[0]
     _rows.check_rows(ids, temperature, mask, vocab)
     results = tuple(x.zero_() for x in _logprobs.new_results(hidden, ids, entropy))
+    more = _extras.new_results(hidden, ids.numel(), names, top_k)
     index = mask.nonzero().squeeze(1)
     states = head.select_states(hidden, hidden_index, index)
     flat, weight = head.flatten(hidden), head.operand_of(hidden, weight)
@@ -61,25 +93,21 @@ def _linear_logprobs(
             rows, x = index[part], flat[states[part]]
             logits = head.project(x, weight, bias, logits_dtype, fixed)
             chunk = _logprobs.new_results(hidden, rows, entropy)
-            _logprobs.run_rows(
-                "logprobs",
-                backend,
-                logits,
-                ids[rows],
-                temperature if temperature.numel() == 1 else temperature[rows],
-                *scaling,
-                **dict(zip(NAMES, chunk, strict=True)),
-            )
+            heat = temperature if temperature.numel() == 1 else temperature[rows]
+            buffers = dict(zip(NAMES, chunk, strict=True))
+            _logprobs.run_rows("logprobs", backend, logits, ids[rows], heat, *scaling, **buffers)
             for whole, values in zip(results, chunk, strict=True):
                 if whole.numel():
                     whole[rows] = values
-    return results
+            _extras.fill(more, rows, logits, ids[rows], heat, *scaling, names, top_k)
+    return *results, *more
 
 
 @_linear_logprobs.register_fake
 def _(hidden, weight, bias, hidden_index, needs_grad, logits_dtype, memory_budget, *tokens):
-    _, ids, *_, entropy, _ = tokens
-    return _logprobs.new_results(hidden, ids, entropy)
+    _, names, top_k, ids, *_, entropy, _ = tokens
+    more = _extras.new_results(hidden, ids.numel(), names, top_k)
+    return *_logprobs.new_results(hidden, ids, entropy), *more
 
 
 @define(
@@ -137,7 +165,7 @@ def _linear_logprobs_grad(ctx, grad_logprobs, grad_entropy, *_):
     inputs, output = _logprobs.restore(ctx)
     grads = _logprobs.row_grads(output[0], grad_logprobs, grad_entropy)
     gradients.refuse_second_order(grads[0])
-    products = _linear_logprobs_backward(*inputs, *output, *grads)
+    products = _linear_logprobs_backward(*inputs[:8], *inputs[10:], *output, *grads)
     leaves = zip(products, inputs[:3], inputs[4], strict=True)
     needed = (x.to(leaf.dtype) if need else None for x, leaf, need in leaves)
     return *needed, *[None] * (len(inputs) - 3)
@@ -162,6 +190,8 @@ def linear_token_logprobs(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     batch_invariant: bool = False,
+    extras: None = None,
+    top_k: int = 1,
     backend: str | None = None,
 ) -> Tensor: ...
 
@@ -182,8 +212,50 @@ def linear_token_logprobs(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     batch_invariant: bool = False,
+    extras: None = None,
+    top_k: int = 1,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    hidden_index: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: Literal[False] = False,
+    logits_dtype: torch.dtype = torch.float32,
+    memory_budget: int | None = None,
+    batch_invariant: bool = False,
+    extras: Sequence[str],
+    top_k: int = 1,
+    backend: str | None = None,
+) -> tuple[Tensor, TokenExtras]: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    hidden_index: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: Literal[True],
+    logits_dtype: torch.dtype = torch.float32,
+    memory_budget: int | None = None,
+    batch_invariant: bool = False,
+    extras: Sequence[str],
+    top_k: int = 1,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, TokenExtras]: ...
 
 
 def linear_token_logprobs(
@@ -201,8 +273,10 @@ def linear_token_logprobs(
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
     batch_invariant: bool = False,
+    extras: Sequence[str] | None = None,
+    top_k: int = 1,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # (...) fp32 (fp64 from fp64), or that and the entropy (...)
+) -> Tensor | tuple[Tensor | TokenExtras, ...]:  # (...) fp32, fp64 from fp64; and what is asked
     """`token_logprobs(hidden @ weight.T + bias, ...)` with at most `memory_budget` bytes of logits.
 
     Masked tokens never reach the projection. Logits are fp32, or bf16 with
@@ -210,23 +284,32 @@ def linear_token_logprobs(
     logits again. `batch_invariant=True`: the results and the gradient of a hidden state have the
     same bits whatever stands beside it; see `linear_masked_ppo_loss`. `token_logprobs` describes
     the other arguments and errors.
+
+    `extras` names fields of a `TokenExtras`, which is then the last result: `is_top1`,
+    `log_sum_sq_probs`, `mean_logits`, and `top_ids`, the ids of the `top_k` largest logits. They
+    have no gradients.
     """
     shape = head.check_head(hidden, weight, bias, hidden_index)
     head.check_options(hidden, weight, bias, hidden_index, logits_dtype)
     _rows.check_scaling(logit_scale, logit_softcap)
     ids, mask, heat = _logprobs.prepare("hidden", hidden, shape, token_ids, loss_mask, temperature)
+    names = _extras.check(extras, top_k, weight.shape[0])
     chosen = dispatch.choose("logprobs", hidden, backend)
     scaling = (logit_scale, logit_softcap)
     if chosen == "reference":
         head.check_reference(logits_dtype, batch_invariant)
-        logprobs, row_entropy = linear_token_logprobs_ref(
-            hidden, weight, bias, hidden_index, ids, mask, heat, entropy, *scaling
-        )
+        arguments = (hidden, weight, bias, hidden_index, ids, mask, heat)
+        logprobs, row_entropy = linear_token_logprobs_ref(*arguments, entropy, *scaling)
+        more = token_extras_ref(*arguments, *scaling, names, top_k)
     else:
         needs_grad = head.needs_grad(hidden, weight, bias)
-        sizes = (needs_grad, logits_dtype, memory_budget, batch_invariant)
+        sizes = (needs_grad, logits_dtype, memory_budget, batch_invariant, names, top_k)
         tokens = (ids, mask, heat, *scaling, entropy, chosen)
-        logprobs, row_entropy, *_ = _linear_logprobs(
+        logprobs, row_entropy, _, _, *more = _linear_logprobs(
             hidden, weight, bias, hidden_index, *sizes, *tokens
         )
-    return _logprobs.shaped(logprobs, row_entropy if entropy else None, shape)
+    results = _logprobs.shaped(logprobs, row_entropy if entropy else None, shape)
+    if extras is None:
+        return results
+    asked = _extras.record(more, names, shape)
+    return (results, asked) if isinstance(results, Tensor) else (*results, asked)

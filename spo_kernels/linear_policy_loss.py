@@ -177,8 +177,7 @@ def linear_masked_ppo_loss(
     hidden and weight may differ in dtype, as under autocast. Logits are fp32, or bf16 with
     `logits_dtype=torch.bfloat16` (faster where the CPU has bf16 instructions; costs up to 4e-3 in a
     logprob). At most `memory_budget` bytes of logits exist at a time; None is 1 GiB, and on a GPU a
-    quarter of what is free, from 1 to 6 GiB. `masked_ppo_loss` describes the other arguments and
-    errors.
+    quarter of what is free, 1 to 6 GiB. `masked_ppo_loss` has the other arguments and errors.
 
     `batch_invariant=True`: at a given `policy_norm` and `kl_norm`, the logprob, the entropy, the
     loss term and the gradient of a hidden state have the same bits whatever other tokens, masks,

@@ -150,11 +150,12 @@ def save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.inputs = tuple(None if isinstance(x, Tensor) else x for x in inputs)
     ctx.is_tensor = tuple(isinstance(x, Tensor) for x in inputs)
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *output)
+    results = output[: len(NAMES)]  # extras have no gradient
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *results)
 
 
 def restore(ctx) -> tuple[list[Any], tuple[Tensor, ...]]:
-    """The inputs and outputs that `save` saved."""
+    """The inputs and results that `save` saved."""
     saved = iter(ctx.saved_tensors)
     inputs = [
         next(saved) if tensor else x for tensor, x in zip(ctx.is_tensor, ctx.inputs, strict=True)

@@ -219,6 +219,21 @@ def gradient_rows(dlogits: Tensor, logits: Tensor) -> dict[str, Any]:
     return {"dlogits": rows, "dlogits_layout": layout, "dlogits_dtype": index}
 
 
+def scaled(
+    logits: Tensor,  # (N, V)
+    temperature: Tensor,  # (N,) or (1,)
+    logit_scale: float,
+    logit_softcap: float | None,
+) -> Tensor:  # (N, V) fp32, or fp64
+    """The logits as they enter the softmax."""
+    z = logits.to(math_dtype(logits))
+    if logit_scale != 1:
+        z = z * logit_scale
+    if logit_softcap is not None:
+        z = logit_softcap * torch.tanh(z / logit_softcap)
+    return z / temperature.unsqueeze(1)
+
+
 def logprobs_of(
     logits: Tensor,  # (N, V)
     ids: Tensor,  # (N,) int64
@@ -228,12 +243,7 @@ def logprobs_of(
     logit_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # (N,), (N,)
     """Logprob of each id and entropy of each row in differentiable PyTorch, -inf logits allowed."""
-    z = logits.to(math_dtype(logits))
-    if logit_scale != 1:
-        z = z * logit_scale
-    if logit_softcap is not None:
-        z = logit_softcap * torch.tanh(z / logit_softcap)
-    z = z / temperature.unsqueeze(1)
+    z = scaled(logits, temperature, logit_scale, logit_softcap)
     logprobs = z - torch.logsumexp(z, -1, keepdim=True)
     chosen = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1)
     if not entropy:

@@ -258,9 +258,10 @@ def test_opcheck(entropy):
     leaves = [x.clone().requires_grad_() for x in tensors.values()]
     tokens = (ids, torch.ones(6, dtype=torch.bool), torch.ones(1), 1.0, None, entropy, FAST)
     sizes = ([True, True, True], torch.float32, 1 << 20, entropy)  # batch_invariant: either
+    extras = (["is_top1", "top_ids"], 3) if entropy else ([], 1)
     ops = torch.ops.spo_kernels
     torch.library.opcheck(ops.logprobs.default, (logits.clone().requires_grad_(), *tokens))
-    torch.library.opcheck(ops.linear_logprobs.default, (*leaves, None, *sizes, *tokens))
+    torch.library.opcheck(ops.linear_logprobs.default, (*leaves, None, *sizes, *extras, *tokens))
     saved = ops.logprobs(logits, *tokens)
     grads = (weights[0].contiguous(), weights[1].contiguous() if entropy else None)
     torch.library.opcheck(ops.logprobs_backward.default, (logits, *tokens, *saved, *grads))
@@ -274,8 +275,10 @@ def test_compiles_into_one_graph():
 
     def step(logits, hidden, weight, bias):
         logprobs, entropy = token_logprobs(logits * 2, ids, entropy=True)
-        by_states = linear_token_logprobs(hidden, weight, ids, bias=bias)
-        return ((logprobs - entropy + by_states).sum(),)
+        by_states, extras = linear_token_logprobs(
+            hidden, weight, ids, bias=bias, extras=["mean_logits", "top_ids"], top_k=2
+        )
+        return (logprobs - entropy + by_states).sum(), extras.mean_logits, extras.top_ids
 
     assert_compiles(step, logits, *tensors.values())
 

@@ -260,10 +260,11 @@ def test_opcheck(scaling):
     tensors, logits, ids, weights = make(6, 19)
     leaves = [x.clone().requires_grad_() for x in tensors.values()]
     tokens = (ids, torch.ones(6, dtype=torch.bool), torch.ones(1), *scaling, True, FAST)
-    sizes = ([True, True, True], torch.float32, 1 << 20)
+    sizes = ([True, True, True], torch.float32, 1 << 20, False)
     ops = torch.ops.spo_kernels
     torch.library.opcheck(ops.logprobs.default, (logits.clone().requires_grad_(), *tokens))
-    torch.library.opcheck(ops.linear_logprobs.default, (*leaves, None, *sizes, *tokens))
+    extras = (["mean_logits"], 1)
+    torch.library.opcheck(ops.linear_logprobs.default, (*leaves, None, *sizes, *extras, *tokens))
     saved = ops.logprobs(logits, *tokens)
     torch.library.opcheck(ops.logprobs_backward.default, (logits, *tokens, *saved, *weights))
     arguments = (*tensors.values(), None, *sizes, *tokens, *saved, *weights)

@@ -18,6 +18,7 @@ from torch import Tensor
 import spo_kernels
 from spo_kernels import (
     PolicyLoss,
+    TokenExtras,
     backends,
     cutpoint_segments,
     empty_cache,
@@ -39,6 +40,11 @@ logprobs: Tensor = token_logprobs(logits, ids)
 logprobs, entropy = token_logprobs(logits, ids, entropy=True, temperature=0.7)
 logprobs = linear_token_logprobs(hidden, weight, ids, backend="reference")
 logprobs, entropy = linear_token_logprobs(hidden, weight, ids, entropy=True)
+logprobs, extras = linear_token_logprobs(hidden, weight, ids, extras=["top_ids"], top_k=2)
+logprobs, entropy, more = linear_token_logprobs(
+    hidden, weight, ids, entropy=True, extras=("is_top1", "mean_logits"), batch_invariant=True
+)
+records: list[TokenExtras] = [extras, more]
 old, mask = logprobs.detach(), policy_mask(logprobs, ids > 0, 0.9)
 loss: PolicyLoss = masked_ppo_loss(
     logits, ids, old, entropy, loss_mask=mask, temperature=torch.ones(4), ref_logprobs=old,
@@ -46,7 +52,7 @@ loss: PolicyLoss = masked_ppo_loss(
 )
 loss = linear_masked_ppo_loss(
     hidden, weight, ids, old, entropy, hidden_index=ids, prob_threshold=None, max_active=4,
-    logits_dtype=torch.bfloat16,
+    logits_dtype=torch.bfloat16, batch_invariant=True,
 )
 loss.loss.backward()
 shown: Tensor = loss.kl + loss.policy_loss if loss.entropy is None else loss.entropy
@@ -66,6 +72,7 @@ import torch
 from torch import Tensor
 
 from spo_kernels import gae, linear_masked_ppo_loss, masked_ppo_loss, token_logprobs, tree_values
+from spo_kernels import linear_token_logprobs
 
 x = torch.zeros(4)
 masked_ppo_loss(x, x, x, x, clip_eps_high="0.2")
@@ -73,6 +80,7 @@ linear_masked_ppo_loss(x, x, x, x, x, clip_eps_hihg=0.2)
 only: Tensor = token_logprobs(x, x, entropy=True)
 first, second = gae(x, x, x, lam=None)
 tree_values(x, x)
+alone: Tensor = linear_token_logprobs(x, x, x, extras=["is_top1"])
 """
 
 
@@ -110,7 +118,7 @@ def test_a_users_script_and_the_package_are_clean(complaints):
 
 def test_every_wrong_call_is_seen(complaints):
     first = WRONG.splitlines().index("x = torch.zeros(4)") + 1
-    assert {line for line, _ in complaints["wrong.py"]} == set(range(first, first + 5))
+    assert {line for line, _ in complaints["wrong.py"]} == set(range(first, first + 6))
 
 
 def test_a_users_script_runs():
