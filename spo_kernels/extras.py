@@ -89,29 +89,40 @@ def measure(
 ) -> dict[str, Tensor]:
     """What is asked for, by name."""
     found = {}
-    top = z.argmax(-1, keepdim=True)  # the first maximum
-    if "is_top1" in names:
-        found["is_top1"] = top.squeeze(1) == ids
-    if "log_sum_sq_probs" in names:
-        # log sum p^2 = logsumexp(2 z) - 2 logsumexp(z), each taken from the largest logit.
-        once, twice = (x.log_softmax(-1).gather(1, top).squeeze(1) for x in (z, 2 * z))
-        found["log_sum_sq_probs"] = 2 * once - twice
     if "mean_logits" in names:
-        found["mean_logits"] = z.mean(-1, dtype=torch.float64).to(z.dtype)
+        found["mean_logits"] = z.mean(-1)
     if "top_ids" in names:
-        found["top_ids"] = top if top_k == 1 else _top_ids(z, top_k)
+        found["top_ids"] = top_ids(z, top_k)
+    if "is_top1" in names or "log_sum_sq_probs" in names:
+        top = found["top_ids"][:, :1] if "top_ids" in names else top_ids(z, 1)
+        if "is_top1" in names:
+            found["is_top1"] = top.squeeze(1) == ids
+        if "log_sum_sq_probs" in names:
+            # log sum p^2 = logsumexp(2 z) - 2 logsumexp(z), each taken from the largest logit.
+            once, twice = (x.log_softmax(-1).gather(1, top).squeeze(1) for x in (z, 2 * z))
+            found["log_sum_sq_probs"] = 2 * once - twice
     return found
 
 
-def _top_ids(z: Tensor, top_k: int) -> Tensor:
-    """Ids (c, top_k) of the largest numbers. topk leaves the order of equal ones open, so fp32
-    numbers become integers of the same order, with the id below."""
+def top_ids(z: Tensor, top_k: int) -> Tensor:
+    """Ids (c, top_k) of the largest numbers of z (c, V), of equal ones the smallest id first."""
+    if top_k == 1:
+        return z.argmax(-1, keepdim=True)  # the first maximum
     if z.dtype == torch.float64:
         return torch.sort(z, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    values, ids = z.topk(min(top_k + 1, z.shape[1]))  # which leaves open what comes first of equals
+    ids, tied = ids[:, :top_k], (values[:, 1:] == values[:, :-1]).any(1)
+    if tied.any():
+        ids[tied] = _top_ids_of_ties(z[tied], top_k)
+    return ids
+
+
+def _top_ids_of_ties(z: Tensor, top_k: int) -> Tensor:
+    """fp32 numbers become integers of the same order, with the id below."""
     bits = (z + 0.0).view(torch.int32)  # -0 is 0
     order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    ids = torch.arange(z.shape[1] - 1, -1, -1, device=z.device)
-    return ((order.long() << 32) | ids).topk(top_k).indices
+    below = torch.arange(z.shape[1] - 1, -1, -1, device=z.device)
+    return ((order.long() << 32) | below).topk(top_k).indices
 
 
 def record(results: Sequence[Tensor], names: Sequence[str], shape: tuple[int, ...]) -> TokenExtras:
