@@ -83,6 +83,21 @@ def test_against_fp64(backend, dtype, budget, temperature):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_they_are_of_scaled_and_capped_logits(backend):
+    hidden, weight, bias, ids = make(20, 301, torch.float32)
+    options = {"bias": bias, "temperature": 0.7, "extras": ["log_sum_sq_probs", "mean_logits"]}
+    options |= {"logit_scale": 0.5, "logit_softcap": 2.0, "backend": backend}
+    _, found = linear_token_logprobs(hidden, weight, ids, **options)
+    logits = hidden.double() @ weight.double().T + bias.double()
+    z = 2 * torch.tanh(logits * 0.5 / 2) / 0.7
+    want = 2 * z.log_softmax(-1)
+    torch.testing.assert_close(
+        found.log_sum_sq_probs.double(), want.logsumexp(-1), rtol=0, atol=2e-5
+    )
+    torch.testing.assert_close(found.mean_logits.double(), z.mean(-1), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_of_equal_logits_the_first_is_the_largest(backend):
     """Also if one zero is negative, and behind any rows of one chunk."""
     g = torch.Generator(DEVICE).manual_seed(0)
