@@ -96,8 +96,10 @@ SPO_HOST_DEVICE void write_scales(const PolicyLossArgs& a, const Slopes& most) {
   const double z_kl = norm_of(a.kl_norm, a.kl_norm_is_integer, a.kl_norm_value, kept);
   const bool good = z >= 0 && z < INFINITY && z_kl >= 0 && z_kl < INFINITY;
   if (!good) a.counts[3] |= kBadNorm;
-  const double policy = z == 0 ? 0 : 1 / z;
-  const double kl = a.kl_estimator == kNoKl || z_kl == 0 ? 0 : a.kl_coef / z_kl;
+  // Where nobody reads the counts, a bad norm shows in the loss.
+  const double unit = good ? 1 : NAN;
+  const double policy = z == 0 ? 0 : unit / z;
+  const double kl = a.kl_estimator == kNoKl || z_kl == 0 ? 0 : unit * a.kl_coef / z_kl;
   a.scales[0] = static_cast<float>(policy);
   a.scales[1] = static_cast<float>(kl);
   a.scales[2] = static_cast<float>(policy * a.entropy_coef);

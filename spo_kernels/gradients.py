@@ -100,6 +100,7 @@ def one_pass(op: Op, grads: dict[int, int]) -> Callable[..., Any]:
 
     def call(*arguments: Any) -> Any:
         traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        traced = traced or torch._C._are_functorch_transforms_active()
         if traced or any(isinstance(x, Tensor) and type(x) not in PLAIN for x in arguments):
             return op(*arguments)
         return Eager.apply(*arguments)
@@ -158,3 +159,47 @@ def hand_out(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, 
             scale.kernel(grad, factor, unscale)
             handed[i] = grad
     return tuple(handed.get(i) for i in range(ctx.num_inputs))
+
+
+class _Overwritten(torch.autograd.Function):
+    """Stands behind later uses of an overwritten tensor: a gradient that comes here is wrong."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.mark_dirty(logits)
+        ctx.set_materialize_grads(False)
+        return logits
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (grad,) = grads
+        if grad is not None and grad.any():  # zeros: only other parts of the logits' base were used
+            raise RuntimeError(
+                "inplace_grad=True: the logits were used after the loss, when they held their "
+                "gradient; use them before the loss or leave inplace_grad out"
+            )
+        return grad
+
+
+def guard_overwritten(loss: Tensor, logits: Tensor) -> None:
+    """Make later uses of logits (..., V) that hold their gradient raise in a backward.
+
+    The loss keeps its edge to the op that made the logits; other ops get `_Overwritten` instead.
+    """
+    _Overwritten.apply(logits)
+    vars(loss.grad_fn)["version"] = logits._version
+
+
+def hand_out_overwritten(ctx: Any, grad_output: Tensor) -> Tensor:
+    """`backward` of a loss whose gradient lies in `ctx.dlogits`: times grad_output.
+
+    Raises RuntimeError if anything wrote there since the loss.
+    """
+    refuse_second_order(grad_output)
+    if ctx.version != ctx.dlogits._version:
+        raise RuntimeError(
+            "inplace_grad=True: something wrote to the logits after the loss, when they held their "
+            "gradient (another op, or an earlier backward of this loss); leave inplace_grad out"
+        )
+    scale(ctx.dlogits, grad_output, ctx.unscale)
+    return ctx.dlogits

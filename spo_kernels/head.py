@@ -72,9 +72,11 @@ def needs_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool
     return [enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
 
 
-def check_reference(logits_dtype: torch.dtype, batch_invariant: bool) -> None:
+def check_reference(hidden: Tensor, logits_dtype: torch.dtype, batch_invariant: bool) -> None:
     """Raise ValueError for what the reference cannot do: it has fp32 and fp64 logits only, from
     PyTorch's products."""
+    if hidden.is_meta:
+        return
     if logits_dtype != torch.float32:
         raise ValueError(
             f"logits_dtype: expected torch.float32 on the reference backend, found {logits_dtype}"
@@ -222,8 +224,8 @@ def gradient_buffer(logits: Tensor, x: Tensor, weight: Tensor, backend: str) -> 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (n, D) to logits (n, V) in differentiable PyTorch, fp32 (fp64 for fp64 x)."""
-    dtype = rows.math_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
+    dtype, outside = rows.math_dtype(x), contextlib.nullcontext()
+    with outside if x.is_meta else torch.autocast(x.device.type, enabled=False):
         bias = None if bias is None else bias.to(dtype)
         return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
 

@@ -11,10 +11,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from spo_kernels import dispatch, gradients, head
+from spo_kernels import dispatch, gradients, head, static
 from spo_kernels import extras as _extras
 from spo_kernels import logprobs as _logprobs
 from spo_kernels import rows as _rows
+from spo_kernels.entry import entry
 from spo_kernels.extras import TokenExtras
 from spo_kernels.library import define
 from spo_kernels.logprobs import GRADS, NAMES, SAVED, TOKENS
@@ -33,6 +34,11 @@ def linear_token_logprobs_ref(
     logit_softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # (N,), (N,)
     """`linear_token_logprobs` in differentiable PyTorch: keep rows, project, reference logprobs."""
+    if _rows.is_unreadable(hidden):
+        states = static.all_states(head.flatten(hidden), hidden_index)
+        logits = head.linear_ref(states, weight, bias)
+        scaling = (logit_scale, logit_softcap)
+        return static.logprobs(logits, ids, mask, temperature, entropy, *scaling)
     _rows.check_rows(ids, temperature, mask, weight.shape[0])
     index = mask.nonzero().squeeze(1)
     states = head.select_states(hidden, hidden_index, index)
@@ -228,6 +234,8 @@ def linear_token_logprobs(
     hidden_index: Tensor | None = None,
     loss_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     entropy: Literal[False] = False,
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
@@ -248,6 +256,8 @@ def linear_token_logprobs(
     hidden_index: Tensor | None = None,
     loss_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     entropy: Literal[True],
     logits_dtype: torch.dtype = torch.float32,
     memory_budget: int | None = None,
@@ -258,6 +268,7 @@ def linear_token_logprobs(
 ) -> tuple[Tensor, Tensor, TokenExtras]: ...
 
 
+@entry
 def linear_token_logprobs(
     hidden: Tensor,  # (..., D), or (H, D) with hidden_index
     weight: Tensor,  # (V, D)
@@ -297,7 +308,7 @@ def linear_token_logprobs(
     chosen = dispatch.choose("logprobs", hidden, backend)
     scaling = (logit_scale, logit_softcap)
     if chosen == "reference":
-        head.check_reference(logits_dtype, batch_invariant)
+        head.check_reference(hidden, logits_dtype, batch_invariant)
         arguments = (hidden, weight, bias, hidden_index, ids, mask, heat)
         logprobs, row_entropy = linear_token_logprobs_ref(*arguments, entropy, *scaling)
         more = token_extras_ref(*arguments, *scaling, names, top_k)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spo_kernels import dispatch, gradients, head, products, rows
+from spo_kernels import dispatch, gradients, head, products, rows, static
+from spo_kernels.entry import entry
 from spo_kernels.library import define
 from spo_kernels.objective import PolicyLoss
 from spo_kernels.policy_launch import OUTPUTS, Launch, fake_outputs, record
@@ -29,6 +30,10 @@ def linear_masked_ppo_loss_ref(
     max_active: int | None = None,
 ) -> PolicyLoss:
     """`linear_masked_ppo_loss` in differentiable PyTorch: keep rows, project, reference loss."""
+    if rows.is_unreadable(hidden):
+        states = static.all_states(head.flatten(hidden), hidden_index)
+        logits = head.linear_ref(states, weight, bias)
+        return static.policy_loss(reference, logits, tokens, shape, entropy)
     tokens.check(weight.shape[0])
     index = tokens.runs().nonzero().squeeze(1)
     _check_room(index.numel(), max_active)
@@ -97,7 +102,10 @@ def _linear_policy_loss(
         **{"hidden_index": hidden_index, "num_states": flat.shape[0]},
     )
     call.run("prepare")
-    active = capacity if fixed else _read_active(call, hidden_index, flat.shape[0], vocab)
+    active = capacity
+    if not (fixed and (hidden.is_cuda or rows.is_captured(hidden))):  # a GPU would have to wait
+        used = _read_active(call, hidden_index, flat.shape[0], vocab)
+        active = capacity if fixed else used
     _check_room(active, max_active)
     states = states[:active]
     room = head.budget(memory_budget, hidden.device, active * vocab * logits_dtype.itemsize)
@@ -126,6 +134,7 @@ def _(hidden, weight, bias, hidden_index, needs_grad, entropy, *others):
 _differentiable = gradients.one_pass(_linear_policy_loss, {0: 5, 1: 6, 2: 7})
 
 
+@entry
 def linear_masked_ppo_loss(
     hidden: Tensor,  # (..., D), or (H, D) with hidden_index; fp32, bf16, fp16 or fp64
     weight: Tensor,  # (V, D), the vocabulary projection
@@ -186,8 +195,9 @@ def linear_masked_ppo_loss(
 
     Raises ValueError if there are more than `max_active` rows to project. While a CUDA graph is
     captured, and under torch.compile, always `max_active` rows are projected, without a host sync.
-    If there are more, the rest is left out and `overflow` is True; a token id or `hidden_index` out
-    of range makes the loss NaN.
+    If there are more, the rest is left out and `overflow` is True. What raises ValueError elsewhere
+    (a token id, `hidden_index`, temperature or norm out of range, an old logprob of NaN) makes the
+    loss NaN there on a GPU; compiled code on a CPU raises.
     """
     shape = head.check_head(hidden, weight, bias, hidden_index)
     head.check_options(hidden, weight, bias, hidden_index, logits_dtype)
@@ -222,7 +232,7 @@ def _loss(
     chosen = dispatch.choose("policy_loss", hidden, backend)
     entropy, logits_dtype, _, max_active = sizes
     if chosen == "reference":
-        head.check_reference(logits_dtype, batch_invariant)
+        head.check_reference(hidden, logits_dtype, batch_invariant)
         return linear_masked_ppo_loss_ref(
             hidden, weight, bias, hidden_index, tokens, shape, entropy, max_active
         )

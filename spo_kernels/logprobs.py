@@ -10,8 +10,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from spo_kernels import dispatch, gradients, memory
+from spo_kernels import dispatch, gradients, memory, static
 from spo_kernels import rows as _rows
+from spo_kernels.entry import entry
 from spo_kernels.library import define
 
 
@@ -26,6 +27,10 @@ def token_logprobs_ref(
 ) -> tuple[Tensor, Tensor | None]:  # (N,), (N,)
     """`token_logprobs` in differentiable PyTorch; fp64 for fp64 logits."""
     shape = logits.shape[:-1]
+    if _rows.is_unreadable(logits):
+        flat = logits.reshape(-1, logits.shape[-1])
+        scaling = (logit_scale, logit_softcap)
+        return static.logprobs(flat, ids, mask, temperature, entropy, *scaling)
     _rows.check_rows(ids, temperature, mask, logits.shape[-1])
     index = mask.nonzero().squeeze(1)
     kept = logits[torch.unravel_index(index, shape)] if len(shape) else logits[None][index]
@@ -211,6 +216,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@entry
 def token_logprobs(
     logits: Tensor,  # (..., V) fp32, bf16, fp16 or fp64, raw: not divided by the temperature
     token_ids: Tensor,  # (...) int32 or int64, logits[i] predicts token_ids[i]

@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from spo_kernels import dispatch, gradients, memory, objective
+from spo_kernels import dispatch, gradients, memory, objective, static
 from spo_kernels import rows as _rows
+from spo_kernels.entry import entry
 from spo_kernels.library import define
 from spo_kernels.objective import PolicyLoss
 from spo_kernels.policy_launch import OUTPUTS, Launch, fake_outputs, record
@@ -25,6 +26,9 @@ def masked_ppo_loss_ref(
 ) -> PolicyLoss:
     """`masked_ppo_loss` in differentiable PyTorch; fp64 throughout for fp64 logits."""
     shape = logits.shape[:-1]
+    if _rows.is_unreadable(logits):
+        flat = logits.reshape(-1, logits.shape[-1])
+        return static.policy_loss(reference, flat, tokens, shape, entropy)
     tokens.check(logits.shape[-1])
     index = tokens.runs().nonzero().squeeze(1)
     # Rows are picked before the view is flattened: flattening a slice would copy all of it.
@@ -38,6 +42,7 @@ def reference(
     index: Tensor,  # (n,) int64
     shape: tuple[int, ...],
     entropy: bool,
+    known: Tensor | None = None,  # (N,) bool, the rows that count; None: those of `index`
 ) -> PolicyLoss:
     heat = tokens.temperatures()
     heat = heat if heat.shape[0] == 1 else heat[index]
@@ -47,7 +52,8 @@ def reference(
     empty = logprobs.new_zeros(tokens.token_ids.shape)
     if row_entropy is not None:
         row_entropy = empty.index_put((index,), row_entropy)
-    known = torch.zeros_like(tokens.token_ids, dtype=torch.bool).index_fill(0, index, True)
+    if known is None:
+        known = torch.zeros_like(tokens.token_ids, dtype=torch.bool).index_fill(0, index, True)
     logprobs = empty.index_put((index,), logprobs)
     return objective.evaluate(logprobs, row_entropy, tokens, known, shape)
 
@@ -142,7 +148,7 @@ class _InplaceGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, entropy, backend, *arguments):
         loss, *others = _policy_loss_inplace(logits, entropy, backend, *arguments)
-        ctx.save_for_backward(logits)
+        ctx.dlogits = logits.detach()
         ctx.unscale = gradients.unscale(others[0])
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
@@ -150,14 +156,11 @@ class _InplaceGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        grad_output = grad_outputs[0]
-        gradients.refuse_second_order(grad_output)
-        (logits,) = ctx.saved_tensors
-        dlogits = logits.detach()
-        gradients.scale(dlogits, grad_output, ctx.unscale)
+        dlogits = gradients.hand_out_overwritten(ctx, grad_outputs[0])
         return dlogits, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
+@entry
 def masked_ppo_loss(
     logits: Tensor,  # (..., V) fp32, bf16, fp16 or fp64, raw: not divided by the temperature
     token_ids: Tensor,  # (...) int32 or int64, logits[i] predicts token_ids[i]
@@ -217,7 +220,9 @@ def masked_ppo_loss(
 
     Logits of dropped tokens are not read (they may be NaN); their gradient is 0. `entropy=True`
     returns the entropy of the rows that were computed; `metrics=True` computes all kept rows, also
-    where A is 0. `inplace_grad=True` writes the gradient over the logits: do not use them again.
+    where A is 0. `inplace_grad=True` writes the gradient over the logits: an op that has saved
+    them or uses them later raises RuntimeError in the backward, but a use without a gradient
+    (`argmax`, `detach`, under `no_grad`) cannot be seen and reads the gradient.
 
     Raises TypeError for wrong types; ValueError for wrong shapes or options, for a kept token with
     an id outside [0, V), a temperature that is not positive and finite or an old logprob that is
@@ -243,9 +248,10 @@ def masked_ppo_loss(
 def _loss(
     logits: Tensor, tokens: Tokens, entropy: bool, inplace_grad: bool, backend: str
 ) -> PolicyLoss:
-    if inplace_grad:
+    if inplace_grad and not logits.is_meta:
         _check_inplace(logits, backend)
         outputs = _InplaceGrad.apply(logits, entropy, backend, *tokens.arguments())
+        gradients.guard_overwritten(outputs[0], logits)
     elif backend == "reference":
         return masked_ppo_loss_ref(logits, tokens, entropy)
     else:
@@ -257,15 +263,21 @@ def _loss(
 
 
 def _check_inplace(logits: Tensor, chosen: str) -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError("inplace_grad=True: expected no torch.compile; leave inplace_grad out")
     if chosen == "reference":
         raise ValueError("inplace_grad=True: expected a native or Triton backend, found reference")
     if not (torch.is_grad_enabled() and logits.requires_grad):
         raise ValueError("inplace_grad=True: expected logits that require a gradient")
-    same = _rows.strided_rows(logits)[0].data_ptr() == logits.data_ptr()
+    same = _rows.strided_rows(logits)[0].untyped_storage() is logits.untyped_storage()
     if not same or any(
         s == 0 and n > 1 for s, n in zip(logits.stride(), logits.shape, strict=True)
     ):
         raise ValueError(
             "inplace_grad=True: expected logits with a contiguous last dimension and no repeated "
             f"rows, found strides {logits.stride()}"
+        )
+    if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
+        raise ValueError(
+            "inplace_grad=True: expected logits that an op computed, found a leaf or a view of one"
         )

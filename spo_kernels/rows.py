@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch._subclasses.fake_tensor import FakeTensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # position = value of `Dtype` in csrc/ops.h
 
@@ -185,6 +187,16 @@ def is_captured(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def is_unreadable(tensor: Tensor) -> bool:
+    """Whether no shape and no error can depend on data: meta and fake tensors, under torch.vmap."""
+    if tensor.is_meta or torch.compiler.is_compiling():
+        return tensor.is_meta
+    if isinstance(tensor, FakeTensor):
+        return True
+    levels = _functorch.get_interpreter_stack()
+    return levels is not None and any(x.key() == _functorch.TransformType.Vmap for x in levels)
 
 
 def check_devices(like: Tensor, **tensors: Tensor | float | None) -> None:

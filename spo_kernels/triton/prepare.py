@@ -169,6 +169,9 @@ def prepare_kernel(
     if tokens.kl_estimator != 0:
         coef = tl.full((), 1.0, tl.float32) * tokens.kl_coef
         kl_scale = tl.where(z == 0, 0.0, tl.div_rn(coef, tl.where(z == 0, 1.0, z)))
+    # Where nobody reads the counts, a bad norm shows in the loss.
+    policy_scale = tl.where((bad & 4) != 0, float("nan"), policy_scale)
+    kl_scale = tl.where((bad & 4) != 0, float("nan"), kl_scale)
     tl.store(counts, kept_count)
     tl.store(counts + 2, run_count)
     tl.store(counts + 3, bad)
