@@ -4,7 +4,9 @@ from importlib import metadata as _metadata
 
 from spo_kernels.dispatch import backends
 from spo_kernels.extras import TokenExtras
+from spo_kernels.fused_policy_loss import FusedPolicyLoss
 from spo_kernels.gae import gae
+from spo_kernels.head_weight import head_weight
 from spo_kernels.linear_logprobs import linear_token_logprobs
 from spo_kernels.linear_policy_loss import linear_masked_ppo_loss
 from spo_kernels.logprobs import token_logprobs
@@ -20,6 +22,7 @@ except _metadata.PackageNotFoundError:
     __version__ = "unknown: spo-kernels is not installed as a distribution"
 
 __all__ = [
+    "FusedPolicyLoss",
     "PolicyLoss",
     "TokenExtras",
     "__version__",
@@ -27,6 +30,7 @@ __all__ = [
     "cutpoint_segments",
     "empty_cache",
     "gae",
+    "head_weight",
     "linear_masked_ppo_loss",
     "linear_token_logprobs",
     "masked_ppo_loss",

@@ -7,6 +7,8 @@ derivative would give 0. Tensors that are distributed over processes go to `shar
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,6 +18,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 
 from spo_kernels.gradients import PLAIN
+from spo_kernels.head_weight import warn_about
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,13 +27,41 @@ R = TypeVar("R")
 def entry(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a public function whose tensors may be transformed."""
 
+    is_head = "hidden" in function.__annotations__
+
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        arguments = (*args, *kwargs.values())
         if not torch.compiler.is_compiling():
-            refuse_transforms(function.__name__, (*args, *kwargs.values()), kwargs.get("backend"))
+            refuse_transforms(function.__name__, arguments, kwargs.get("backend"))
+            if is_head:
+                weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
+                refuse_flat(weight)
+                warn_about(weight)
+        odd = [x for x in arguments if isinstance(x, Tensor) and type(x) not in PLAIN]
+        if odd and any(is_distributed(x) for x in odd):
+            return importlib.import_module("spo_kernels.sharded").call(function, args, kwargs)
         return function(*args, **kwargs)
 
     return call
+
+
+def is_distributed(x: Tensor) -> bool:
+    """Whether it is a DTensor: their package takes long to import, so it is not imported here."""
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is not None and isinstance(x, package.DTensor)
+
+
+def refuse_flat(weight: Any) -> None:
+    """Raise ValueError for a parameter of FSDP1 that is not gathered: flat, or without memory."""
+    if type(weight) not in PLAIN or torch._C._are_functorch_transforms_active():
+        return
+    flat = weight.ndim != 2 and hasattr(weight, "_fsdp_flattened")
+    if flat or (weight.numel() > 0 and weight.untyped_storage().size() == 0):
+        raise ValueError(
+            "weight: expected the whole matrix (V, D), found what FullyShardedDataParallel keeps "
+            "outside its forward; call the loss inside, as FusedPolicyLoss does"
+        )
 
 
 def refuse_transforms(name: str, arguments: tuple[Any, ...], backend: Any) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from spo_kernels import rows, tokens
 from spo_kernels.tokens import KL_ESTIMATORS, Tokens
@@ -38,6 +39,12 @@ class PolicyLoss:
     num_kept: Tensor  # (), int64, number of kept tokens
     num_nan: Tensor  # (), int64, number of tokens that nan_logprobs="drop" dropped
     overflow: Tensor | None  # (), bool: rows beyond `max_active` were left out; None from logits
+
+
+# DDP, FSDP and torch.func look for tensors in what a module returns: they go by this registry.
+register_pytree_node(
+    PolicyLoss, lambda x: (list(vars(x).values()), None), lambda values, _: PolicyLoss(*values)
+)
 
 
 FIGURES = (
