@@ -292,9 +292,9 @@ def linear_token_logprobs(
 
     Masked tokens never reach the projection. Logits are fp32, or bf16 with
     `logits_dtype=torch.bfloat16`; hidden and weight may differ in dtype. The backward computes the
-    logits again. `batch_invariant=True`: logprob, entropy and the gradient of a hidden state have
-    the same bits whatever stands beside them; see `linear_masked_ppo_loss`. `token_logprobs`
-    describes the other arguments and errors.
+    logits again. `batch_invariant=True`: the results and the gradient of a hidden state have the
+    same bits whatever stands beside it; see `linear_masked_ppo_loss`, also for a DTensor as weight.
+    `token_logprobs` describes the other arguments and errors.
 
     `extras` names fields of a `TokenExtras`, which is then the last result: `is_top1`,
     `log_sum_sq_probs`, `mean_logits`, and `top_ids`, the ids of the `top_k` largest logits. They

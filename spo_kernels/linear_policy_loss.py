@@ -193,6 +193,9 @@ def linear_masked_ppo_loss(
     chunks and threads stand beside it, as long as one token uses it. (On a GPU with float16, up to
     gradients of logits 2^-29 times the largest.) docs/kernels.md says what that costs.
 
+    A DTensor as `weight` is shared over the vocabulary if all processes of its mesh have the same
+    hidden states and tokens, else gathered; its gradient is the mean of theirs (sharded.py).
+
     Raises ValueError if there are more than `max_active` rows to project. While a CUDA graph is
     captured, and under torch.compile, always `max_active` rows are projected, without a host sync.
     If there are more, the rest is left out and `overflow` is True. What raises ValueError elsewhere

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._subclasses.fake_tensor import FakeTensor
@@ -175,11 +176,21 @@ def check_rows(
         row = int(bad.nonzero()[0, 0])
         raise ValueError(
             f"token_ids: expected ids in [0, {vocab}) where a token is kept, "
-            f"found {int(ids[row])} at row {row}"
+            f"found {int(ids[row])} at row {row}{_hint_for_shards()}"
         )
     row = int(cold.nonzero()[0, 0])
     found = float(temperature.expand(kept.shape)[row])
     raise ValueError(f"temperature: expected a positive finite number, found {found} at row {row}")
+
+
+def _hint_for_shards() -> str:
+    """Where several processes run, a vocabulary that is too small may be a part of one."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return ""
+    return (
+        "; if each process has logits of a part of the vocabulary, hand a DTensor weight to the "
+        "linear_ functions, or logprobs to policy_objective"
+    )
 
 
 def is_captured(tensor: Tensor) -> bool:
