@@ -220,25 +220,23 @@ def masked_ppo_loss(
 
     Logits of dropped tokens are not read (they may be NaN); their gradient is 0. `entropy=True`
     returns the entropy of the rows that were computed; `metrics=True` computes all kept rows, also
-    where A is 0. `inplace_grad=True` writes the gradient over the logits: an op that has saved
-    them or uses them later raises RuntimeError in the backward, but a use without a gradient
-    (`argmax`, `detach`, under `no_grad`) cannot be seen and reads the gradient.
+    where A is 0. `inplace_grad=True` writes the gradient over the logits; other uses raise in the
+    backward, except those without a gradient (`argmax`).
 
     Raises TypeError for wrong types; ValueError for wrong shapes or options, for a kept token with
     an id outside [0, V), a temperature that is not positive and finite or an old logprob that is
-    NaN (dropped tokens may hold anything), and for a `backend` that cannot run. A backward with
-    create_graph=True raises RuntimeError: the kernels have no second derivative.
+    NaN (dropped tokens may hold anything), and for a `backend` that cannot run; RuntimeError for
+    create_graph=True and torch.func unless backend="reference".
     """
     _rows.check_floating("logits", logits)
     tokens = prepare(
         logits, logits.shape[:-1], token_ids=token_ids, old_logprobs=old_logprobs,
-        advantages=advantages, weights=weights, loss_mask=loss_mask,
-        prob_threshold=prob_threshold, ref_logprobs=ref_logprobs, temperature=temperature,
-        logit_scale=logit_scale, logit_softcap=logit_softcap,
-        clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high, clip_ratio_max=clip_ratio_max,
-        log_ratio_clamp=log_ratio_clamp, kl_coef=kl_coef, kl_estimator=kl_estimator,
-        kl_scope=kl_scope, kl_weights=kl_weights, kl_clamp=kl_clamp, kl_ratio=kl_ratio,
-        entropy_coef=entropy_coef, policy_norm=policy_norm, kl_norm=kl_norm,
+        advantages=advantages, weights=weights, loss_mask=loss_mask, ref_logprobs=ref_logprobs,
+        prob_threshold=prob_threshold, temperature=temperature, logit_scale=logit_scale,
+        logit_softcap=logit_softcap, clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high,
+        clip_ratio_max=clip_ratio_max, log_ratio_clamp=log_ratio_clamp, kl_coef=kl_coef,
+        kl_estimator=kl_estimator, kl_scope=kl_scope, kl_weights=kl_weights, kl_clamp=kl_clamp,
+        kl_ratio=kl_ratio, entropy_coef=entropy_coef, policy_norm=policy_norm, kl_norm=kl_norm,
         nan_logprobs=nan_logprobs, metrics=metrics,
     )  # fmt: skip
     chosen = dispatch.choose("policy_loss", logits, backend)
