@@ -44,14 +44,20 @@ def loss_step(vocab: int, dtype: torch.dtype, device: str, backend: str) -> list
     return [out.loss.detach(), out.logprobs, out.entropy, logits.grad]
 
 
-def logprob_step(vocab: int, dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
+def logprob_step(
+    vocab: int, dtype: torch.dtype, device: str, backend: str, softcap: float | None = None
+) -> list[Tensor]:
     data = loss_inputs(ROWS, vocab, dtype, device=device)
     logits = data.logits.requires_grad_()
     logprobs, entropy = spo_kernels.token_logprobs(
-        logits, data.token_ids, entropy=True, backend=backend
+        logits, data.token_ids, entropy=True, logit_softcap=softcap, backend=backend
     )
     (logprobs * data.advantages + entropy).sum().backward()
     return [logprobs.detach(), entropy.detach(), logits.grad]
+
+
+def capped_step(vocab: int, dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
+    return logprob_step(vocab, dtype, device, backend, softcap=5.0)
 
 
 def head_step(vocab: int, dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
@@ -103,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     fast = {"device": arguments.device, "backend": arguments.device}
     slow = fast | {"backend": "reference"}
-    steps = (loss_step, logprob_step) + (() if arguments.no_head else (head_step,))
+    steps = (loss_step, logprob_step, capped_step) + (() if arguments.no_head else (head_step,))
     for vocab, dtype, step in itertools.product(arguments.sizes, DTYPES, steps):
         name = f"{step.__name__}, V {vocab}, {dtype}"
         check(name, step(vocab, dtype, **fast), step(vocab, dtype, **slow), dtype)

@@ -38,8 +38,9 @@ logits, ids = torch.randn(4, 9, requires_grad=True), torch.arange(4)
 hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(9, 3)
 logprobs: Tensor = token_logprobs(logits, ids)
 logprobs, entropy = token_logprobs(logits, ids, entropy=True, temperature=0.7)
+logprobs = token_logprobs(logits, ids, logit_scale=0.5, logit_softcap=30)
 logprobs = linear_token_logprobs(hidden, weight, ids, backend="reference")
-logprobs, entropy = linear_token_logprobs(hidden, weight, ids, entropy=True)
+logprobs, entropy = linear_token_logprobs(hidden, weight, ids, entropy=True, logit_softcap=None)
 logprobs, extras = linear_token_logprobs(hidden, weight, ids, extras=["top_ids"], top_k=2)
 logprobs, entropy, more = linear_token_logprobs(
     hidden, weight, ids, entropy=True, extras=("is_top1", "mean_logits"), batch_invariant=True
