@@ -3,7 +3,7 @@
 //
 // Near 0 it is u + u^3 P(u^2), so that a cap far above the logits loses no digits of them.
 // Elsewhere it is 1 - g of |u| with g = 2 e / (1 + e), e = exp(-2 |u|), and the sign of u. The
-// derivative is 2 g / (1 + e) everywhere: 1 - tanh(u)^2 cancels where the tanh is near 1.
+// derivative there is 2 g / (1 + e): 1 - tanh(u)^2 cancels where the tanh is near 1.
 namespace spo {
 
 constexpr float kTanhNear = 0.65f;

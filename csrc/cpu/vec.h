@@ -118,6 +118,8 @@ struct Vec {
   friend Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
   }
+  // Whether a < b in every lane; false if either is NaN in one.
+  friend bool all_less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) == 0xffff; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec exp2(Vec x) {
     const __mmask16 tiny = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(kExpLow), _CMP_LT_OQ);
@@ -174,6 +176,10 @@ struct Vec {
   // `yes` where a < b, else `no`; `no` if either is NaN.
   friend Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
     return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+  }
+  // Whether a < b in every lane; false if either is NaN in one.
+  friend bool all_less(Vec a, Vec b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)) == 0xff;
   }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec exp2(Vec x) {
@@ -250,6 +256,12 @@ struct Vec {
   friend Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
     return map([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
   }
+  // Whether a < b in every lane; false if either is NaN in one.
+  friend bool all_less(Vec a, Vec b) {
+    bool all = true;
+    for (int i = 0; i < kLanes; ++i) all = all && a.v[i] < b.v[i];
+    return all;
+  }
   friend Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   friend Vec exp2(Vec x) {
     return map([&](int i) {
@@ -279,17 +291,21 @@ struct Tanh {
   Vec value, slope;  // the slope is 0 at infinities; NaN stays NaN in both
 };
 
-// tanh and its derivative, as csrc/tanh.h says. What a caller does not use costs nothing.
+// tanh and its derivative, as csrc/tanh.h says. What a caller does not use costs nothing. Most
+// logits lie far below their cap, so vectors without a large u are worth a branch; no result
+// depends on it.
 static inline Tanh tanh(Vec u) {
   const Vec square = u * u, one = Vec::fill(1), sign = Vec::fill(-0.0f);
+  const Vec bound = Vec::fill(kTanhNear * kTanhNear);
   Vec p = fma(Vec::fill(kTanhP4), square, Vec::fill(kTanhP3));
   p = fma(p, square, Vec::fill(kTanhP2));
   p = fma(fma(p, square, Vec::fill(kTanhP1)), square, Vec::fill(kTanhP0));
-  const Vec near = fma(u * square, p, u);
+  const Vec near = fma(u * square, p, u), near_slope = one - near * near;
+  if (all_less(square, bound)) return {near, near_slope};
   const Vec e = exp2((u | sign) * Vec::fill(kTwoLog2E)), inverse = one / (one + e);
   const Vec rest = (e + e) * inverse, far = (one - rest) | (u & sign);
-  const Vec bound = Vec::fill(kTanhNear * kTanhNear);
-  return {select_less(square, bound, near, far), rest * (inverse + inverse)};
+  return {select_less(square, bound, near, far),
+          select_less(square, bound, near_slope, rest * (inverse + inverse))};
 }
 
 }  // namespace SPO_ISA
