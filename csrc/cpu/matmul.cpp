@@ -1,15 +1,17 @@
-// The product of two bf16 matrices with an fp32 result, which PyTorch does not have on the CPU.
-// A thread takes a block of columns, packs the rows of B that make them into its cache, and runs
-// all rows of A past it. So B is read once and nothing as large as B is written.
+// The launchers of the matrix products.
 #include <algorithm>
 #include <stdexcept>
 
 #include "csrc/cpu/isa.h"
 #include "csrc/cpu/matmul_bf16.h"
+#include "csrc/cpu/matmul_fixed.h"
 #include "csrc/cpu/parallel.h"
 #include "csrc/ops.h"
 
 namespace spo {
+
+SPO_PER_ISA(void, fixed_block, (const FixedMatmulArgs&, int64_t, int64_t, int64_t, int64_t, float*))
+
 namespace {
 
 constexpr int64_t kPacked = 256 << 10;  // bytes of B: a part of a core's L2 cache
@@ -17,6 +19,9 @@ constexpr int64_t kPieces = 8;          // of the columns, per thread, so that a
 
 }  // namespace
 
+// The product of two bf16 matrices with an fp32 result, which PyTorch does not have on the CPU.
+// A thread takes a block of columns, packs the rows of B that make them into its cache, and runs
+// all rows of A past it. So B is read once and nothing as large as B is written.
 void matmul_bf16_cpu(const MatmulArgs& args) {
   if (!has_bf16_products())
     throw std::runtime_error("matmul_bf16: this processor does not have AVX512_BF16");
@@ -46,6 +51,32 @@ void matmul_bf16_cpu(const MatmulArgs& args) {
     }
   });
 #endif
+}
+
+// A block of B is packed for each block of rows anew, so the rows are only cut where the columns
+// alone do not occupy the threads.
+void matmul_fixed_cpu(const FixedMatmulArgs& args) {
+  if (args.rows <= 0 || args.columns <= 0) return;
+  auto block = fixed_block_for(chosen_isa());
+#ifdef SPO_AVX512_BF16
+  const bool halves = args.a_dtype == kBFloat16 && args.b_dtype == kBFloat16;
+  if (halves && !args.b_transposed && has_bf16_products()) block = bf16::fixed_block;
+#endif
+  const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t threads = std::max(1, args.num_threads);
+  int64_t width = kFixedWidth, height = args.rows;
+  const auto blocks = [&] { return ceil(args.columns, width) * ceil(args.rows, height); };
+  while (blocks() < 2 * threads && height > 8 * kFixedMostRows) height = ceil(height, 2);
+  while (blocks() < threads && width > 32) width /= 2;
+  const int64_t across = ceil(args.columns, width);
+  torch_parallel_for(blocks(), 1, args.num_threads, [&](int64_t begin, int64_t end) {
+    auto* room = static_cast<float*>(thread_buffer(kFixedRoom * sizeof(float)));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / across * height, column = i % across * width;
+      block(args, row, std::min(args.rows, row + height), column,
+            std::min(args.columns, column + width), room);
+    }
+  });
 }
 
 }  // namespace spo

@@ -2,6 +2,8 @@
 // matmul.cpp calls it where the processor has them. No std:: template here: see vec.h.
 #include "csrc/cpu/matmul_bf16.h"
 
+#include "csrc/cpu/matmul_fixed.h"
+
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 
@@ -90,6 +92,27 @@ constexpr Tile kTiles[] = {
     multiply_tile<11>, multiply_tile<12>, multiply_tile<13>, multiply_tile<14>};
 static_assert(sizeof(kTiles) / sizeof(Tile) == kMostRows, "one tile for each height");
 
+// kColumns columns of B (depth, columns), of which `count` exist, to (pairs, kColumns) with zeros
+// behind them.
+void pack_panel(const uint16_t* b, int64_t stride, int64_t count, int64_t depth, uint32_t* packed) {
+  for (int64_t k = 0; k < depth; k += kPair, packed += kColumns) {
+    for (int64_t j = 0; j < kColumns; j += kLanes) {
+      const int64_t width = count - j < 0 ? 0 : count - j < kLanes ? count - j : kLanes;
+      const auto mask = static_cast<__mmask16>((uint32_t{1} << width) - 1);
+      const auto load = [&](int64_t row) {
+        return row < depth
+                   ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, b + row * stride + j))
+                   : _mm512_setzero_si512();
+      };
+      const __m512i high = _mm512_slli_epi32(load(k + 1), 16);
+      _mm512_store_si512(packed + j, _mm512_or_si512(load(k), high));
+    }
+  }
+}
+
+constexpr int64_t kPieceDepth = kPair * kFixedDepth;  // in as much room as fp32 takes
+static_assert(kMostRows <= kFixedMostRows && kColumns <= kFixedWidth, "room for the tiles");
+
 }  // namespace
 
 void pack_rows(const MatmulArgs& args, int64_t begin, int64_t end, uint32_t* packed) {
@@ -141,6 +164,38 @@ void multiply(const MatmulArgs& args, const uint32_t* rows, const uint32_t* colu
            args.c + first * args.c_stride + column, end - column,
            {next + fetched * args.b_stride, until - fetched});
       fetched = until;
+    }
+  }
+}
+
+void fixed_block(const FixedMatmulArgs& args, int64_t row_begin, int64_t row_end, int64_t begin,
+                 int64_t end, float* room) {
+  auto* const columns = reinterpret_cast<uint32_t*>(room);
+  auto* const rows = columns + kFixedDepth * kFixedWidth;
+  float* const sums = room + kFixedDepth * kFixedWidth + kFixedMostRows * kFixedStride;
+  MatmulArgs piece;  // of the depth, of which the sums are added to C in order
+  piece.rows = row_end - row_begin;
+  piece.a_stride = args.a_stride;
+  piece.c_stride = kColumns;
+  for (int64_t k = 0; k == 0 || k < args.depth; k += kPieceDepth) {  // once for a depth of 0
+    piece.depth = args.depth - k < kPieceDepth ? args.depth - k : kPieceDepth;
+    piece.a = static_cast<const uint16_t*>(args.a) + row_begin * args.a_stride + k;
+    const auto* b = static_cast<const uint16_t*>(args.b) + k * args.b_stride;
+    for (int64_t j = begin; j < end; j += kColumns)
+      pack_panel(b + j, args.b_stride, end - j, piece.depth, columns + (j - begin) * kFixedDepth);
+    const int64_t panels = num_row_panels(piece);
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t first = first_row(piece, p), height = first_row(piece, p + 1) - first;
+      pack_rows(piece, first, first + height, rows);
+      for (int64_t j = begin; j < end; j += kColumns) {
+        kTiles[height - 1](piece, rows, columns + (j - begin) * kFixedDepth, sums, kColumns, {});
+        const int64_t count = end - j < kColumns ? end - j : kColumns;
+        for (int64_t i = 0; i < height; ++i) {
+          float* c = args.c + (row_begin + first + i) * args.c_stride + j;
+          for (int64_t n = 0; n < count; ++n)
+            c[n] = k == 0 ? sums[i * kColumns + n] : c[n] + sums[i * kColumns + n];
+        }
+      }
     }
   }
 }

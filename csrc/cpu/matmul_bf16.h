@@ -1,6 +1,6 @@
 #pragma once
-// The parts of matmul_bf16_cpu that need AVX512_BF16. Operands are packed to 32-bit pairs of
-// neighbours along D, which one instruction multiplies and adds.
+// The parts of matmul_bf16_cpu and matmul_fixed_cpu that need AVX512_BF16. Operands are packed to
+// 32-bit pairs of neighbours along D, which one instruction multiplies and adds.
 #include "csrc/ops.h"
 
 namespace spo {
@@ -30,6 +30,11 @@ void pack_columns(const MatmulArgs& args, int64_t begin, int64_t end, uint32_t* 
 // [end, next_end) of B, which are packed next, come into the cache.
 void multiply(const MatmulArgs& args, const uint32_t* rows, const uint32_t* columns, int64_t begin,
               int64_t end, int64_t next_end);
+
+// A block of rows and columns of matmul_fixed, of bf16 matrices of which B is not transposed.
+// `room` holds kFixedRoom floats.
+void fixed_block(const FixedMatmulArgs& args, int64_t row_begin, int64_t row_end, int64_t begin,
+                 int64_t end, float* room);
 
 }  // namespace bf16
 }  // namespace spo

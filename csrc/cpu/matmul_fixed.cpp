@@ -4,19 +4,13 @@
 //
 // A block of B is packed into panels of kColumns and stays in the L2 cache; the rows of A pass it,
 // a few at a time, widened to fp32 into the L1 cache.
+#include "csrc/cpu/matmul_fixed.h"
+
 #include "csrc/cpu/transpose.h"
 #include "csrc/cpu/vec.h"
 #include "csrc/ops.h"
 
 namespace spo {
-
-// Shared by the instruction sets: the launcher cuts the work into blocks.
-constexpr int64_t kFixedDepth = 256;                // terms that are summed in registers
-constexpr int64_t kFixedWidth = 256;                // columns of a block of B: 256 KiB
-constexpr int64_t kFixedStride = kFixedDepth + 16;  // of a widened row; other lines of the cache
-constexpr int64_t kFixedMostRows = 14;
-constexpr int64_t kFixedRoom =
-    kFixedDepth * kFixedWidth + kFixedMostRows * (kFixedStride + kFixedWidth);  // floats
 
 namespace SPO_ISA {
 
@@ -159,38 +153,3 @@ void fixed_block(const FixedMatmulArgs& a, int64_t row_begin, int64_t row_end, i
 
 }  // namespace SPO_ISA
 }  // namespace spo
-
-#ifdef SPO_ISA_PORTABLE  // the launcher, compiled once
-#include <algorithm>
-
-#include "csrc/cpu/isa.h"
-#include "csrc/cpu/parallel.h"
-
-namespace spo {
-
-SPO_PER_ISA(void, fixed_block, (const FixedMatmulArgs&, int64_t, int64_t, int64_t, int64_t, float*))
-
-// A block of B is packed for each block of rows anew, so the rows are only cut where the columns
-// alone do not occupy the threads.
-void matmul_fixed_cpu(const FixedMatmulArgs& args) {
-  if (args.rows <= 0 || args.columns <= 0) return;
-  const auto block = fixed_block_for(chosen_isa());
-  const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t threads = std::max(1, args.num_threads);
-  int64_t width = kFixedWidth, height = args.rows;
-  const auto blocks = [&] { return ceil(args.columns, width) * ceil(args.rows, height); };
-  while (blocks() < 2 * threads && height > 8 * kFixedMostRows) height = ceil(height, 2);
-  while (blocks() < threads && width > 32) width /= 2;
-  const int64_t across = ceil(args.columns, width);
-  torch_parallel_for(blocks(), 1, args.num_threads, [&](int64_t begin, int64_t end) {
-    auto* room = static_cast<float*>(thread_buffer(kFixedRoom * sizeof(float)));
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / across * height, column = i % across * width;
-      block(args, row, std::min(args.rows, row + height), column,
-            std::min(args.columns, column + width), room);
-    }
-  });
-}
-
-}  // namespace spo
-#endif

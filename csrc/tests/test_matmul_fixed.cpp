@@ -112,6 +112,10 @@ int main() {
         for (int32_t b : {spo::kFloat32, spo::kBFloat16, spo::kFloat16})
           check_product({19, 37, 71, 1}, a, b, transposed);
       check_product({260, 520, 40, 0}, spo::kFloat32, spo::kBFloat16, transposed);
+      for (int64_t columns : {1, 15, 33, 300})
+        for (int64_t depth : {1, 31, 600})
+          check_product({29, columns, depth, depth % 2}, spo::kBFloat16, spo::kBFloat16,
+                        transposed);
       for (int64_t empty : {0, 1, 2})
         check_product({empty == 0 ? 0 : 3, empty == 1 ? 0 : 3, empty == 2 ? 0 : 3, 0},
                       spo::kFloat32, spo::kFloat32, transposed);
