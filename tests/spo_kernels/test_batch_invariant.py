@@ -58,10 +58,17 @@ class Batch:
     def common(self, keep):
         return {"bias": self.bias, "loss_mask": keep, "backend": FAST, "entropy": True}
 
+    def states(self, rows, options):
+        """Hidden states of the rows alone, or all of them with an index into them; which are
+        theirs."""
+        if options.pop("indexed", False):
+            options["hidden_index"] = rows
+            return self.hidden.clone().requires_grad_(), rows
+        return self.hidden[rows].requires_grad_(), slice(None)
+
     def loss(self, rows, keep, **options):
         """Per-token results and dhidden of the loss, of the kept ones of `rows`."""
-        hidden = self.hidden[rows].requires_grad_()
-        t = self.tokens
+        (hidden, own), t = self.states(rows, options), self.tokens
         record = linear_masked_ppo_loss(
             *(hidden, self.weight.clone().requires_grad_(), t.token_ids[rows]),
             *(t.old_logprobs[rows], t.advantages[rows]),
@@ -70,17 +77,17 @@ class Batch:
             **self.common(keep) | options,
         )
         record.loss.backward()
-        return [x[keep] for x in (record.logprobs, record.entropy, hidden.grad)]
+        return [x[keep] for x in (record.logprobs, record.entropy, hidden.grad[own])]
 
     def logprobs(self, rows, keep, **options):
-        hidden = self.hidden[rows].requires_grad_()
+        hidden, own = self.states(rows, options)
         results = linear_token_logprobs(
             *(hidden, self.weight.clone().requires_grad_(), self.tokens.token_ids[rows]),
             **self.common(keep) | options,
         )
         weights = (self.tokens.advantages[rows], self.tokens.ref_logprobs[rows])
         sum((r * w).sum() for r, w in zip(results, weights, strict=True)).backward()
-        return [x.detach()[keep] for x in (*results, hidden.grad)]
+        return [x.detach()[keep] for x in (*results, hidden.grad[own])]
 
 
 def changes(batch, op, threads, sizes=SIZES, **options):
@@ -111,6 +118,14 @@ def test_a_row_has_the_same_bits_in_every_batch(isa, threads, hidden, weight, lo
     batch = Batch(hidden, weight, bias=logits_dtype == FP32)
     options = {"logits_dtype": logits_dtype, "batch_invariant": True}
     assert changes(batch, op, threads, **options) == []
+
+
+@slow_if_interpreted
+@pytest.mark.parametrize("op", ["loss", "logprobs"])
+def test_so_it_has_through_an_index_where_no_other_row_has_its_state(threads, op):
+    batch = Batch(BF16, BF16, bias=True)
+    sizes = (1, 3, 64, 1000)
+    assert changes(batch, op, threads, sizes, batch_invariant=True, indexed=True) == []
 
 
 @on_cpu_tensors
