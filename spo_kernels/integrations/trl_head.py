@@ -1,0 +1,148 @@
+"""TRL's trainers with `linear_token_logprobs` as their head."""
+
+from __future__ import annotations
+
+import math
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_kernels.integrations.patch import Patch, check_parameters, import_known
+from spo_kernels.linear_logprobs import linear_token_logprobs
+
+VERSION = "1.16"
+PARAMETERS = (
+    "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale "
+    "outputs"
+)
+OWN_OUTPUTS = ("log_probs", "entropy")
+OTHER_OUTPUTS = ("log_sum_sq_probs", "mean_logits", "is_top1")  # in TRL's order, not differentiable
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """The probability mask of one call of `GRPOTrainer._compute_loss`."""
+
+    log_threshold: float
+    old_logprobs: Tensor | None  # (N,) of the scored tokens; None: those of this pass
+
+
+_mask: ContextVar[_Mask | None] = ContextVar("mask", default=None)
+
+
+def patch_trl_head(prob_threshold: float | None = None) -> Patch:
+    """Let every trainer of TRL compute its logprobs with `linear_token_logprobs`.
+
+    TRL's trainers compute logprobs and entropies from hidden states in one function, which this
+    replaces: the same numbers, and padding never reaches the projection. Backward, only tokens
+    whose gradient is not 0 are projected.
+
+    `prob_threshold` adds SPO's probability mask to GRPOTrainer: a token whose old probability is
+    not below it sends no gradient to the policy. In the on-policy steps that TRL has by default,
+    the old probability is that of the same pass, so the forward projects all tokens. Where TRL's
+    batch holds `old_per_token_logps`, dropped tokens are not projected at all: they count with
+    their old logprob, and TRL's metric `entropy` takes 0 for them. TRL's norm of the loss stays.
+
+    Returns a `Patch`: call it to undo. Raises RuntimeError for a release of TRL other than 1.16,
+    ValueError for a threshold outside (0, 1].
+    """
+    caller = "patch_trl_head"
+    if prob_threshold is not None and not 0 < prob_threshold <= 1:
+        raise ValueError(f"prob_threshold: expected a number in (0, 1], found {prob_threshold}")
+    utils = import_known(caller, "trl", VERSION, "trl.trainer.utils")
+    check_parameters(caller, utils._ChunkedLogProbFunction.forward, PARAMETERS)
+    patch = Patch()
+    if prob_threshold is not None:
+        trainer = import_known(caller, "trl", VERSION, "trl.trainer.grpo_trainer").GRPOTrainer
+        check_parameters(caller, trainer._compute_loss, "self model inputs")
+        masked = _with_mask(trainer._compute_loss, math.log(prob_threshold))
+        patch.replace(trainer, "_compute_loss", masked)
+    patch.replace(utils, "_ChunkedLogProbFunction", _Head(utils._ChunkedLogProbFunction))
+    # Where this says no, TRL scores padding too and drops it afterwards.
+    patch.replace(utils, "_use_triton", lambda device: True)
+    return patch
+
+
+class _Head:
+    """Stands in for TRL's autograd function, of which TRL uses `apply` only."""
+
+    def __init__(self, original: Any):
+        self.original = original
+
+    def apply(
+        self,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        targets: Tensor,  # (N,) int64
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = OTHER_OUTPUTS,
+    ) -> tuple[Tensor | None, ...]:  # (N,) each: logprobs, entropy, `OTHER_OUTPUTS`
+        if hasattr(weight, "ds_id"):
+            raise RuntimeError(
+                "patch_trl_head: expected a whole head, found one that DeepSpeed ZeRO-3 splits"
+            )
+        others = tuple(name for name in outputs if name not in OWN_OUTPUTS)
+        options = (temperature, chunk_size, final_logit_softcapping, logit_scale, others)
+        more = (None, None, None)
+        if others:
+            with torch.no_grad():
+                more = self.original.apply(hidden, weight, bias, targets, *options)[2:]
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        mask = _mask.get()
+        keep = None if mask is None else _kept(mask, targets)
+        logprobs, entropy = linear_token_logprobs(
+            hidden, weight, targets, bias=bias, loss_mask=keep, temperature=temperature,
+            entropy=True, **_transform(logit_scale, final_logit_softcapping),
+        )  # fmt: skip
+        if mask is not None:
+            logprobs = _dropped(logprobs, mask, keep)
+        return logprobs, entropy if "entropy" in outputs else None, *more
+
+
+def _transform(logit_scale: float, softcap: float | None) -> dict[str, Any]:
+    """What most models do not have; fp32 and bf16 heads without it may run on any release."""
+    options = {} if logit_scale == 1 else {"logit_scale": logit_scale}
+    return options if softcap is None else options | {"logit_softcap": softcap}
+
+
+def _with_mask(compute_loss: Any, log_threshold: float) -> Any:
+    """`GRPOTrainer._compute_loss` with the mask in reach of the head."""
+
+    def _compute_loss(self: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+        old = inputs.get("old_per_token_logps")  # (B, L)
+        # The head is given the completions' tokens, one sequence after the other.
+        old = None if old is None else old[inputs["completion_mask"] != 0]
+        token = _mask.set(_Mask(log_threshold, old))
+        try:
+            return compute_loss(self, model, inputs)
+        finally:
+            _mask.reset(token)
+
+    return _compute_loss
+
+
+def _kept(mask: _Mask, targets: Tensor) -> Tensor | None:
+    """(N,) bool: the tokens to project; None for all."""
+    if mask.old_logprobs is None:
+        return None
+    if mask.old_logprobs.shape != targets.shape:
+        raise ValueError(
+            f"prob_threshold: expected old logprobs of the {targets.numel()} tokens that the head "
+            f"scores, found {mask.old_logprobs.numel()}: sequence-parallel batches have no mask"
+        )
+    return ~(mask.old_logprobs >= mask.log_threshold)
+
+
+def _dropped(logprobs: Tensor, mask: _Mask, keep: Tensor | None) -> Tensor:
+    """The logprobs (N,), without a gradient where the mask drops the token."""
+    if keep is None or mask.old_logprobs is None:
+        return torch.where(logprobs >= mask.log_threshold, logprobs.detach(), logprobs)
+    return torch.where(keep, logprobs, mask.old_logprobs.to(logprobs.dtype))
