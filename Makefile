@@ -1,4 +1,5 @@
 # make demo | test | setup | lint | hooks | slow | wheels | figures | bench-check | coverage
+# make rivals | test-rivals: other libraries, and their losses against ours
 # ENGINE=hf make demo runs without vLLM; VLLM=0 skips installing it.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,6 +14,8 @@ PYTHONS ?=
 ONLY   ?=
 # The commit that `make bench-check` compares with; empty: where this branch left main.
 BASE   ?=
+# The libraries of `make rivals`: benchmarks/rivals/<name>.txt pins what is installed.
+RIVALS ?= $(basename $(notdir $(wildcard benchmarks/rivals/*.txt)))
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip
 
@@ -21,6 +24,7 @@ export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: setup demo test slow lint hooks native wheels figures bench-check coverage clean
+.PHONY: rivals test-rivals
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -74,6 +78,20 @@ figures: setup
 
 bench-check: setup
 	$(BIN)/python -m benchmarks.check $(BASE)
+
+rivals: $(RIVALS:%=build/rivals/%/.ready)
+
+# Torch and what else $(VENV) holds is shared by a path file; pip resolves nothing.
+build/rivals/%/.ready: benchmarks/rivals/%.txt | $(VENV)/.ready
+	$(BIN)/python -m venv --clear $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	$(@D)/bin/python -m pip install -q --no-deps -r $<
+	touch $@
+
+test-rivals: rivals
+	set -e; for rival in $(RIVALS); do \
+	  SPO_RIVALS=$$rival build/rivals/$$rival/bin/python -W ignore -m pytest -q tests/rivals; done
 
 coverage: setup
 	$(BIN)/python -m coverage run -m pytest
