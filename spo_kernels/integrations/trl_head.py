@@ -100,17 +100,11 @@ class _Head:
         keep = None if mask is None else _kept(mask, targets)
         logprobs, entropy = linear_token_logprobs(
             hidden, weight, targets, bias=bias, loss_mask=keep, temperature=temperature,
-            entropy=True, **_transform(logit_scale, final_logit_softcapping),
+            entropy=True, logit_scale=logit_scale, logit_softcap=final_logit_softcapping,
         )  # fmt: skip
         if mask is not None:
             logprobs = _dropped(logprobs, mask, keep)
         return logprobs, entropy if "entropy" in outputs else None, *more
-
-
-def _transform(logit_scale: float, softcap: float | None) -> dict[str, Any]:
-    """What most models do not have; fp32 and bf16 heads without it may run on any release."""
-    options = {} if logit_scale == 1 else {"logit_scale": logit_scale}
-    return options if softcap is None else options | {"logit_softcap": softcap}
 
 
 def _with_mask(compute_loss: Any, log_threshold: float) -> Any:

@@ -1,0 +1,64 @@
+"""The losses of Liger 0.8.5: options of LigerFusedLinearGRPOLoss."""
+
+from __future__ import annotations
+
+import torch
+from rows import Row
+from snippets import BY_SEQUENCE_KL, GSPO, SAPO, VESPO, by_sequence, cispo, clipped
+from torch import Tensor
+
+
+def grpo(on_policy: bool = False, importance: str = "", **options):
+    """The loss over hidden states that are the logits, and a head that is the identity."""
+
+    def theirs(names: dict, logprobs: Tensor, entropies: Tensor) -> Tensor:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        loss = LigerFusedLinearGRPOLoss(
+            **dict(beta=0.0, compiled=False, use_ref_model="beta" in options) | options
+        )
+        logits = names["logits"]
+        ratio = (names["old"] - names["sampled"]).exp()
+        return loss(
+            logits, torch.eye(logits.shape[-1]), names["ids"], names["mask"].float(),
+            names["advantages"][:, 0], ref_per_token_logps=names["ref"],
+            old_per_token_logps=None if on_policy else names["old"],
+            vllm_is_ratio=ratio.clamp(max=float(importance)) if importance else None,
+            num_items_in_batch=torch.tensor(names["tokens"]),
+        )[0]  # fmt: skip
+
+    return theirs
+
+
+KL = "\n    kl_coef=0.1, ref_logprobs=ref, kl_clamp=None, policy_norm=tokens,"
+
+
+def row(option: str, theirs, code: str) -> Row:
+    return Row("Liger 0.8.5", option, theirs, code)
+
+
+ROWS = [
+    row('loss_type="dapo"', grpo(), clipped("policy_norm=tokens")),
+    row('loss_type="grpo"', grpo(loss_type="grpo"), by_sequence()),
+    row('loss_type="bnpo"', grpo(loss_type="bnpo"), clipped()),
+    row('loss_type="dr_grpo"', grpo(loss_type="dr_grpo", max_completion_length=9),
+        clipped("\n    policy_norm=sequences * longest,")),
+    row('loss_type="luspo", importance_sampling_level="sequence"',
+        grpo(loss_type="luspo", importance_sampling_level="sequence"),
+        GSPO + "\nloss = (loss * lengths[:, 0]).mean()"),
+    row('loss_type="cispo", epsilon_high=1.2', grpo(loss_type="cispo", epsilon_high=1.2),
+        cispo("", "1.2", "tokens")),
+    row('loss_type="sapo"', grpo(loss_type="sapo"), SAPO),
+    row('loss_type="vespo"', grpo(loss_type="vespo"), VESPO),
+    row('loss_type="grpo", importance_sampling_level="sequence"',
+        grpo(loss_type="grpo", importance_sampling_level="sequence"), GSPO + ".mean()"),
+    row("no old_per_token_logps (on-policy)", grpo(on_policy=True),
+        clipped("policy_norm=tokens").replace("ids, old,", "ids, None,")),
+    row("delta=1.3", grpo(delta=1.3), clipped("\n    clip_ratio_max=1.3, policy_norm=tokens,")),
+    row("beta=0.1", grpo(beta=0.1), clipped(KL)),
+    row('beta=0.1, loss_type="grpo"', grpo(beta=0.1, loss_type="grpo"), BY_SEQUENCE_KL),
+    row("beta=0.1, use_bias_correction_kl=True", grpo(beta=0.1, use_bias_correction_kl=True),
+        clipped(KL + " kl_ratio=True,")),
+    row("vllm_is_ratio", grpo(importance="1.1"),
+        clipped("\n    weights=(old - sampled).exp().clamp(max=1.1), policy_norm=tokens,")),
+]  # fmt: skip
