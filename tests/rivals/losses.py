@@ -24,3 +24,40 @@ PACKAGES = {
     "torchtune 0.6.1": "torchtune",
     "prime-rl": None,
 }
+NOTES = {
+    "TRL 1.16": "Options of `GRPOConfig`, unless a trainer is named. Without `loss_type`: dapo.",
+    "Liger 0.8.5": "Options of `LigerFusedLinearGRPOLoss`.",
+    "verl 0.9.1": "A name in quotation marks is a `loss_mode`; without one: vanilla. "
+    "`loss_agg_mode` is token-mean where none is named, seq-mean-token-mean for gspo, sapo and "
+    "`entropy_coeff`.",
+    "OpenRLHF 0.11.2": "Options of `PolicyLoss`, unless a class is named; `kl_estimator` is that "
+    "of its KL loss, with a coefficient of 0.1.",
+    "torchtune 0.6.1": "",
+    "prime-rl": "In no registry: compared with its formula, and with numbers worked by hand.",
+}
+
+
+def render() -> str:
+    """docs/losses.md."""
+    head = (Path(__file__).parent / "losses.md").read_text()
+    lines = [head.replace("{names}", "\n".join(f"| `{k}` | {v} |" for k, v in NAMES.items()))]
+    written: dict[str, Row] = {}
+    for library in PACKAGES:
+        own = [row for row in ROWS if row.library == library]
+        lines += [f"## {library}\n"] + ([f"{NOTES[library]}\n"] if NOTES[library] else [])
+        again = [row for row in own if row.code in written]
+        if again:
+            lines += ["| option | write the code of |", "|---|---|"]
+            for row in again:
+                first = written[row.code]
+                lines.append(f"| `{row.option}` | {first.library} `{first.option}` |")
+            lines.append("")
+        for row in own:
+            if row not in again:
+                written.setdefault(row.code, row)
+                lines.append(f"`{row.option}`:\n\n```python\n{row.code}\n```\n")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "losses.md").write_text(render())

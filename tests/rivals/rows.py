@@ -36,46 +36,48 @@ class Row:
 
 
 def batch(dtype: torch.dtype = torch.float32) -> dict:
-    """Four sequences of 9, 6, 3 and 1 tokens. Ratios, KL and advantages take both signs; padding
+    """Four sequences of 17, 11, 6 and 1 tokens. Ratios, KL and advantages take both signs; padding
     holds numbers that no loss may see."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    B, L, V = 4, 9, 13
+    B, L, V = 4, 17, 13
     logits = 1.5 * draw(B, L, V)
     ids = torch.randint(V, (B, L), generator=generator)
-    lengths = torch.tensor([[9], [6], [3], [1]])
+    lengths = torch.tensor([[17], [11], [6], [1]])
     logprobs = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     made = dict(
         logits=logits,
-        old=(logprobs + 0.3 * draw(B, L)).clamp(max=-0.01),
-        sampled=(logprobs + 0.3 * draw(B, L)).clamp(max=-0.01),
+        old=(logprobs + 0.4 * draw(B, L)).clamp(max=-0.01),
+        sampled=(logprobs + 0.4 * draw(B, L)).clamp(max=-0.01),
         ref=(logprobs + 0.5 * draw(B, L)).clamp(max=-0.01),
         advantages=torch.tensor([[1.2], [-0.8], [0.5], [-1.5]], dtype=torch.float64),
     )
     numbers = {name: value.to(dtype) for name, value in made.items()}
     mask = torch.arange(L) < lengths
-    return numbers | dict(
-        ids=ids, mask=mask, lengths=lengths, tokens=30, sequences=B, longest=L
-    )  # fmt: skip
+    return numbers | dict(ids=ids, mask=mask, lengths=lengths, tokens=50, sequences=B, longest=L)
 
 
-def ours(row: Row, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The loss by `row.code`, and its gradient with respect to the logits."""
-    names = batch(dtype)
-    names["logits"].requires_grad_()
+def error(got: Tensor, want: Tensor) -> float:
+    """The largest deviation, as a share of the largest magnitude."""
+    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+
+
+def ours(code: str, names: dict) -> tuple[Tensor, Tensor]:
+    """The loss that the code makes from a batch, and its gradient with respect to the logits."""
+    names = names | {"logits": names["logits"].detach().requires_grad_()}
     public = {name: getattr(spo_kernels, name) for name in spo_kernels.__all__}
-    exec(row.code, public | {"torch": torch} | names, names)  # the document's own lines
+    exec(code, public | {"torch": torch} | names, names)  # the document's own lines
     (dlogits,) = torch.autograd.grad(names["loss"], names["logits"])
     return names["loss"].detach(), dlogits
 
 
-def theirs(row: Row, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def theirs(row: Row, names: dict) -> tuple[Tensor, Tensor]:
     """The loss of the other library, from PyTorch's logprobs and entropies."""
-    names = batch(dtype)
-    logits = names["logits"].requires_grad_()
+    logits = names["logits"].detach().requires_grad_()
+    names = names | {"logits": logits}
     log_p = logits.log_softmax(-1)
     logprobs = log_p.gather(-1, names["ids"][..., None])[..., 0]
     loss = row.theirs(names, logprobs, -(log_p.exp() * log_p).sum(-1))

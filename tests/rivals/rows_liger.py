@@ -41,7 +41,7 @@ ROWS = [
     row('loss_type="dapo"', grpo(), clipped("policy_norm=tokens")),
     row('loss_type="grpo"', grpo(loss_type="grpo"), by_sequence()),
     row('loss_type="bnpo"', grpo(loss_type="bnpo"), clipped()),
-    row('loss_type="dr_grpo"', grpo(loss_type="dr_grpo", max_completion_length=9),
+    row('loss_type="dr_grpo"', grpo(loss_type="dr_grpo", max_completion_length=17),
         clipped("\n    policy_norm=sequences * longest,")),
     row('loss_type="luspo", importance_sampling_level="sequence"',
         grpo(loss_type="luspo", importance_sampling_level="sequence"),

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 from rows import Row
-from snippets import GSPO, LOGPROBS, RATIO, by_sequence, clipped
+from snippets import GSPO, LOGPROBS, by_sequence, clipped
 from torch import Tensor
 
 from benchmarks.kernels.rivals import import_part
@@ -81,10 +81,13 @@ near = mask & (ratio >= 0.8) & (ratio <= 1.25)
 loss = -(ratio * advantages * near).sum() + 0.1 * ((logprobs - sampled) * mask).sum()
 loss = loss / tokens"""
 
-SCORES = LOGPROBS + """\
+SCORES = (
+    LOGPROBS
+    + """\
 scores = ((logprobs - ref) * mask).sum(-1)
 chosen, rejected = scores.chunk(2)
 """
+)
 DPO = SCORES + "loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()"
 
 BINARY_KL = """\
@@ -95,10 +98,13 @@ weights = torch.where(near, (old - sampled).exp(), 0.0)
 """
 WEIGHTED = clipped("\n    weights=weights, policy_norm=tokens,")
 GATE = "weights = (old - sampled).exp()\n"
-SEQUENCE_GATE = GATE + """\
+SEQUENCE_GATE = (
+    GATE
+    + """\
 mean = (((old - sampled) * mask).sum(-1, keepdim=True) / lengths).exp()
 weights = torch.where((mean >= 0.9) & (mean <= 1.1), weights, 0.0)
 """
+)
 KL = "\n    kl_coef=0.1, ref_logprobs=ref, policy_norm=tokens,"
 
 

@@ -1,4 +1,4 @@
-"""The losses of TRL 1.16: options of GRPOConfig, RLOOConfig and DPOConfig."""
+"""The losses of TRL 1.16: options of GRPOConfig, and RLOOTrainer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 from rows import Row
 from snippets import BY_SEQUENCE_KL, GSPO, LOGPROBS, SAPO, VESPO, by_sequence, cispo, clipped
 from torch import Tensor
+
 
 def policy():
     from benchmarks.trl_step import build_model, build_tokenizer
@@ -21,7 +22,7 @@ def trainer_of(kind: str, **options):
 
     model, tokenizer = policy()
     common = dict(use_cpu=True, bf16=False, report_to="none", save_strategy="no")
-    sizes = dict(num_generations=2, per_device_train_batch_size=4, max_completion_length=9)
+    sizes = dict(num_generations=2, per_device_train_batch_size=4, max_completion_length=17)
     with tempfile.TemporaryDirectory() as folder:
         config = getattr(trl, f"{kind}Config")(output_dir=folder, **common, **sizes, **options)
         trainer = getattr(trl, f"{kind}Trainer")(
@@ -84,12 +85,15 @@ loss = masked_ppo_loss(
     logits, ids, old, advantages, loss_mask=unsure, prob_threshold=None, policy_norm=tokens
 ).loss"""
 
-OFF_POLICY_MASK = LOGPROBS + """\
+OFF_POLICY_MASK = (
+    LOGPROBS
+    + """\
 kl = ((sampled - logprobs.detach()) * mask).sum(-1, keepdim=True) / lengths
 near = mask & ((advantages >= 0) | (kl <= 0.05))
 loss = policy_objective(
     logprobs, old, advantages, loss_mask=near, prob_threshold=None, policy_norm=tokens
 ).loss"""
+)
 
 IMPORTANCE = clipped("\n    weights=(old - sampled).exp().clamp(max=1.1), policy_norm=tokens,")
 KL = "\n    kl_coef=0.1, ref_logprobs=ref, kl_clamp=None, policy_norm=tokens"
@@ -137,7 +141,8 @@ ROWS = [
         grpo(loss_type="dapo", beta=0.1, use_bias_correction_kl=False), clipped(KL + ",")),
     row('beta=0.1, use_bias_correction_kl=False, loss_type="grpo"',
         grpo(loss_type="grpo", beta=0.1, use_bias_correction_kl=False), BY_SEQUENCE_KL),
-    row("entropy_coef=0.01", grpo(loss_type="bnpo", entropy_coef=0.01), clipped("entropy_coef=0.01")),
+    row('entropy_coef=0.01, loss_type="bnpo"', grpo(loss_type="bnpo", entropy_coef=0.01),
+        clipped("entropy_coef=0.01")),
     row("top_entropy_quantile=0.4", grpo(loss_type="dapo", top_entropy_quantile=0.4), TOP_ENTROPY),
     row("off_policy_mask_threshold=0.05",
         grpo(loss_type="dapo", off_policy_mask_threshold=0.05), OFF_POLICY_MASK),

@@ -42,54 +42,74 @@ def kl(kind: str):
 
 DUAL = "\n    clip_ratio_max=3.0, policy_norm=tokens,"
 KL = DUAL + "\n    kl_coef=0.1, ref_logprobs=ref,"
-ABSOLUTE = LOGPROBS + """\
+ABSOLUTE = (
+    LOGPROBS
+    + """\
 loss = policy_objective(
     logprobs, old, advantages, loss_mask=mask, prob_threshold=None,
     clip_ratio_max=3.0, policy_norm=tokens,
 ).loss
 loss = loss + 0.1 * ((logprobs - ref).abs() * mask).sum() / tokens"""
+)
 STRAIGHT = ABSOLUTE.replace("(logprobs - ref).abs()", "kl").replace(
     "\nloss = policy_objective",
     "\nd = ref - logprobs\nkl = d.square() / 2 + (d.exp() - d - 1 - d.square() / 2).detach()"
     "\nloss = policy_objective",
 )
 
-DPPO = RATIO + """\
+DPPO = (
+    RATIO
+    + """\
 p, q = logprobs.detach().exp(), old.exp()
 {near}
 weight = ratio.detach().clamp(max=3)
 loss = -(weight * advantages * logprobs * near * mask).sum() / tokens"""
+)
 TV = "near = torch.where(advantages > 0, p - q <= 0.05, q - p <= 0.05)"
 BINARY_KL = """\
 kl = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
-near = (kl <= 0.02) | torch.where(advantages > 0, p <= q, p >= q)"""
+near = (kl <= 0.05) | torch.where(advantages > 0, p <= q, p >= q)"""
 
 COVARIANCE = """\
 cov = advantages - (advantages * mask).sum() / mask.sum()
 cov = cov * (logprobs.detach() - logprobs.detach()[mask].mean())
 """
-CLIP_COV = RATIO + COVARIANCE + """\
+CLIP_COV = (
+    RATIO
+    + COVARIANCE
+    + """\
 clipped = (ratio - 1) * advantages.sign() > 0.2
 unstable = (cov > 0.1) & (cov < 5) & ~clipped
 loss = policy_objective(
     logprobs, old, advantages, loss_mask=mask & ~unstable, prob_threshold=None,
     policy_norm=tokens,
 ).loss"""
-KL_COV = RATIO + COVARIANCE + """\
+)
+KL_COV = (
+    RATIO
+    + COVARIANCE
+    + """\
 count = int(0.2 * mask.sum())
 highest = mask & (cov >= cov[mask].topk(count).values[-1])
 penalty = 0.1 * (logprobs - old).abs() * highest
 loss = ((penalty - ratio * advantages) * mask).sum() / tokens"""
+)
 
-GMPO = LOGPROBS + """\
+GMPO = (
+    LOGPROBS
+    + """\
 sign, log_ratio = advantages.sign(), logprobs - old
 held = sign * torch.minimum(sign * log_ratio, sign * log_ratio.clamp(-0.2, 0.2))
 ratio = ((held * mask).sum(-1) / lengths[:, 0]).exp()
 loss = -(advantages[:, 0] * ratio).mean()"""
+)
 
-DRO = LOGPROBS + """\
+DRO = (
+    LOGPROBS
+    + """\
 penalty = 0.5 * 0.3 * (logprobs - old).square()
 loss = ((penalty - logprobs * advantages) * mask).sum() / tokens"""
+)
 
 TRUNCATED = RATIO + (
     "loss = -(ratio.detach().clamp(max=1.1) * advantages * logprobs * mask).sum() / tokens"
@@ -141,7 +161,7 @@ ROWS = [
     row('"gpg"', actor("gpg"), REINFORCE.format(norm="tokens")),
     row('"dppo_tv", clip_ratio=0.05', actor("dppo_tv", clip_ratio_low=0.05, clip_ratio_high=0.05),
         DPPO.format(near=TV)),
-    row('"dppo_kl", clip_ratio=0.02', actor("dppo_kl", clip_ratio_low=0.02, clip_ratio_high=0.02),
+    row('"dppo_kl", clip_ratio=0.05', actor("dppo_kl", clip_ratio_low=0.05, clip_ratio_high=0.05),
         DPPO.format(near=BINARY_KL)),
     row('"clip_cov", clip_cov_ratio=1, clip_cov_lb=0.1',
         actor("clip_cov", policy={"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1}), CLIP_COV),

@@ -1,17 +1,15 @@
 """Every row of docs/losses.md: the loss and its gradient are those of the other library."""
 
+import math
 from importlib import metadata
 
 import pytest
 import torch
 from losses import PACKAGES, ROWS
-from rows import ours, theirs
+from rows import batch, error, ours, theirs
+from rows_others import PRIME
 
-ERROR = 1e-5  # of the largest magnitude; both sides compute in fp32
-
-
-def error(got, want):
-    return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+ERROR = 1e-5  # both sides compute in fp32
 
 
 def is_installed(package, version):
@@ -26,7 +24,29 @@ def test_loss_and_gradient_are_theirs(row):
     package = PACKAGES[row.library]
     if package and not is_installed(package, row.library.split()[-1]):
         pytest.skip(f"{row.library} is not installed here")
-    (loss, dlogits), (want, want_grad) = ours(row), theirs(row)
+    names = batch()
+    (loss, dlogits), (want, want_grad) = ours(row.code, names), theirs(row, names)
     assert want.abs() > 1e-3 and float(want_grad.abs().max()) > 1e-3
     assert error(loss, want) < ERROR
     assert error(dlogits, want_grad) < ERROR
+
+
+def test_prime_rl_by_hand():
+    """Two tokens, sampled with probability 1/2; now 1/2 (ratio 1) and 3/4 (ratio 1.5: too far).
+
+    A = 2 and tau = 0.1: ((-1 * 2) + 0.1 * (0 + ln 1.5)) / 2. The gradient of a logprob with respect
+    to its own logit is 1 - p.
+    """
+    names = dict(
+        logits=torch.tensor([[[0.0, 0.0], [math.log(3), 0.0]]]),
+        ids=torch.zeros(1, 2, dtype=torch.int64),
+        sampled=torch.full((1, 2), 0.5).log(),
+        advantages=torch.tensor([[2.0]]),
+        mask=torch.ones(1, 2, dtype=torch.bool),
+        tokens=2,
+    )
+    (row,) = (row for row in ROWS if row.library == "prime-rl")
+    for loss, dlogits in (ours(PRIME, names), theirs(row, names)):
+        assert float(loss) == pytest.approx(-1 + 0.05 * math.log(1.5), abs=1e-6)
+        want = torch.tensor([[[-0.95 * 0.5, 0.95 * 0.5], [0.05 * 0.25, -0.05 * 0.25]]])
+        torch.testing.assert_close(dlogits, want)

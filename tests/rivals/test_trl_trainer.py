@@ -1,6 +1,7 @@
 """GRPOTrainer with our head and no mask: the losses and, after six steps, the weights of TRL's."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import torch
 pytest.importorskip("trl")
 
 import trl_run  # noqa: E402
+from transformers import LlamaForCausalLM  # noqa: E402
+from trl.trainer import utils  # noqa: E402
 
-from benchmarks.trl_step import build_model  # noqa: E402
+from benchmarks.trl_step import build_model, build_tokenizer, build_trainer  # noqa: E402
 
 LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo")
 ROOT = Path(__file__).parents[2]
@@ -86,3 +89,18 @@ def test_masks_that_drop_all_none_and_some_tokens(policy, iterations):
     assert torch.equal(*none)
     for other in (theirs, none[0]):
         assert float((some[0] - other).abs().max()) > 1e-3
+
+
+def test_the_snippet_of_the_page(policy, tmp_path):
+    """docs/losses.md: the patch before `train` is the patch of this file's other tests."""
+    page = (ROOT / "docs" / "losses.md").read_text()
+    (code,) = re.findall(r"```python\n(from [^`]*patch_trl_head.*?)```", page, re.DOTALL)
+    model = LlamaForCausalLM.from_pretrained(policy)
+    options = dict(optim="sgd", learning_rate=1.0, max_completion_length=12)
+    trainer = build_trainer(model, build_tokenizer(trl_run.VOCAB), tmp_path, **options)
+    before, scores_padding = utils._ChunkedLogProbFunction, utils._use_triton
+    exec(code, {"trainer": trainer})
+    assert utils._ChunkedLogProbFunction is not before
+    utils._ChunkedLogProbFunction, utils._use_triton = before, scores_padding
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert float((weights - trl_run.run(policy, True)[1]).abs().max()) < 1e-6
