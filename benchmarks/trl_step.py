@@ -194,10 +194,9 @@ def main() -> None:
         print(f"{way:24} {seconds * 1e3:8.0f} ms  {seconds / medians['TRL']:.2f} of TRL's")
     if options.json:
         settings = {key: value for key, value in vars(options).items() if key != "json"}
-        write_json(
-            options.json,
-            {"environment": environment("training code"), **settings, "seconds": medians},
-        )
+        shared = settings | environment("training code")
+        rows = [{"implementation": k, "ms": 1e3 * x} | shared for k, x in medians.items()]
+        write_json(options.json, rows)
 
 
 if __name__ == "__main__":

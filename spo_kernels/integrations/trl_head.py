@@ -41,7 +41,7 @@ def patch_trl_head(prob_threshold: float | None = None) -> Patch:
     whose gradient is not 0 are projected.
 
     `prob_threshold` adds SPO's probability mask to GRPOTrainer: a token whose old probability is
-    not below it sends no gradient to the policy. In the on-policy steps that TRL has by default,
+    not below it sends no gradient to the policy, an entropy bonus included. In the on-policy steps that TRL has by default,
     the old probability is that of the same pass, so the forward projects all tokens. Where TRL's
     batch holds `old_per_token_logps`, dropped tokens are not projected at all: they count with
     their old logprob, and TRL's metric `entropy` takes 0 for them. TRL's norm of the loss stays.
@@ -103,7 +103,7 @@ class _Head:
             entropy=True, logit_scale=logit_scale, logit_softcap=final_logit_softcapping,
         )  # fmt: skip
         if mask is not None:
-            logprobs = _dropped(logprobs, mask, keep)
+            logprobs, entropy = _without_gradient(logprobs, entropy, mask, keep)
         return logprobs, entropy if "entropy" in outputs else None, *more
 
 
@@ -135,8 +135,12 @@ def _kept(mask: _Mask, targets: Tensor) -> Tensor | None:
     return ~(mask.old_logprobs >= mask.log_threshold)
 
 
-def _dropped(logprobs: Tensor, mask: _Mask, keep: Tensor | None) -> Tensor:
-    """The logprobs (N,), without a gradient where the mask drops the token."""
+def _without_gradient(
+    logprobs: Tensor, entropy: Tensor, mask: _Mask, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both (N,), where the mask drops a token without a gradient."""
     if keep is None or mask.old_logprobs is None:
-        return torch.where(logprobs >= mask.log_threshold, logprobs.detach(), logprobs)
-    return torch.where(keep, logprobs, mask.old_logprobs.to(logprobs.dtype))
+        sure = logprobs >= mask.log_threshold
+        logprobs = torch.where(sure, logprobs.detach(), logprobs)
+        return logprobs, torch.where(sure, entropy.detach(), entropy)
+    return torch.where(keep, logprobs, mask.old_logprobs.to(logprobs.dtype)), entropy

@@ -130,27 +130,29 @@ class Trainer:
     def compute(self, batch):
         return utils._ChunkedLogProbFunction.apply(
             *self.inputs, 1.0, CHUNK, None, 1.0, ("log_probs", "entropy")
-        )[0]
+        )[:2]
 
 
 def gradients(threshold, batch):
-    """Of the sum of logprobs, through the head, with the mask of `batch`."""
+    """Of the sum of logprobs and entropies, through the head, with the mask of `batch`."""
     from spo_kernels.integrations import trl_head
 
     inputs = problem()
     compute = trl_head._with_mask(lambda self, model, batch: self.compute(batch), threshold)
     with patch_trl_head():
-        logprobs = compute(Trainer(inputs), None, batch)
-        logprobs.sum().backward()
+        logprobs, entropy = compute(Trainer(inputs), None, batch)
+        (logprobs + entropy).sum().backward()
     return logprobs.detach(), inputs[0].grad
 
 
 def test_tokens_above_the_threshold_send_no_gradient():
     inputs = problem()
     logits = inputs[0] @ inputs[1].T + inputs[2]
-    logprobs = logits.log_softmax(-1).gather(-1, inputs[3][:, None])[:, 0]
+    log_p = logits.log_softmax(-1)
+    logprobs = log_p.gather(-1, inputs[3][:, None])[:, 0]
     threshold = float(logprobs.detach().median()) + 1e-4
-    logprobs[logprobs < threshold].sum().backward()
+    total = logprobs - (log_p.exp() * log_p).sum(-1)
+    total[logprobs < threshold].sum().backward()
     got, dhidden = gradients(threshold, {})
     torch.testing.assert_close(got, logprobs.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dhidden, inputs[0].grad, rtol=1e-4, atol=1e-5)
