@@ -26,7 +26,8 @@ PACKAGES = {
 }
 NOTES = {
     "TRL 1.16": "Options of `GRPOConfig`, unless a trainer is named. Without `loss_type`: dapo.",
-    "Liger 0.8.5": "Options of `LigerFusedLinearGRPOLoss`.",
+    "Liger 0.8.5": "Options of `LigerFusedLinearGRPOLoss`, unless a class is named. Of pairs, the "
+    "first half of the batch is chosen, the second rejected.",
     "verl 0.9.1": "A name in quotation marks is a `loss_mode`; without one: vanilla. "
     "`loss_agg_mode` is token-mean where none is named, seq-mean-token-mean for gspo, sapo and "
     "`entropy_coeff`.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from rows import Row
-from snippets import BY_SEQUENCE_KL, GSPO, SAPO, VESPO, by_sequence, cispo, clipped
+from snippets import BY_SEQUENCE_KL, GSPO, LOGPROBS, SAPO, VESPO, by_sequence, cispo, clipped
 from torch import Tensor
 
 
@@ -30,6 +30,29 @@ def grpo(on_policy: bool = False, importance: str = "", **options):
     return theirs
 
 
+def pairs(name: str, **options):
+    """A loss of chosen sequences, the first half of the batch, and rejected ones."""
+
+    def theirs(names: dict, logprobs: Tensor, entropies: Tensor) -> Tensor:
+        from liger_kernel import chunked_loss
+
+        loss = getattr(chunked_loss, name)(compiled=False, **options)
+        logits, ids = names["logits"], names["ids"].masked_fill(~names["mask"], -100)
+        return loss(torch.eye(logits.shape[-1]), logits, ids)[0]
+
+    return theirs
+
+
+SUMS = LOGPROBS + "chosen, rejected = (logprobs * mask).sum(-1).chunk(2)\n"
+MEANS = LOGPROBS + "chosen, rejected = ((logprobs * mask).sum(-1) / lengths[:, 0]).chunk(2)\n"
+LOGISTIC = "loss = -torch.nn.functional.logsigmoid({}).mean()"
+CPO = SUMS + LOGISTIC.format("0.1 * (chosen - rejected)")
+ODDS = (
+    MEANS
+    + """\
+odds = chosen - rejected - ((1 - chosen.exp()) / (1 - rejected.exp())).log()
+loss = -0.1 * torch.nn.functional.logsigmoid(odds).mean()"""
+)
 KL = "\n    kl_coef=0.1, ref_logprobs=ref, kl_clamp=None, policy_norm=tokens,"
 
 
@@ -61,4 +84,14 @@ ROWS = [
         clipped(KL + " kl_ratio=True,")),
     row("vllm_is_ratio", grpo(importance="1.1"),
         clipped("\n    weights=(old - sampled).exp().clamp(max=1.1), policy_norm=tokens,")),
+    row("LigerFusedLinearCPOLoss",
+        pairs("LigerFusedLinearCPOLoss"),
+        CPO + "\nloss = loss - chosen.sum() / mask.chunk(2)[0].sum()"),
+    row("LigerFusedLinearCPOLoss, compute_nll_loss=False",
+        pairs("LigerFusedLinearCPOLoss", compute_nll_loss=False), CPO),
+    row("LigerFusedLinearSimPOLoss, compute_nll_loss=False",
+        pairs("LigerFusedLinearSimPOLoss", compute_nll_loss=False),
+        MEANS + LOGISTIC.format("0.1 * (chosen - rejected) - 0.5")),
+    row("LigerFusedLinearORPOLoss, compute_nll_loss=False",
+        pairs("LigerFusedLinearORPOLoss", compute_nll_loss=False), ODDS),
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.kernels.rivals import import_part
 
 
-def openrlhf(kl: str = "", **options):
+def openrlhf(kl: str = "", unbiased: bool = False, **options):
     """`PolicyLoss` with these options, plus its KL term."""
 
     def theirs(names: dict, logprobs: Tensor, entropies: Tensor) -> Tensor:
@@ -31,7 +31,9 @@ def openrlhf(kl: str = "", **options):
             batch_num_tokens=names["tokens"],
         )[0]  # fmt: skip
         if kl:
-            per_token = helpers.compute_approx_kl(logprobs, names["ref"], kl_estimator=kl)
+            per_token = helpers.compute_approx_kl(
+                logprobs, names["ref"], names["old"], kl, unbiased_gradient=unbiased
+            )
             loss = loss + 0.1 * (per_token * mask).sum() / names["tokens"]
         return loss
 
@@ -108,6 +110,19 @@ weights = torch.where((mean >= 0.9) & (mean <= 1.1), weights, 0.0)
 KL = "\n    kl_coef=0.1, ref_logprobs=ref, policy_norm=tokens,"
 
 
+UNBIASED = (
+    LOGPROBS
+    + """\
+loss = policy_objective(
+    logprobs, old, advantages, loss_mask=mask, prob_threshold=None, policy_norm=tokens
+).loss
+d, ratio = ref - logprobs, (logprobs - old).exp().detach()
+surrogate = ratio * d.square() / 2
+kl = surrogate + (d.exp() - d - 1 - surrogate).detach()
+loss = loss + 0.1 * (kl * mask).sum() / tokens"""
+)
+
+
 def row(option: str, theirs, code: str) -> Row:
     return Row("OpenRLHF 0.11.2", option, theirs, code)
 
@@ -137,6 +152,7 @@ ROWS = [
     row('kl_estimator="k1"', openrlhf("k1"), clipped(KL + ' kl_estimator="k1",')),
     row('kl_estimator="k2"', openrlhf("k2"), clipped(KL + ' kl_estimator="k2",')),
     row('kl_estimator="k3"', openrlhf("k3"), clipped(KL + ' kl_estimator="k3",')),
+    row('kl_estimator="k3", unbiased_gradient=True', openrlhf("k3", unbiased=True), UNBIASED),
     row("DPOLoss", preference("openrlhf.models.loss", "DPOLoss", beta=0.1), DPO),
     Row("torchtune 0.6.1", "PPOLoss", torchtune, clipped()),
     Row("torchtune 0.6.1", "DPOLoss", preference("torchtune.rlhf.loss.dpo", "DPOLoss"), DPO),

@@ -1,6 +1,7 @@
 """GRPOTrainer with our head and no mask: the losses and, after six steps, the weights of TRL's."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def test_two_ranks(policy, loss_type, tmp_path):
     file = tmp_path / "results.pt"
     done = subprocess.run(
         [sys.executable, *launch, trl_run.__file__, str(policy), str(file), options],
-        cwd=ROOT, capture_output=True, text=True, timeout=240,
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     results = torch.load(file)
