@@ -18,8 +18,7 @@ PARAMETERS = (
     "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale "
     "outputs"
 )
-OWN_OUTPUTS = ("log_probs", "entropy")
-OTHER_OUTPUTS = ("log_sum_sq_probs", "mean_logits", "is_top1")  # in TRL's order, not differentiable
+OTHER_OUTPUTS = ("log_sum_sq_probs", "mean_logits", "is_top1")  # in TRL's order
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,11 @@ def patch_trl_head(prob_threshold: float | None = None) -> Patch:
     whose gradient is not 0 are projected.
 
     `prob_threshold` adds SPO's probability mask to GRPOTrainer: a token whose old probability is
-    not below it sends no gradient to the policy, an entropy bonus included. In the on-policy steps that TRL has by default,
-    the old probability is that of the same pass, so the forward projects all tokens. Where TRL's
-    batch holds `old_per_token_logps`, dropped tokens are not projected at all: they count with
-    their old logprob, and TRL's metric `entropy` takes 0 for them. TRL's norm of the loss stays.
+    not below it sends no gradient to the policy, an entropy bonus included. In the on-policy steps
+    that TRL has by default, the old probability is that of the same pass, so the forward projects
+    all tokens. Where TRL's batch holds `old_per_token_logps`, dropped tokens are not projected at
+    all: they count with their old logprob, and TRL's metric `entropy` takes 0 for them. TRL's norm
+    of the loss stays.
 
     Returns a `Patch`: call it to undo. Raises RuntimeError for a release of TRL other than 1.16,
     ValueError for a threshold outside (0, 1].
@@ -60,7 +60,7 @@ def patch_trl_head(prob_threshold: float | None = None) -> Patch:
         check_parameters(caller, trainer._compute_loss, "self model inputs")
         masked = _with_mask(trainer._compute_loss, math.log(prob_threshold))
         patch.replace(trainer, "_compute_loss", masked)
-    patch.replace(utils, "_ChunkedLogProbFunction", _Head(utils._ChunkedLogProbFunction))
+    patch.replace(utils, "_ChunkedLogProbFunction", _Head)
     # Where this says no, TRL scores padding too and drops it afterwards.
     patch.replace(utils, "_use_triton", lambda device: True)
     return patch
@@ -69,11 +69,8 @@ def patch_trl_head(prob_threshold: float | None = None) -> Patch:
 class _Head:
     """Stands in for TRL's autograd function, of which TRL uses `apply` only."""
 
-    def __init__(self, original: Any):
-        self.original = original
-
+    @staticmethod
     def apply(
-        self,
         hidden: Tensor,  # (N, D)
         weight: Tensor,  # (V, D)
         bias: Tensor | None,  # (V,)
@@ -88,23 +85,19 @@ class _Head:
             raise RuntimeError(
                 "patch_trl_head: expected a whole head, found one that DeepSpeed ZeRO-3 splits"
             )
-        others = tuple(name for name in outputs if name not in OWN_OUTPUTS)
-        options = (temperature, chunk_size, final_logit_softcapping, logit_scale, others)
-        more = (None, None, None)
-        if others:
-            with torch.no_grad():
-                more = self.original.apply(hidden, weight, bias, targets, *options)[2:]
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         mask = _mask.get()
         keep = None if mask is None else _kept(mask, targets)
-        logprobs, entropy = linear_token_logprobs(
+        logprobs, entropy, more = linear_token_logprobs(
             hidden, weight, targets, bias=bias, loss_mask=keep, temperature=temperature,
             entropy=True, logit_scale=logit_scale, logit_softcap=final_logit_softcapping,
+            extras=[name for name in OTHER_OUTPUTS if name in outputs],
         )  # fmt: skip
         if mask is not None:
             logprobs, entropy = _without_gradient(logprobs, entropy, mask, keep)
-        return logprobs, entropy if "entropy" in outputs else None, *more
+        others = (getattr(more, name) for name in OTHER_OUTPUTS)
+        return logprobs, entropy if "entropy" in outputs else None, *others
 
 
 def _with_mask(compute_loss: Any, log_threshold: float) -> Any:

@@ -70,7 +70,8 @@ def test_two_ranks(policy, loss_type, tmp_path):
     file = tmp_path / "results.pt"
     done = subprocess.run(
         [sys.executable, *launch, trl_run.__file__, str(policy), str(file), options],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240,
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     results = torch.load(file)
