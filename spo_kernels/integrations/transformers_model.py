@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spo_kernels.head_weight import head_bias, head_weight, output_layer
 from spo_kernels.integrations.patch import Patch
 from spo_kernels.linear_logprobs import linear_token_logprobs
 
@@ -50,10 +51,10 @@ def patch_transformers(
             raise TypeError("token_ids: expected neither labels nor logits_to_keep beside it")
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state
-        head = self.get_output_embeddings()  # not kept: FSDP and PEFT replace it
         options: dict[str, Any] = dict(transform, temperature=temperature, entropy=entropy)
-        options |= {"bias": getattr(head, "bias", None), "loss_mask": loss_mask}
-        return linear_token_logprobs(hidden, head.weight, token_ids, **options)
+        # The head is looked up in each call: PEFT and FSDP replace it.
+        options |= {"bias": head_bias(output_layer(self)), "loss_mask": loss_mask}
+        return linear_token_logprobs(hidden, head_weight(self), token_ids, **options)
 
     patch = Patch()
     patch.replace(model, "forward", types.MethodType(forward, model))
@@ -75,8 +76,8 @@ def _measure(model: Any) -> dict[str, Any]:
         seen.append(output.last_hidden_state)
 
     def put_probe(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        bias = getattr(module, "bias", None)
-        seen.extend((args[0], output, torch.nn.functional.linear(args[0], module.weight, bias)))
+        product = torch.nn.functional.linear(args[0], head_weight(model), head_bias(module))
+        seen.extend((args[0], output, product))
         probe = torch.linspace(-60, 60, output.shape[-1], device=output.device)
         seen.append(probe.to(output.dtype).expand(output.shape).clone())
         return seen[-1].clone()  # the model may work in place

@@ -163,3 +163,18 @@ def test_models_whose_logits_are_something_else_are_refused():
     with pytest.raises(ValueError, match="expected logits of GraniteForCausalLM that are"):
         patch_transformers(granite)
     assert "forward" not in vars(granite)
+
+
+def test_an_adapter_of_the_head_that_comes_later_counts():
+    """peft replaces the head by a LoRA layer, whose `weight` is that without the adapter."""
+    peft = pytest.importorskip("peft")
+    ids, _, targets = batch()
+    model = make("llama")
+    patch_transformers(model)
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    want = wrapped(input_ids=ids).logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    got = wrapped(input_ids=ids, token_ids=targets)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    got.sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in wrapped.parameters() if p.requires_grad)
