@@ -11,7 +11,8 @@ struct CappedLogit {
   float value, slope;  // y and its derivative by x
 };
 
-// As csrc/tanh.h says; NaN stays NaN. What a caller does not use costs nothing.
+// As csrc/tanh.h says, with the derivative of large u for all; NaN stays NaN. What a caller does
+// not use costs nothing.
 __device__ __forceinline__ CappedLogit capped_logit(float x, float tanh_scale) {
   const float u = x * tanh_scale, square = u * u;
   float p = fmaf(kTanhP4, square, kTanhP3);
