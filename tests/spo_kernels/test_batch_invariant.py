@@ -4,7 +4,14 @@ import pytest
 import torch
 from kernel_cases import needs_fast, on_cpu_tensors, slow_if_interpreted
 
-from spo_kernels import cpu_fixed, dispatch, linear_masked_ppo_loss, linear_token_logprobs
+from spo_kernels import (
+    cpu_fixed,
+    dispatch,
+    linear_masked_ppo_loss,
+    linear_token_logprobs,
+    masked_ppo_loss,
+    token_logprobs,
+)
 from spo_kernels.testing import DEVICE, FAST, assert_as_good_as_torch, loss_inputs
 
 pytestmark = needs_fast("policy_loss")
@@ -89,6 +96,23 @@ class Batch:
         sum((r * w).sum() for r, w in zip(results, weights, strict=True)).backward()
         return [x.detach()[keep] for x in (*results, hidden.grad[own])]
 
+    def from_logits(self, rows, keep, memory_budget=None, **options):
+        logits = self.tokens.logits[rows].to(self.hidden.dtype).requires_grad_()
+        t = self.tokens
+        record = masked_ppo_loss(
+            *(logits, t.token_ids[rows], t.old_logprobs[rows], t.advantages[rows]),
+            **{"loss_mask": keep, "backend": FAST, "policy_norm": 100, "entropy": True},
+            **{"prob_threshold": None},
+        )
+        results = token_logprobs(
+            logits, t.token_ids[rows], loss_mask=keep, entropy=True, backend=FAST
+        )
+        sum(((r * t.advantages[rows]).sum() for r in results), record.loss).backward()
+        # The loss's fp16 gradients share a power of two, which may round the smallest.
+        grads = () if logits.dtype == FP16 else (logits.grad,)
+        kept = (record.logprobs, record.entropy, *results, *grads)
+        return [x.detach()[keep] for x in kept]
+
 
 def changes(batch, op, threads, sizes=SIZES, **options):
     """The sizes of batches in which a row has other bits than among all 5000."""
@@ -126,6 +150,13 @@ def test_so_it_has_through_an_index_where_no_other_row_has_its_state(threads, op
     batch = Batch(BF16, BF16, bias=True)
     sizes = (1, 3, 64, 1000)
     assert changes(batch, op, threads, sizes, batch_invariant=True, indexed=True) == []
+
+
+@on_cpu_tensors  # on a GPU the order depends on how a row is aligned, with an odd vocabulary
+@slow_if_interpreted
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_from_logits_it_needs_no_option(threads, dtype):
+    assert changes(Batch(dtype, dtype, bias=False), "from_logits", threads) == []
 
 
 @on_cpu_tensors
