@@ -265,7 +265,7 @@ class HeadGradients:
         if self.needs_weight:
             self._add_weight(dlogits, x.to(dlogits.dtype), only)
         if self.needs_bias:
-            dbias = dlogits.sum(0, dtype=_sum_dtype(dlogits))
+            dbias = dlogits.sum(0, dtype=rows.math_dtype(dlogits))
             self.dbias = dbias if self.dbias is None else self.dbias.add_(dbias)
 
     def _states_gradient(self, dlogits: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ class HeadGradients:
     def _add_weight(self, dlogits: Tensor, x: Tensor, only: bool) -> None:
         total, first = self.dweight, self.dweight is None
         if total is None:
-            dtype = self.weight_dtype if only else _sum_dtype(dlogits)
+            dtype = self.weight_dtype if only else rows.math_dtype(dlogits)
             if products.on_gpu(dlogits):
                 dtype = products.result_dtype(dlogits, dtype)
             total = self.dweight = memory.empty(self.weight.shape, dtype, x.device)
@@ -319,7 +319,7 @@ class HeadGradients:
             if self.dx:
                 dx = torch.cat(self.dx) if len(self.dx) > 1 else self.dx[0]
                 if shared:
-                    states, dx = _sum_shared(states, dx.to(_sum_dtype(dx)), last)
+                    states, dx = _sum_shared(states, dx.to(rows.math_dtype(dx)), last)
                 dhidden.index_copy_(0, states, dx.to(self.hidden_dtype))
             dhidden = dhidden[:last].view(hidden.shape)
         if self.needs_weight:
@@ -332,11 +332,6 @@ class HeadGradients:
             zeros = self.bias.new_zeros(self.bias.shape, dtype=dtype)
             dbias = zeros if self.dbias is None else self.dbias.to(dtype)
         return dhidden, dweight, dbias
-
-
-def _sum_dtype(dlogits: Tensor) -> torch.dtype:
-    """Of sums over rows."""
-    return torch.promote_types(dlogits.dtype, torch.float32)
 
 
 def _sum_shared(states: Tensor, dx: Tensor, unused: int) -> tuple[Tensor, Tensor]:

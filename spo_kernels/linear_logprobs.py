@@ -62,7 +62,7 @@ def token_extras_ref(
 ) -> tuple[Tensor, ...]:
     """The extras in the order of their names, from logits of their own; fp64 for fp64 states."""
     results = _extras.new_results(hidden, ids.shape[0], names, top_k, _rows.math_dtype(hidden))
-    if not names:
+    if not names or _rows.has_no_data(hidden):
         return results
     index = mask.nonzero().squeeze(1)
     states = head.select_states(hidden, hidden_index, index)

@@ -180,27 +180,24 @@ def linear_masked_ppo_loss(
     matrix products run over the other tokens only. Several tokens may share a hidden state through
     `hidden_index`; their gradients are summed in fp32, in order.
 
-    `old_logprobs=None` with a `prob_threshold` masks by probabilities that the projection gives. So
-    all tokens of the loss mask are projected, and the three products run over them.
+    `old_logprobs=None` with a `prob_threshold` projects all of the loss mask, and masks afterwards.
 
     hidden and weight may differ in dtype, as under autocast. Logits are fp32, or bf16 with
     `logits_dtype=torch.bfloat16` (faster where the CPU has bf16 instructions; costs up to 4e-3 in a
     logprob). At most `memory_budget` bytes of logits exist at a time; None is 1 GiB, and on a GPU a
     quarter of what is free, 1 to 6 GiB. `masked_ppo_loss` has the other arguments and errors.
+    A DTensor as `weight` is shared over the vocabulary if all processes of its mesh have the same
+    hidden states and tokens, else gathered; its gradient is the mean of theirs (sharded.py).
 
     `batch_invariant=True`: at a given `policy_norm` and `kl_norm`, the logprob, the entropy, the
     loss term and the gradient of a hidden state have the same bits whatever other tokens, masks,
     chunks and threads stand beside it, as long as one token uses it. (On a GPU with float16, up to
     gradients of logits 2^-29 times the largest.) docs/kernels.md says what that costs.
 
-    A DTensor as `weight` is shared over the vocabulary if all processes of its mesh have the same
-    hidden states and tokens, else gathered; its gradient is the mean of theirs (sharded.py).
-
     Raises ValueError if there are more than `max_active` rows to project. While a CUDA graph is
-    captured, and under torch.compile, always `max_active` rows are projected, without a host sync.
-    If there are more, the rest is left out and `overflow` is True. What raises ValueError elsewhere
-    (a token id, `hidden_index`, temperature or norm out of range, an old logprob of NaN) makes the
-    loss NaN there on a GPU; compiled code on a CPU raises.
+    captured, and under torch.compile, always `max_active` rows are projected, without a host sync;
+    if there are more, the rest is left out and `overflow` is True. A bad id, index, temperature or
+    norm, or an old logprob of NaN, then makes the loss NaN on a GPU; on a CPU it still raises.
     """
     shape = head.check_head(hidden, weight, bias, hidden_index)
     head.check_options(hidden, weight, bias, hidden_index, logits_dtype)
@@ -209,16 +206,15 @@ def linear_masked_ppo_loss(
         hidden, shape, token_ids=token_ids, old_logprobs=old_logprobs, advantages=advantages,
         weights=weights, loss_mask=loss_mask, prob_threshold=prob_threshold,
         ref_logprobs=ref_logprobs, temperature=temperature, logit_scale=logit_scale,
-        logit_softcap=logit_softcap, clip_eps_low=clip_eps_low,
-        clip_eps_high=clip_eps_high, clip_ratio_max=clip_ratio_max,
-        log_ratio_clamp=log_ratio_clamp, kl_coef=kl_coef, kl_estimator=kl_estimator,
-        kl_scope=kl_scope, kl_weights=kl_weights, kl_clamp=kl_clamp, kl_ratio=kl_ratio,
-        entropy_coef=entropy_coef, policy_norm=policy_norm, kl_norm=kl_norm,
+        logit_softcap=logit_softcap, clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high,
+        clip_ratio_max=clip_ratio_max, log_ratio_clamp=log_ratio_clamp, kl_coef=kl_coef,
+        kl_estimator=kl_estimator, kl_scope=kl_scope, kl_weights=kl_weights, kl_clamp=kl_clamp,
+        kl_ratio=kl_ratio, entropy_coef=entropy_coef, policy_norm=policy_norm, kl_norm=kl_norm,
         nan_logprobs=nan_logprobs, metrics=metrics,
     )  # fmt: skip
     sizes = (tokens.wants_entropy(entropy), logits_dtype, memory_budget, max_active)
-    head_tensors = (hidden, weight, bias, hidden_index)
-    return _loss(*head_tensors, tokens, shape, sizes, batch_invariant, backend)
+    tensors = (hidden, weight, bias, hidden_index)
+    return _loss(*tensors, tokens, shape, sizes, batch_invariant, backend)
 
 
 def _loss(

@@ -200,12 +200,15 @@ def is_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def has_no_data(tensor: Tensor) -> bool:
+    """Whether it is a meta or a fake tensor."""
+    return tensor.is_meta or (not torch.compiler.is_compiling() and isinstance(tensor, FakeTensor))
+
+
 def is_unreadable(tensor: Tensor) -> bool:
-    """Whether no shape and no error can depend on data: meta and fake tensors, under torch.vmap."""
-    if tensor.is_meta or torch.compiler.is_compiling():
-        return tensor.is_meta
-    if isinstance(tensor, FakeTensor):
-        return True
+    """Whether no shape and no error can depend on data: there is none, or torch.vmap hides it."""
+    if torch.compiler.is_compiling() or has_no_data(tensor):
+        return has_no_data(tensor)
     levels = _functorch.get_interpreter_stack()
     return levels is not None and any(x.key() == _functorch.TransformType.Vmap for x in levels)
 

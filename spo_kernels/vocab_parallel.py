@@ -243,7 +243,7 @@ def _logprobs_of(
     hidden, dtype = given["hidden"], given["logits_dtype"]
     chosen = dispatch.choose("logprobs", hidden, given["backend"])
     if chosen == "reference":
-        head.refuse_low_precision(hidden, dtype)
+        head.check_reference(hidden, dtype, False)
         dtype = rows.math_dtype(hidden)
     columns = ids[index].long() - share.begin
     own = (columns >= 0) & (columns < share.size)
@@ -306,11 +306,12 @@ def _checked(given: dict[str, Any]) -> tuple[Tensor, tuple[int, ...]]:
     tensors = given["hidden"], given["weight"], given["bias"], given["hidden_index"]
     shape = head.check_head(*tensors)
     head.check_options(*tensors, given["logits_dtype"])
-    if given.get("batch_invariant"):
-        raise ValueError(
-            "batch_invariant: expected False with a weight that is sharded over the vocabulary, "
-            "found True; weight.full_tensor() takes it"
-        )
+    for name in ("batch_invariant", "extras"):
+        if given.get(name):
+            raise ValueError(
+                f"{name}: expected none of it with a weight that is sharded over the vocabulary, "
+                f"found {given[name]}; weight.full_tensor() takes it"
+            )
     return given["hidden"], shape
 
 

@@ -439,6 +439,11 @@ def case_what_has_no_meaning():
     message = "weight: expected a DTensor without partial sums"
     partial = spread(weight, Partial())
     assert_raises(ValueError, message, linear_token_logprobs, hidden, partial, ids)
+    shared = distribute_tensor(weight, mesh, [Shard(0)])
+    for name, value in (("batch_invariant", True), ("extras", ["is_top1"])):
+        message = f"{name}: expected none of it .* weight.full_tensor"
+        options = {name: value}
+        assert_raises(ValueError, message, linear_token_logprobs, hidden, shared, ids, **options)
     message = "old_logprobs: expected a tensor or a replicated DTensor"
     shared = spread(-ones, Shard(0))
     assert_raises(ValueError, message, masked_ppo_loss, logits, ids, shared, ones)

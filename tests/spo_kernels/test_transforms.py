@@ -188,6 +188,13 @@ def test_records_and_options_without_data(kind):
         assert record.logprobs.shape == record.entropy.shape == (N,)
         assert record.num_kept.dtype == torch.int64 and record.logprobs.dtype == torch.float32
     assert all(leaf.grad.shape == leaf.shape for leaf in leaves)
+    with mode:
+        for backend in (None, "reference"):
+            names = ["is_top1", "top_ids"]
+            more = linear_token_logprobs(
+                hidden.float(), weight.float(), x["ids"], extras=names, top_k=3, backend=backend
+            )[-1]
+            assert (more.is_top1.shape, more.top_ids.shape) == ((N,), (N, 3))
 
 
 @needs_fast("policy_loss")
