@@ -105,7 +105,7 @@ def _linear_logprobs(
             for whole, values in zip(results, chunk, strict=True):
                 if whole.numel():
                     whole[rows] = values
-            _extras.fill(more, rows, logits, ids[rows], heat, *scaling, names, top_k)
+            _extras.fill(more, rows, logits, ids[rows], heat, *scaling, names=names, top_k=top_k)
     return *results, *more
 
 
