@@ -6,6 +6,7 @@ Of peft's layers it needs their attributes only, so peft is not imported.
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 import warnings
 import weakref
@@ -17,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+MOST_SEARCHES = 16  # of a process: a loop that makes a new parameter each time must not pay for it
 _checked: dict[int, weakref.ref[Tensor]] = {}  # weights by id; a tensor has no usable ==
+_searches = itertools.count()
 
 
 def head_weight(
@@ -149,6 +152,8 @@ def warn_about(weight: Any) -> None:
     if type(weight) is not nn.Parameter or (seen is not None and seen() is weight):
         return
     _checked[key] = weakref.ref(weight, lambda _: _checked.pop(key, None))
+    if next(_searches) >= MOST_SEARCHES:
+        return
     for message in _problems(weight, parallel and _active_ddp() is None):
         warnings.warn(message, RuntimeWarning, stacklevel=3)  # past `entry.call`
 

@@ -231,18 +231,32 @@ def outside_loss(model, part):
 
 
 def case_other_placements_are_gathered():
-    """Shards of columns, and replicas: processes with other tokens give the mean."""
-    mesh = init_device_mesh("cpu", (WORLD,))
+    """Shards of columns, replicas, meshes of two dimensions: the gradient is the mean."""
     g = torch.Generator().manual_seed(3)
     weight, states = torch.randn(5, 4, generator=g), torch.randn(WORLD, 3, 4, generator=g)
-    leaf, ids = weight.clone().requires_grad_(), torch.tensor([[0, 1, 2], [4, 3, 3]])
-    (linear_token_logprobs(states, leaf, ids).square().sum() / WORLD).backward()
-    for placement in (Shard(0), Shard(1), Replicate()):
-        spread = distribute_tensor(weight, mesh, [placement]).requires_grad_()
-        rank = dist.get_rank()
-        linear_token_logprobs(states[rank], spread, ids[rank]).square().sum().backward()
-        assert spread.grad.placements == (placement,)
-        torch.testing.assert_close(spread.grad.full_tensor(), leaf.grad)
+    ids, rank = torch.tensor([[0, 1, 2], [4, 3, 3]]), dist.get_rank()
+    for shape, placements in (
+        ((2,), [Shard(0)]),
+        ((2,), [Shard(1)]),
+        ((2,), [Replicate()]),
+        ((1, 2), [Replicate(), Shard(0)]),
+        ((2, 1), [Replicate(), Shard(0)]),
+        ((2, 1), [Shard(0), Shard(0)]),
+    ):
+        mesh = init_device_mesh("cpu", shape)
+        for same in (False, True):  # tokens and states of both processes
+            own, tokens = (states[0], ids[0]) if same else (states[rank], ids[rank])
+            leaf = weight.clone().requires_grad_()
+            wanted = (states[:1], ids[:1]) if same else (states, ids)
+            loss = linear_token_logprobs(wanted[0], leaf, wanted[1]).square().sum()
+            (loss / len(wanted[0])).backward()
+            spread = distribute_tensor(weight, mesh, placements).requires_grad_()
+            linear_token_logprobs(own, spread, tokens).square().sum().backward()
+            assert spread.grad.placements == tuple(placements)
+            torch.testing.assert_close(spread.grad.full_tensor(), leaf.grad)
+    hidden = distribute_tensor(states[0], init_device_mesh("cpu", (2,)), [Replicate()])
+    found = linear_token_logprobs(hidden, weight, ids[0])  # the head alone is not distributed
+    assert torch.equal(found, linear_token_logprobs(states[0], weight, ids[0]))
 
 
 def head_inputs(vocab, dtype, offset=0.0):

@@ -1,6 +1,8 @@
 """The weight of a head with adapters, and the module of model and loss, in one process."""
 
 import copy
+import itertools
+import sys
 import warnings
 
 import pytest
@@ -278,7 +280,9 @@ def test_peft_adapters_that_are_refused():
         head_weight(loha)
 
 
-def test_peft_warns_once_of_a_bare_weight():
+def test_peft_warns_once_of_a_bare_weight(monkeypatch):
+    module = sys.modules["spo_kernels.head_weight"]  # not the function of that name
+    monkeypatch.setattr(module, "_searches", itertools.count())
     model = peft_model(target_modules=["lm_head"]).get_base_model()
     hidden, ids = torch.randn(3, D), torch.arange(3)
     with pytest.warns(RuntimeWarning, match="whose adapter is ignored .*head_weight") as caught:
@@ -293,3 +297,6 @@ def test_peft_warns_once_of_a_bare_weight():
         linear_token_logprobs(hidden, plain.lm_head.weight, ids)
         linear_token_logprobs(hidden, merged.get_base_model().lm_head.weight, ids)
         linear_token_logprobs(hidden, head_weight(model), ids)
+        monkeypatch.setattr(module, "_searches", itertools.count(module.MOST_SEARCHES))
+        another = peft_model(target_modules=["lm_head"]).get_base_model()
+        linear_token_logprobs(hidden, another.lm_head.weight, ids)  # it has searched enough
