@@ -79,7 +79,7 @@ class _Head:
         chunk_size: int,
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = OTHER_OUTPUTS,
+        outputs: tuple[str, ...] = ("entropy", *OTHER_OUTPUTS),
     ) -> tuple[Tensor | None, ...]:  # (N,) each: logprobs, entropy, `OTHER_OUTPUTS`
         if hasattr(weight, "ds_id"):
             raise RuntimeError(

@@ -1,6 +1,8 @@
 """Every row of docs/losses.md: the loss and its gradient are those of the other library."""
 
+import inspect
 import math
+import re
 from importlib import metadata
 
 import pytest
@@ -29,6 +31,34 @@ def test_loss_and_gradient_are_theirs(row):
     assert want.abs() > 1e-3 and float(want_grad.abs().max()) > 1e-3
     assert error(loss, want) < ERROR
     assert error(dlogits, want_grad) < ERROR
+
+
+def named_in(function):
+    """The loss types that a function tells apart."""
+    text = inspect.getsource(function)
+    lines = re.findall(r"loss_type (?:==|in) ([^:]*?)(?::| or )", text, re.DOTALL)
+    return {name for line in lines for name in re.findall(r'"(\w+)"', line)}
+
+
+@pytest.mark.parametrize("library", ["TRL 1.16", "Liger 0.8.5", "verl 0.9.1"])
+def test_every_loss_of_the_library_has_a_row(library):
+    if not is_installed(PACKAGES[library], library.split()[-1]):
+        pytest.skip(f"{library} is not installed here")
+    if library.startswith("TRL"):
+        from trl import GRPOTrainer
+
+        names = named_in(GRPOTrainer._compute_loss)
+    elif library.startswith("Liger"):
+        from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
+
+        names = named_in(LigerFusedLinearGRPOFunction.ppo_loss_fn)
+    else:
+        from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+        names = set(POLICY_LOSS_REGISTRY)
+    assert {"cispo", "sapo"} < names and len(names) >= 8
+    options = " ".join(row.option for row in ROWS if row.library == library)
+    assert {name for name in names if f'"{name}"' not in options} == set()
 
 
 def test_prime_rl_by_hand():
