@@ -192,7 +192,9 @@ def project(
     if products.on_gpu(x):
         logits = products.logits(x.to(weight.dtype), weight, dtype, fixed)
         return logits if bias is None else logits.add_(bias)
-    logits = memory.empty((x.shape[0], weight.shape[0]), dtype, x.device)
+    rows_alike = -(-weight.shape[0] // 64) * 64  # Triton sums a row by how its start is aligned
+    width = rows_alike if fixed else weight.shape[0]
+    logits = memory.empty((x.shape[0], width), dtype, x.device)[:, : weight.shape[0]]
     if fixed:
         cpu_fixed.logits(x, weight, logits)
     else:
