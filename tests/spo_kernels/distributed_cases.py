@@ -1,4 +1,4 @@
-"""What each of two processes checks; test_distributed.py starts them and reads their answers."""
+"""What each of two processes checks; test_parallel_heads.py starts them and reads their answers."""
 
 import json
 import re
