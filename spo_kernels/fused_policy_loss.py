@@ -35,6 +35,9 @@ class FusedPolicyLoss(nn.Module):
 
     DDP and FSDP synchronise the gradients of what runs inside the forward of the module that they
     wrap. The parts of a wrapped model, called on their own, train each process by itself.
+
+    The model's body and head run, not its own forward: the load-balancing loss of a mixture of
+    experts is not added.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class FusedPolicyLoss(nn.Module):
                 "FusedPolicyLoss(model)"
             )
         _check_options(options)
+        _check_adapter(model)
         _check_logits(unwrapped(model), options)
         output_layer(model)
         self.model, self.options = model, options
@@ -141,6 +145,18 @@ def _check_options(options: dict[str, Any]) -> None:
         raise TypeError(
             "FusedPolicyLoss: expected options of linear_masked_ppo_loss, found "
             f"{', '.join(unknown)}"
+        )
+
+
+def _check_adapter(model: Any) -> None:
+    """Raise ValueError for adapters of peft that act in the forward of PeftModel, which is passed
+    by."""
+    config = getattr(model, "active_peft_config", None)
+    acts = getattr(config, "is_prompt_learning", False)
+    if acts or getattr(config, "alora_invocation_tokens", None) is not None:
+        raise ValueError(
+            "model: expected adapters inside the layers, found "
+            f"{getattr(config, 'peft_type', config)}, which changes the input of the model"
         )
 
 

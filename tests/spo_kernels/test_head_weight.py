@@ -275,6 +275,9 @@ def test_peft_adapters_that_are_refused():
         model = peft_model(target_modules=["lm_head"], **config).train()
         with pytest.raises(ValueError, match=message):
             FusedPolicyLoss(model)(**batch())
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="expected adapters inside the layers, found.*PROMPT"):
+        FusedPolicyLoss(peft.get_peft_model(causal(), prompt))
     loha = peft.get_peft_model(causal(), peft.LoHaConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="expected a LoRA adapter, found Linear"):
         head_weight(loha)
