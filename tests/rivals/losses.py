@@ -8,13 +8,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+import rows_dpo  # noqa: E402
 import rows_liger  # noqa: E402
 import rows_others  # noqa: E402
 import rows_trl  # noqa: E402
 import rows_verl  # noqa: E402
 from rows import NAMES, Row  # noqa: E402
 
-ROWS: list[Row] = [*rows_trl.ROWS, *rows_liger.ROWS, *rows_verl.ROWS, *rows_others.ROWS]
+ROWS: list[Row] = [
+    *rows_trl.ROWS,
+    *rows_dpo.ROWS,
+    *rows_liger.ROWS,
+    *rows_verl.ROWS,
+    *rows_others.ROWS,
+]
 # The distributions that must be installed; prime-rl is in no registry.
 PACKAGES = {
     "TRL 1.16": "trl",
@@ -25,7 +32,8 @@ PACKAGES = {
     "prime-rl": None,
 }
 NOTES = {
-    "TRL 1.16": "Options of `GRPOConfig`, unless a trainer is named. Without `loss_type`: dapo.",
+    "TRL 1.16": "Options of `GRPOConfig`, unless a trainer is named. Without `loss_type`: dapo. Of "
+    "pairs, the first half of the batch is chosen, the second rejected.",
     "Liger 0.8.5": "Options of `LigerFusedLinearGRPOLoss`, unless a class is named. Of pairs, the "
     "first half of the batch is chosen, the second rejected.",
     "verl 0.9.1": "A name in quotation marks is a `loss_mode`; without one: vanilla. "

@@ -68,7 +68,7 @@ loss = -(weight * advantages * logprobs * near * mask).sum() / tokens"""
 TV = "near = torch.where(advantages > 0, p - q <= 0.05, q - p <= 0.05)"
 BINARY_KL = """\
 kl = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
-near = (kl <= 0.05) | torch.where(advantages > 0, p <= q, p >= q)"""
+near = (kl <= 0.01) | torch.where(advantages > 0, p <= q, p >= q)"""
 
 COVARIANCE = """\
 cov = advantages - (advantages * mask).sum() / mask.sum()
@@ -161,7 +161,7 @@ ROWS = [
     row('"gpg"', actor("gpg"), REINFORCE.format(norm="tokens")),
     row('"dppo_tv", clip_ratio=0.05', actor("dppo_tv", clip_ratio_low=0.05, clip_ratio_high=0.05),
         DPPO.format(near=TV)),
-    row('"dppo_kl", clip_ratio=0.05', actor("dppo_kl", clip_ratio_low=0.05, clip_ratio_high=0.05),
+    row('"dppo_kl", clip_ratio=0.01', actor("dppo_kl", clip_ratio_low=0.01, clip_ratio_high=0.01),
         DPPO.format(near=BINARY_KL)),
     row('"clip_cov", clip_cov_ratio=1, clip_cov_lb=0.1',
         actor("clip_cov", policy={"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1}), CLIP_COV),

@@ -45,9 +45,10 @@ def test_every_loss_of_the_library_has_a_row(library):
     if not is_installed(PACKAGES[library], library.split()[-1]):
         pytest.skip(f"{library} is not installed here")
     if library.startswith("TRL"):
-        from trl import GRPOTrainer
+        from trl import DPOTrainer, GRPOTrainer
 
-        names = named_in(GRPOTrainer._compute_loss)
+        names = named_in(GRPOTrainer._compute_loss) | named_in(DPOTrainer._compute_loss)
+        assert len(names) == 8 + 15
     elif library.startswith("Liger"):
         from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
 
