@@ -1,8 +1,7 @@
 """The vocabulary projection of selected rows, in chunks: logits forward, the two products backward.
 
-The logits are fp32 unless the caller asks for a lower `logits_dtype`: rounding them to bf16 costs
-up to 4e-3 in a logprob. Only sums of their gradient are used, so it is bf16 for bf16 operands
-wherever the device multiplies bf16 fast.
+Logits are fp32 unless the caller asks for a lower `logits_dtype`: bf16 costs up to 4e-3 in a
+logprob. Only sums of their gradient are used, so it is bf16 wherever bf16 products are fast.
 
 A CPU without bf16 instructions multiplies bf16 up to a hundred times slower than fp32. There bf16
 operands are widened to fp32, the weight block by block, as fp16 operands are everywhere.

@@ -17,6 +17,7 @@ from spo_kernels.policy_loss import reference
 from spo_kernels.tokens import SCHEMA, TYPES, Tokens, prepare
 
 BAD_TOKEN, BAD_STATE, BAD_NORM = 1, 2, 4  # kBadToken and so on in csrc/ops.h
+IN_A_TERM = 3  # kInPolicy | kInKl there
 
 
 def linear_masked_ppo_loss_ref(
@@ -57,6 +58,27 @@ def _read_active(call: Launch, hidden_index: Tensor | None, states: int, vocab: 
     if bad & BAD_STATE and hidden_index is not None:
         head.check_states(hidden_index, states, call.tokens.runs().nonzero().squeeze(1))
     return active
+
+
+def _left_by_late_mask(call: Launch, index: Tensor) -> Tensor | None:
+    """The rows of a chunk, tokens `index` (c,), that may have a gradient; None if most have.
+
+    Looking waits for a GPU, and saves it most of two products.
+    """
+    left = (call.fields["uses"][index] & IN_A_TERM).nonzero().squeeze(1)
+    return left if 2 * left.numel() < index.numel() else None
+
+
+def _take(
+    rows_left: Tensor | None, dlogits: Tensor, x: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Only these rows, of all three; None takes all."""
+    if rows_left is None:
+        return dlogits, x, states
+    taken = dlogits[rows_left]
+    if products.on_gpu(x):  # rows that start where its products want them
+        taken = products.columns(*taken.shape, taken.dtype, taken.device).copy_(taken)
+    return taken, x[rows_left], states[rows_left]
 
 
 @define(
@@ -111,6 +133,7 @@ def _linear_policy_loss(
     room = head.budget(memory_budget, hidden.device, active * vocab * logits_dtype.itemsize)
     parts = list(head.chunks(active, vocab, logits_dtype, room)) if flat.shape[0] else []
     grads = head.HeadGradients(hidden, weight, operand, bias, needs_grad, batch_invariant)
+    added = [states[:0]]
     with torch.autocast(hidden.device.type, enabled=False):
         for part in parts:
             x = flat.index_select(0, sources[part])
@@ -118,7 +141,12 @@ def _linear_policy_loss(
             dlogits = head.gradient_buffer(logits, x, operand, backend) if any(needs_grad) else None
             call.over_rows("loss", logits, dlogits, index=index[part])
             if dlogits is not None:
+                late = tokens.masks_late and not fixed
+                left = _left_by_late_mask(call, index[part]) if late else None
+                dlogits, x, own = _take(left, dlogits, x, states[part])
                 grads.add(dlogits, x, only=len(parts) == 1)
+                added.append(own)
+        states = torch.cat(added) if len(added) > 2 else added[-1]
         formed = grads.finish(hidden, states, shared=hidden_index is not None, spare=fixed)
     call.run("finish")
     return *call.outputs(), *formed

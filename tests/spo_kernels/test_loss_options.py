@@ -325,19 +325,25 @@ def test_on_policy_compiles(options):
 
 
 @needs_native
-def test_on_policy_is_off_policy_with_its_own_logprobs():
+@pytest.mark.parametrize("threshold", [1e-6, 0.05, 0.3])  # none, few and most are kept
+@pytest.mark.parametrize("options", [{}, {"memory_budget": 4 * 5 * 3}, {"batch_invariant": True}])
+def test_on_policy_is_off_policy_with_its_own_logprobs(options, threshold):
     """The head projects every token of the loss mask, and gives the loss of the masked ones."""
     inputs = loss_inputs(14, 5, kept=1.0)
+    index = torch.arange(14) % 9  # some hidden states have two tokens
+    old = token_logprobs(inputs.logits[index], inputs.token_ids, backend=FAST)
     results = []
-    for given in (False, True):
-        hidden, weight = inputs.logits.clone().requires_grad_(), torch.eye(5).requires_grad_()
-        old = token_logprobs(inputs.logits, inputs.token_ids, backend=FAST) if given else None
-        arguments = hidden, weight, inputs.token_ids, old, inputs.advantages
-        out = linear_masked_ppo_loss(*arguments, prob_threshold=0.3, backend=FAST)
+    for given in (None, old):
+        hidden, weight = inputs.logits[:9].clone().requires_grad_(), torch.eye(5).requires_grad_()
+        arguments = hidden, weight, inputs.token_ids, given, inputs.advantages
+        head = {"hidden_index": index, "bias": torch.zeros(5), **options}
+        out = linear_masked_ppo_loss(*arguments, prob_threshold=threshold, backend=FAST, **head)
         out.loss.backward()
         results.append((out, hidden.grad, weight.grad))
     (late, *late_grads), (early, *grads) = results
-    assert 0 < late.num_kept == early.num_kept < 14
+    kept = int((old < math.log(threshold)).sum())
+    assert late.num_kept == early.num_kept == kept and (kept == 0) == (threshold == 1e-6)
+    assert (2 * kept < 14) == (threshold < 0.3) and kept < 14
     assert late.logprobs.isfinite().all() and early.logprobs.isnan().any()
     torch.testing.assert_close(late.loss, early.loss)
     torch.testing.assert_close(late_grads, grads)
