@@ -41,7 +41,26 @@ def loss_step(vocab: int, dtype: torch.dtype, device: str, backend: str) -> list
         ref_logprobs=data.ref_logprobs, kl_coef=0.1, entropy=True, backend=backend,
     )  # fmt: skip
     out.loss.backward()
-    return [out.loss.detach(), out.logprobs, out.entropy, logits.grad]
+    return [out.loss.detach(), *_of_rows(out.logprobs), *_of_rows(out.entropy), logits.grad]
+
+
+def option_step(vocab: int, dtype: torch.dtype, device: str, backend: str) -> list[Tensor]:
+    """What takes other kernels: on-policy with a late norm, an entropy bonus, a soft cap."""
+    data = loss_inputs(ROWS, vocab, dtype, device=device)
+    logits = data.logits.requires_grad_()
+    out = spo_kernels.masked_ppo_loss(
+        logits, data.token_ids, None, data.advantages, loss_mask=data.loss_mask,
+        ref_logprobs=data.ref_logprobs, kl_coef=0.1, kl_ratio=True, entropy_coef=0.1,
+        weights=data.advantages.abs(), logit_softcap=5.0, backend=backend,
+    )  # fmt: skip
+    out.loss.backward()
+    return [out.loss.detach(), *_of_rows(out.logprobs), logits.grad]
+
+
+def _of_rows(values: Tensor | None) -> tuple[Tensor, ...]:
+    """Which rows were computed, and their values."""
+    assert values is not None
+    return values.isfinite(), values.nan_to_num()
 
 
 def logprob_step(
@@ -109,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     fast = {"device": arguments.device, "backend": arguments.device}
     slow = fast | {"backend": "reference"}
-    steps = (loss_step, logprob_step, capped_step) + (() if arguments.no_head else (head_step,))
+    steps = [loss_step, option_step, logprob_step, capped_step]
+    steps += [] if arguments.no_head else [head_step]
     for vocab, dtype, step in itertools.product(arguments.sizes, DTYPES, steps):
         name = f"{step.__name__}, V {vocab}, {dtype}"
         check(name, step(vocab, dtype, **fast), step(vocab, dtype, **slow), dtype)

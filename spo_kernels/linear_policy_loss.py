@@ -77,7 +77,8 @@ def _take(
         return dlogits, x, states
     taken = dlogits[rows_left]
     if products.on_gpu(x):  # rows that start where its products want them
-        taken = products.columns(*taken.shape, taken.dtype, taken.device).copy_(taken)
+        count, vocab = taken.shape
+        taken = products.columns(count, vocab, taken.dtype, taken.device).copy_(taken)
     return taken, x[rows_left], states[rows_left]
 
 

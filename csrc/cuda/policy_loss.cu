@@ -117,6 +117,8 @@ __global__ void __launch_bounds__(kHeldThreads, kHeldBlocks)
   }
 }
 
+constexpr int kCappedThreads = 768;  // of 1024 threads each would spill, for sm_100
+
 struct StreamedRowMemory {
   Partial warps[kMaxWarps];
   Gradient gradient;
@@ -163,7 +165,7 @@ __global__ void __launch_bounds__(1024)
   stream_row<false, T, U>(a);
 }
 template <class T, class U>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kCappedThreads)
     policy_loss_streamed_capped(const __grid_constant__ PolicyLossArgs a) {
   stream_row<true, T, U>(a);
 }
@@ -179,7 +181,8 @@ void launch_rows(const PolicyLossArgs& args) {
   // With a second pass, one block of 1024 threads per multiprocessor: the fewer rows are in flight,
   // the more of each row is still in the L2 cache.
   shape.blocks = args.rows;
-  shape.threads = row_threads(args.vocab / kPerGranule<T>, kInFlight, args.dlogits ? 1024 : 512);
+  const int most = !args.dlogits ? 512 : capped ? kCappedThreads : 1024;
+  shape.threads = row_threads(args.vocab / kPerGranule<T>, kInFlight, most);
   shape.shared_bytes = sizeof(StreamedRowMemory);
   const auto kernel = capped ? policy_loss_streamed_capped<T, U> : policy_loss_streamed<T, U>;
   launch(kernel, shape, args.stream, args);
