@@ -60,7 +60,7 @@ def option_step(vocab: int, dtype: torch.dtype, device: str, backend: str) -> li
 def _of_rows(values: Tensor | None) -> tuple[Tensor, ...]:
     """Which rows were computed, and their values."""
     assert values is not None
-    return values.isfinite(), values.nan_to_num()
+    return values.isfinite().float(), values.nan_to_num()
 
 
 def logprob_step(

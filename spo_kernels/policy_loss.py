@@ -174,10 +174,10 @@ def masked_ppo_loss(
     temperature: float | Tensor = 1.0,  # a number, or a tensor that broadcasts as advantages does
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
-    clip_eps_low: float = 0.2,
-    clip_eps_high: float = 0.2,
+    clip_eps_low: float | None = 0.2,
+    clip_eps_high: float | None = 0.2,
     clip_ratio_max: float | None = None,
-    log_ratio_clamp: float | None = 10.0,
+    log_ratio_clamp: float | None = 20.0,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
     kl_scope: str = "masked",
@@ -195,9 +195,9 @@ def masked_ppo_loss(
 ) -> PolicyLoss:
     """Clipped policy loss over the tokens that the sampling policy was unsure of, plus a KL term.
 
-    SPO's loss with its probability mask (arXiv 2505.23564); without the mask, that of PPO and GRPO.
-    With M = loss_mask and old_logprob < log(prob_threshold), ratio = exp(logprob - old_logprob)
-    clamped to exp(+-log_ratio_clamp), and Z = policy_norm or, if None, the sum of M:
+    SPO's loss with its probability mask (arXiv 2505.23564); without it, that of PPO and GRPO. With
+    M = loss_mask and old_logprob < log(prob_threshold), ratio = exp(logprob - old_logprob) clamped
+    to exp(+-log_ratio_clamp), and Z = policy_norm or, if None, the sum of M:
 
         policy_loss = -sum(M * w * min(ratio * A, clip(ratio, 1 - eps_low, 1 + eps_high) * A)) / Z
         kl = kl_coef * sum(K * v * k(logprob, ref_logprob)) / Z_kl
@@ -210,23 +210,23 @@ def masked_ppo_loss(
     entropy. K is M for `kl_scope="masked"`, the loss mask for "all". With p and q the two logprobs,
     k1 is p - q, k2 is (p - q)^2 / 2, k3 is exp(d) - d - 1 with d = clamp(q - p, +-kl_clamp); with
     `kl_ratio=True` they are multiplied by the ratio. The gradient is that of the formula. A norm is
-    a number or a tensor: give the global count of the optimiser step. `kl_norm=None` takes the
-    policy's. A norm of 0 gives loss 0. None for a threshold, a clamp or a maximum sets no bound.
+    a number or a tensor: give the count of the whole optimiser step, over the number of processes
+    where DDP or FSDP averages gradients; 0 gives loss 0. `kl_norm=None` takes the policy's. None
+    for a threshold, a clip, a clamp or a maximum sets no bound.
 
-    `old_logprobs=None` is on-policy: the ratio is 1, with the gradient of the logprob. The
-    probability mask then takes the probabilities of this pass, so every row of the loss mask is
-    read, and without `policy_norm` the backward multiplies the gradient by 1 / Z in a pass of its
-    own. `nan_logprobs="drop"` drops and counts tokens with an old logprob of NaN.
+    `old_logprobs=None` is on-policy: the ratio is 1, with the gradient of the logprob. The mask
+    then takes the probabilities of this pass, so every row of the loss mask is read, and without
+    `policy_norm` the backward multiplies the gradient by 1 / Z in a pass of its own.
+    `nan_logprobs="drop"` drops and counts tokens with an old logprob of NaN. The logits
+    of dropped tokens are not read; their gradient is 0.
 
-    Logits of dropped tokens are not read (they may be NaN); their gradient is 0. `entropy=True`
-    returns the entropy of the rows that were computed; `metrics=True` computes all kept rows, also
-    where A is 0. `inplace_grad=True` writes the gradient over the logits; other uses raise in the
-    backward, except those without a gradient (`argmax`).
+    `entropy=True` returns that of the rows that were computed; `metrics=True` computes all kept
+    rows, and their entropy. `inplace_grad=True` writes the gradient over the logits; other uses
+    raise in the backward, except those without a gradient (`argmax`).
 
-    Raises TypeError for wrong types; ValueError for wrong shapes or options, for a kept token with
-    an id outside [0, V), a temperature that is not positive and finite or an old logprob that is
-    NaN (dropped tokens may hold anything), and for a `backend` that cannot run; RuntimeError for
-    create_graph=True and torch.func unless backend="reference".
+    Raises TypeError for wrong types; ValueError for wrong shapes or options, a kept token with an
+    id outside [0, V), a temperature that is not positive and finite or an old logprob of NaN, and a
+    `backend` that cannot run; RuntimeError for create_graph and torch.func without the reference.
     """
     _rows.check_floating("logits", logits)
     tokens = prepare(

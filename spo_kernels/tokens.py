@@ -7,6 +7,7 @@ ops and the arguments of the kernels.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
@@ -189,6 +190,8 @@ def prepare(
     temperature: float | Tensor,
     logit_scale: float,
     logit_softcap: float | None,
+    clip_eps_low: float | None,
+    clip_eps_high: float | None,
     clip_ratio_max: float | None,
     log_ratio_clamp: float | None,
     ref_logprobs: Tensor | None,
@@ -218,6 +221,12 @@ def prepare(
     )
     rows.check_tensors(token_ids=token_ids)
     rows.check_scaling(logit_scale, logit_softcap)
+    bounds = dict(
+        clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high, clip_ratio_max=clip_ratio_max,
+        log_ratio_clamp=log_ratio_clamp, kl_clamp=kl_clamp,
+    )  # fmt: skip
+    bounds = {name: math.inf if x is None else x for name, x in bounds.items()}
+    _check_numbers(**bounds, kl_coef=kl_coef, entropy_coef=others["entropy_coef"])
     _check_names(kl_coef, kl_estimator, kl_scope, nan_logprobs, ref_logprobs)
     dtype = rows.math_dtype(like)
     for k, x in others.items():
@@ -239,10 +248,8 @@ def prepare(
         logit_scale=float(logit_scale),
         logit_softcap=math.inf if logit_softcap is None else float(logit_softcap),
         log_threshold=log_threshold(prob_threshold),
-        clip_ratio_max=math.inf if clip_ratio_max is None else clip_ratio_max,
-        log_ratio_clamp=math.inf if log_ratio_clamp is None else log_ratio_clamp,
+        **bounds,
         kl_coef=float(kl_coef),
-        kl_clamp=math.inf if kl_clamp is None else kl_clamp,
         kl_estimator=0 if ref_logprobs is None else KL_ESTIMATORS[kl_estimator],
         # Without a term the figure is that of the mask, whose rows are computed anyway.
         kl_scope=KL_SCOPES[kl_scope if kl_coef > 0 or others["metrics"] else "masked"],
@@ -251,6 +258,12 @@ def prepare(
     )
     tokens.check_scalars()
     return tokens
+
+
+def _check_numbers(**options: Any) -> None:
+    for name, value in options.items():
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}: expected a number, found {type(value).__name__}")
 
 
 def _check_names(

@@ -123,12 +123,12 @@ def test_what_the_module_refuses():
         FusedPolicyLoss(nn.ReLU())
     model = causal()
     model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="logit_softcap: expected this option.*softcapping=30.0"):
+    with pytest.raises(ValueError, match="expected logit_softcap=30.0, since.*softcapping=30.0"):
         FusedPolicyLoss(model)
     assert Gemma2Config().final_logit_softcapping == 30.0  # the name that transformers uses
     del model.config.final_logit_softcapping
     model.config.logits_scaling = 8.0
-    with pytest.raises(ValueError, match="logit_scale: expected this option.*logits_scaling=8.0"):
+    with pytest.raises(ValueError, match="expected logit_scale=1 / 8.0, since.*logits_scaling=8.0"):
         FusedPolicyLoss(model)
 
 
