@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spo_kernels.head_weight import _active_ddp, _weight, head_bias, output_layer, unwrapped
 from spo_kernels.linear_policy_loss import linear_masked_ppo_loss
+from spo_kernels.model_inputs import check_inputs
 from spo_kernels.objective import PolicyLoss
 
 OPTIONS = set(inspect.signature(linear_masked_ppo_loss).parameters) - {"hidden", "weight", "bias"}
@@ -110,8 +111,12 @@ class FusedPolicyLoss(nn.Module):
         if self._hidden_states is not None:
             hidden = self._hidden_states(model, input_ids, **inputs)
         else:
-            # A cache is no use here, and with one transformers does not see packed sequences.
-            hidden = model.base_model(input_ids, **{"use_cache": False} | inputs).last_hidden_state
+            check_inputs("FusedPolicyLoss", model, inputs)
+            body = model.base_model
+            if "use_cache" in inspect.signature(body.forward).parameters:
+                # A cache is no use here, and with one transformers does not see packed sequences.
+                inputs = {"use_cache": False} | inputs
+            hidden = body(input_ids, **inputs).last_hidden_state
         if token_ids is None:
             hidden, token_ids = hidden[:, :-1], input_ids[:, 1:]
         layer = output_layer(model)

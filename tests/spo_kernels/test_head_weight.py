@@ -132,6 +132,44 @@ def test_what_the_module_refuses():
         FusedPolicyLoss(model)
 
 
+def test_a_call_refuses_what_the_model_would_swallow():
+    """Models of transformers take any keyword, so a misspelled mask was no mask."""
+    module, given = FusedPolicyLoss(causal()), batch()
+    want = module(**given).loss
+    for wrong in ("loss_msk", "clip_eps", "labels"):
+        with pytest.raises(TypeError, match=f"FusedPolicyLoss: .*{wrong}"):
+            module(**given, **{wrong: torch.ones(1)})
+    for name in ("old_logprobs", "advantages"):
+        with pytest.raises(ValueError, match=f"{name}: expected float32 .* cast_forward_inputs=Fa"):
+            module(**given | {name: given[name].bfloat16()})
+    assert torch.equal(module(**given, output_hidden_states=False).loss, want)
+
+
+def test_packed_sequences_do_not_see_each_other():
+    """With a cache transformers does not look for them in the positions."""
+    model, given = causal(), batch()
+    ids = given["input_ids"]
+    rows, length = ids.shape
+    want = FusedPolicyLoss(model)(
+        ids, **{k: given[k] for k in ("old_logprobs", "advantages") if k in given}
+    )
+    following = torch.full_like(ids, 0)
+    following[:, :-1] = ids[:, 1:]
+    pad = {k: torch.nn.functional.pad(given[k], (0, 1)) for k in ("old_logprobs",)}
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, -1] = False
+    advantages = given["advantages"].reshape(rows, -1).expand(rows, length - 1)
+    packed = FusedPolicyLoss(model)(
+        ids.reshape(1, -1),
+        position_ids=torch.arange(length).repeat(rows)[None],
+        token_ids=following.reshape(1, -1),
+        old_logprobs=pad["old_logprobs"].reshape(1, -1),
+        advantages=torch.nn.functional.pad(advantages, (0, 1)).reshape(1, -1),
+        loss_mask=mask.reshape(1, -1),
+    )
+    torch.testing.assert_close(packed.loss, want.loss)
+
+
 class Lora(nn.Module):
     """A linear layer with the attributes of peft's, for machines without peft."""
 
