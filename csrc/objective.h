@@ -95,10 +95,11 @@ SPO_HOST_DEVICE void add_policy(const PolicyLossArgs& a, const Token& token, con
   const bool low = advantage < 0 && ratio.value < 1 - a.clip_eps_low;
   const bool high = advantage > 0 && ratio.value > 1 + a.clip_eps_high;
   const bool most = advantage < 0 && ratio.value > a.clip_ratio_max;
-  const float scale = -token.policy_scale * token.weights * advantage;
   out->stats[kLow] = low;
   out->stats[kHigh] = high;
   out->stats[kMax] = most;
+  if (token.policy_scale == 0) return;
+  const float scale = -token.policy_scale * token.weights * advantage;
   out->stats[kPolicyTerm] = scale * (low    ? 1 - a.clip_eps_low
                                      : high ? 1 + a.clip_eps_high
                                      : most ? a.clip_ratio_max

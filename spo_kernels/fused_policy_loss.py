@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from types import MethodType
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from spo_kernels.head_weight import _active_ddp, _weight, head_bias, output_layer, unwrapped
 from spo_kernels.linear_policy_loss import linear_masked_ppo_loss
 from spo_kernels.model_inputs import check_inputs
+from spo_kernels.model_logits import measure
 from spo_kernels.objective import PolicyLoss
 
 OPTIONS = set(inspect.signature(linear_masked_ppo_loss).parameters) - {"hidden", "weight", "bias"}
@@ -24,11 +26,6 @@ FLOATS = (
     *("old_logprobs", "ref_logprobs", "advantages", "weights", "kl_weights", "temperature"),
     *("policy_norm", "kl_norm"),
 )
-# Of configurations of transformers: what their models do to the logits of the head.
-BENT = {
-    "logit_softcap": ("final_logit_softcapping",),
-    "logit_scale": ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"),
-}
 
 
 class FusedPolicyLoss(nn.Module):
@@ -57,8 +54,10 @@ class FusedPolicyLoss(nn.Module):
         `hidden_states(model, input_ids, **inputs)` gives the last hidden states (B, L, D). By
         default they are `model.base_model(input_ids, **inputs).last_hidden_state`.
 
-        Raises ValueError for a model that DDP wraps, for one without a head, and for one whose
-        configuration scales or caps the logits if no option says how. TypeError for other options.
+        A model of transformers runs once, on two tokens. Raises ValueError for a model that DDP
+        wraps, for one without a head, and for one whose forward scales or caps the output of its
+        head otherwise than the options say, or has more between its body and the head. TypeError
+        for other options.
         """
         super().__init__()
         if isinstance(model, DistributedDataParallel) or hasattr(model, "_fsdp_wrapped_module"):
@@ -68,13 +67,14 @@ class FusedPolicyLoss(nn.Module):
             )
         _check_options(options)
         _check_adapter(model)
-        _check_logits(unwrapped(model), options)
         output_layer(model)
         if hidden_states is None and not hasattr(unwrapped(model), "base_model"):
             raise ValueError(
                 f"hidden_states: expected a function, since {type(model).__name__} has no "
                 "base_model, found None"
             )
+        if hidden_states is None:
+            _check_logits(unwrapped(model), options)
         self.model, self.options = model, options
         self._hidden_states = hidden_states
         self._warned = False
@@ -176,17 +176,22 @@ def _check_adapter(model: Any) -> None:
 
 
 def _check_logits(model: Any, options: dict[str, Any]) -> None:
-    config = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", lambda: config)()
-    for option, names in BENT.items():
-        for name in names:
-            value = getattr(text, name, None)
-            if value not in (None, 0, 1, False) and option not in options:
-                write = f"1 / {value}" if name == "logits_scaling" else value
-                raise ValueError(
-                    f"{option}: expected {option}={write}, since the model's configuration has "
-                    f"{name}={value}, found none"
-                )
+    """Raise ValueError if the model does to its logits what the options do not say.
+
+    The model runs once on two tokens, if it is one of transformers whose weights are here.
+    """
+    weights = list(model.parameters())
+    plain = all(not p.is_meta and not hasattr(p, "placements") for p in weights)
+    if not (weights and plain and hasattr(model, "config") and hasattr(model, "base_model")):
+        return
+    found = measure("FusedPolicyLoss", model)
+    for option, default in (("logit_scale", 1.0), ("logit_softcap", None)):
+        given, want = options.get(option, default), found.get(option, default)
+        if given != want and not (given and want and math.isclose(given, want, rel_tol=1e-6)):
+            raise ValueError(
+                f"{option}: expected {option}={want}, which {type(model).__name__} does to its "
+                f"logits, found {given}"
+            )
 
 
 def _check_precision(options: dict[str, Any]) -> None:

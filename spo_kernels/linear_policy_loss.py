@@ -142,6 +142,10 @@ def _linear_policy_loss(
             dlogits = head.gradient_buffer(logits, x, operand, backend) if any(needs_grad) else None
             call.over_rows("loss", logits, dlogits, index=index[part])
             if dlogits is not None:
+                if (
+                    fixed
+                ):  # rows of no token have the first state, which may be NaN: 0 * NaN is no 0
+                    x.nan_to_num_()
                 late = tokens.masks_late and not fixed
                 left = _left_by_late_mask(call, index[part]) if late else None
                 dlogits, x, own = _take(left, dlogits, x, states[part])

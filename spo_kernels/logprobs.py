@@ -221,7 +221,7 @@ def token_logprobs(
     logits: Tensor,  # (..., V) fp32, bf16, fp16 or fp64, raw: not divided by the temperature
     token_ids: Tensor,  # (...) int32 or int64, logits[i] predicts token_ids[i]
     *,
-    loss_mask: Tensor | None = None,  # (...) bool, integer or float; 0 = not computed
+    loss_mask: Tensor | None = None,  # (...) bool or integer; 0 = not computed
     temperature: float | Tensor = 1.0,  # a number, or a tensor that broadcasts; (B,) per sequence
     logit_scale: float = 1.0,  # Cohere's logit_scale; Granite: 1 / logits_scaling
     logit_softcap: float | None = None,  # Gemma's final_logit_softcapping

@@ -88,10 +88,11 @@ def evaluate(
     zero = logprobs.new_zeros(())
     z, z_kl = tokens.norms(mask.sum())
     policy_scale = torch.where(z == 0, zero, 1 / z)
-    ratio, terms = _policy_terms(logprobs, tokens, mask & known)
+    acts = mask & (tokens.advantages != 0) & (z != 0)
+    ratio, terms = _policy_terms(logprobs, tokens, mask & known, acts)
     if tokens.weights is not None:
-        terms = terms * tokens.weights.where(mask, zero)
-    policy_loss = -policy_scale * terms.where(mask & (tokens.advantages != 0), zero).sum()
+        terms = terms * tokens.weights.where(acts, zero)
+    policy_loss = -policy_scale * terms.where(acts, zero).sum()
     entropy_loss = kl = zero
     if entropy is not None and tokens.entropy_coef != 0:
         bonus = entropy.where(mask, zero).sum()
@@ -99,12 +100,15 @@ def evaluate(
     kl_mask = tokens.kl_mask(logprobs.detach()) & known
     estimate = _kl_estimate(logprobs, tokens, kl_mask)
     if tokens.kl_coef > 0:
-        term = estimate * _ratio(logprobs, tokens, kl_mask) if tokens.kl_ratio else estimate
+        acts = kl_mask & (z_kl != 0)
+        term = _kl_estimate(logprobs, tokens, acts)
+        if tokens.kl_ratio:
+            term = term * _log_ratio(logprobs, tokens, acts).exp()
         if tokens.kl_weights is not None:
-            term = term * tokens.kl_weights.where(kl_mask, zero)
+            term = term * tokens.kl_weights.where(acts, zero)
         kl_scale = torch.where(z_kl == 0, zero, tokens.kl_coef / z_kl)
-        kl = kl_scale * term.where(kl_mask, zero).sum()
-    low, high, most = _clipped(ratio.detach(), tokens, mask & known)
+        kl = kl_scale * term.where(acts, zero).sum()
+    low, high, most = _clipped(ratio, tokens, mask & known)
     unknown = tokens.unknown()
     return PolicyLoss(
         loss=policy_loss + kl + entropy_loss,
@@ -119,7 +123,7 @@ def evaluate(
         clipfrac_low=_mean(low.to(zero.dtype), mask),
         clipfrac_high=_mean(high.to(zero.dtype), mask),
         clipfrac_max=_mean(most.to(zero.dtype), mask),
-        ratio_mean=_mean(ratio.detach(), mask & known),
+        ratio_mean=_mean(ratio, mask & known),
         kl_mean=_mean(estimate.detach(), kl_mask),
         num_kept=mask.sum(),
         num_nan=mask.new_zeros((), dtype=torch.int64) if unknown is None else unknown.sum(),
@@ -132,24 +136,33 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
     return values.where(mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def _ratio(logprobs: Tensor, tokens: Tokens, mask: Tensor) -> Tensor:
-    """(N,) importance ratio, clamped; 1 where unused."""
+def _log_ratio(logprobs: Tensor, tokens: Tokens, mask: Tensor) -> Tensor:
+    """(N,) log of the importance ratio, clamped; 0 where unused."""
     safe = torch.where(mask, logprobs, 0.0)
     old = safe.detach() if tokens.old_logprobs is None else tokens.old_logprobs.where(mask, 0.0)
     bound = tokens.log_ratio_clamp
-    return torch.exp((safe - old).clamp(-bound, bound))
+    return (safe - old).clamp(-bound, bound)
 
 
-def _policy_terms(logprobs: Tensor, tokens: Tokens, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _policy_terms(
+    logprobs: Tensor, tokens: Tokens, mask: Tensor, acts: Tensor
+) -> tuple[Tensor, Tensor]:
     """(N,) each: the ratio, and min(ratio A, clip(ratio) A), for A < 0 not below clip_ratio_max A.
 
-    A negative A takes the larger of the two ratios.
+    So a positive A takes the ratio up to 1 + clip_eps_high, a negative one that from
+    1 - clip_eps_low to clip_ratio_max. Where it is clipped, or the term does not act, its
+    exponential is kept out of the graph: it may be infinite.
     """
-    ratio = _ratio(logprobs, tokens, mask)
+    log_ratio = _log_ratio(logprobs, tokens, mask)
     advantages = tokens.advantages.where(mask, 0.0)
-    rising = ratio.clamp(max=1 + tokens.clip_eps_high)
-    falling = ratio.clamp(1 - tokens.clip_eps_low, tokens.clip_ratio_max)
-    return ratio, torch.where(advantages < 0, falling, rising) * advantages
+    ratio, falls = log_ratio.detach().exp(), advantages < 0
+    lowest = torch.full_like(ratio, -torch.inf).masked_fill(falls, 1 - tokens.clip_eps_low)
+    highest = torch.full_like(ratio, 1 + tokens.clip_eps_high)
+    highest = highest.masked_fill(falls, tokens.clip_ratio_max)
+    clipped = (ratio < lowest) | (ratio > highest)
+    free = torch.where(clipped | ~acts, 0.0, log_ratio).exp()
+    held = torch.maximum(torch.minimum(ratio, highest), lowest)
+    return ratio, torch.where(clipped, held, free) * advantages
 
 
 def _clipped(ratio: Tensor, tokens: Tokens, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,7 +240,7 @@ def policy_objective(
         entropy_coef=entropy_coef, policy_norm=policy_norm, kl_norm=kl_norm,
         nan_logprobs=nan_logprobs, metrics=True,
     )  # fmt: skip
-    if not rows.is_captured(logprobs):
+    if not (rows.is_captured(logprobs) or rows.is_unreadable(logprobs)):
         arguments.check(1)
     dtype = rows.math_dtype(logprobs)
     flat, known = logprobs.reshape(-1).to(dtype), torch.ones_like(arguments.trained())

@@ -268,14 +268,23 @@ def _check_inplace(logits: Tensor, chosen: str) -> None:
     if not (torch.is_grad_enabled() and logits.requires_grad):
         raise ValueError("inplace_grad=True: expected logits that require a gradient")
     same = _rows.strided_rows(logits)[0].untyped_storage() is logits.untyped_storage()
-    if not same or any(
-        s == 0 and n > 1 for s, n in zip(logits.stride(), logits.shape, strict=True)
-    ):
+    if not same or _overlaps(logits):
         raise ValueError(
-            "inplace_grad=True: expected logits with a contiguous last dimension and no repeated "
-            f"rows, found strides {logits.stride()}"
+            "inplace_grad=True: expected logits with a contiguous last dimension and rows that "
+            f"share no memory, found strides {logits.stride()}"
         )
     if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
         raise ValueError(
             "inplace_grad=True: expected logits that an op computed, found a leaf or a view of one"
         )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements may share memory: those of a smaller stride reach the next larger one."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False

@@ -115,6 +115,10 @@ def flat_temperature(
         if temperature.ndim > 0:
             return broadcast_floats("temperature", temperature, shape, dtype)
         return temperature.detach().reshape(1).to(dtype)
+    if not isinstance(temperature, numbers.Real):
+        raise TypeError(
+            f"temperature: expected a number or a tensor, found {type(temperature).__name__}"
+        )
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a positive finite number, found {temperature}")
     return None
@@ -270,7 +274,7 @@ def logprobs_of(
 ) -> tuple[Tensor, Tensor | None]:  # (N,), (N,)
     """Logprob of each id and entropy of each row in differentiable PyTorch, -inf logits allowed."""
     z = scaled(logits, temperature, logit_scale, logit_softcap)
-    logprobs = z - torch.logsumexp(z, -1, keepdim=True)
+    logprobs = z.log_softmax(-1)
     chosen = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1)
     if not entropy:
         return chosen, None

@@ -152,7 +152,7 @@ class Tokens:
             raise ValueError(
                 f"clip_ratio_max: expected a number above 1 or None, found {self.clip_ratio_max}"
             )
-        if not math.isfinite(self.entropy_coef):
+        if not -math.inf < self.entropy_coef < math.inf:
             raise ValueError(f"entropy_coef: expected a finite number, found {self.entropy_coef}")
         own_kl_norm = self.kl_norm is not None or self.kl_norm_value >= 0
         if self.norm_is_late and own_kl_norm:
@@ -175,6 +175,7 @@ def log_threshold(prob_threshold: float | None) -> float:
     """Its logarithm, infinity for None. Raises ValueError for a threshold outside (0, 1]."""
     if prob_threshold is None:
         return math.inf
+    _check_numbers(prob_threshold=prob_threshold)
     if not 0 < prob_threshold <= 1:
         raise ValueError(f"prob_threshold: expected (0, 1] or None, found {prob_threshold}")
     return math.log(prob_threshold)
@@ -221,14 +222,15 @@ def prepare(
     )
     rows.check_tensors(token_ids=token_ids)
     rows.check_scaling(logit_scale, logit_softcap)
-    bounds = dict(
+    bounds = _bounds(
         clip_eps_low=clip_eps_low, clip_eps_high=clip_eps_high, clip_ratio_max=clip_ratio_max,
         log_ratio_clamp=log_ratio_clamp, kl_clamp=kl_clamp,
     )  # fmt: skip
-    bounds = {name: math.inf if x is None else x for name, x in bounds.items()}
-    _check_numbers(**bounds, kl_coef=kl_coef, entropy_coef=others["entropy_coef"])
+    _check_numbers(kl_coef=kl_coef, entropy_coef=others["entropy_coef"])
+    _check_flags(kl_ratio=others["kl_ratio"], metrics=others["metrics"])
     _check_names(kl_coef, kl_estimator, kl_scope, nan_logprobs, ref_logprobs)
     dtype = rows.math_dtype(like)
+    ids = rows.flat_ids("token_ids", token_ids, shape)  # first: it tells most about a wrong shift
     for k, x in others.items():
         if k in _TENSORS and not (x is None and TYPES[k] == "Tensor?"):
             flatten = rows.broadcast_floats if "broadcast" in _TENSORS[k] else rows.flat_floats
@@ -237,7 +239,7 @@ def prepare(
     z_kl, z_kl_value = (z, z_value) if kl_norm is None else _norm("kl_norm", kl_norm, dtype)
     heat = rows.flat_temperature(temperature, shape, dtype)
     tokens = Tokens(
-        token_ids=rows.flat_ids("token_ids", token_ids, shape),
+        token_ids=ids,
         loss_mask=rows.flat_mask("loss_mask", loss_mask, shape),
         temperature=heat,
         policy_norm=z,
@@ -260,10 +262,25 @@ def prepare(
     return tokens
 
 
+def _bounds(**options: float | None) -> dict[str, float]:
+    """None is no bound."""
+    bounds = {name: math.inf if x is None else x for name, x in options.items()}
+    _check_numbers(**bounds)
+    return bounds
+
+
 def _check_numbers(**options: Any) -> None:
+    """Raise TypeError for what is no number. A kernel would take a tensor's address for one."""
     for name, value in options.items():
         if not isinstance(value, numbers.Real):
-            raise TypeError(f"{name}: expected a number, found {type(value).__name__}")
+            found = "a tensor: use .item()" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}: expected a number, found {found}")
+
+
+def _check_flags(**options: Any) -> None:
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, found {value!r}")
 
 
 def _check_names(

@@ -63,8 +63,9 @@ def policy_term(ratio, ratio_slope, row, tokens, advantage, policy_scale):
     held = tl.where(low, floor, tl.where(high, ceiling, ratio))
     held = tl.where(most, tokens.clip_ratio_max, held)
     scale = -policy_scale * of_token(tokens.weights, row, 1.0) * advantage
-    policy = tl.where(advantage == 0, 0.0, scale * held)
-    slope = tl.where(low | high | most | (advantage == 0), 0.0, scale * ratio_slope)
+    idle = (advantage == 0) | (policy_scale == 0)
+    policy = tl.where(idle, 0.0, scale * held)
+    slope = tl.where(low | high | most | idle, 0.0, scale * ratio_slope)
     return policy, low.to(tl.float32), high.to(tl.float32), most.to(tl.float32), slope
 
 

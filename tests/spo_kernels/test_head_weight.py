@@ -10,7 +10,18 @@ import torch
 from kernel_cases import needs_fast, on_cpu_tensors
 from torch import nn
 from torch.utils import _pytree
-from transformers import Gemma2Config, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
 
 from spo_kernels import (
     FusedPolicyLoss,
@@ -22,6 +33,11 @@ from spo_kernels import (
 
 pytestmark = [on_cpu_tensors, needs_fast("policy_loss")]
 V, D = 23, 8
+SMALL = {
+    **{"vocab_size": V, "hidden_size": D, "intermediate_size": 12, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4},
+}
+ROBERTA = {k: x for k, x in SMALL.items() if k not in ("num_key_value_heads", "head_dim")}
 
 
 def causal(tied=False):
@@ -121,15 +137,32 @@ def test_what_the_module_refuses():
         FusedPolicyLoss(causal(), clip=0.2)
     with pytest.raises(ValueError, match="expected a model with get_output_embeddings"):
         FusedPolicyLoss(nn.ReLU())
-    model = causal()
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="expected logit_softcap=30.0, since.*softcapping=30.0"):
-        FusedPolicyLoss(model)
-    assert Gemma2Config().final_logit_softcapping == 30.0  # the name that transformers uses
-    del model.config.final_logit_softcapping
-    model.config.logits_scaling = 8.0
-    with pytest.raises(ValueError, match="expected logit_scale=1 / 8.0, since.*logits_scaling=8.0"):
-        FusedPolicyLoss(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (
+            Gemma2ForCausalLM(Gemma2Config(**SMALL)),
+            {},
+            "logit_softcap: expected .*=30.0, which Gem",
+        ),
+        (Gemma2ForCausalLM(Gemma2Config(**SMALL)), {"logit_softcap": 20.0}, "=30.0, .* found 20.0"),
+        (GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)), {}, "logit_scale=0.125"),
+        (LlamaForCausalLM(LlamaConfig(**SMALL)), {"logit_scale": 2.0}, "expected logit_scale=1.0"),
+        (
+            RobertaForCausalLM(RobertaConfig(**ROBERTA, is_decoder=True)),
+            {},
+            "the last hidden state",
+        ),
+    ],
+)
+def test_the_module_takes_the_logits_that_the_model_makes(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        FusedPolicyLoss(model, **options)
+    FusedPolicyLoss(model, hidden_states=lambda m, x: m.base_model(x).last_hidden_state)
+    if isinstance(model, Gemma2ForCausalLM):
+        FusedPolicyLoss(model, logit_softcap=30.0)
 
 
 def test_a_call_refuses_what_the_model_would_swallow():

@@ -84,3 +84,14 @@ def test_a_leaf_and_its_view_are_refused(positions):
     with pytest.raises(ValueError, match="that an op computed, found a leaf"):
         loss_of(leaf if positions == 3 else leaf[:, :3], inplace_grad=True)
     assert not leaf.any()
+
+
+def test_rows_that_overlap_are_refused():
+    """The gradient of one would be read as the logits of the next."""
+    base = torch.randn(60, requires_grad=True)
+    ids, old = torch.arange(3), torch.full((3,), -2.0)
+    for rows in ((base * 1).unfold(0, 9, 2)[:3], (base * 1).as_strided((3, 9), (8, 1))):
+        with pytest.raises(ValueError, match="rows that share no memory"):
+            masked_ppo_loss(rows, ids, old, torch.ones(3), inplace_grad=True)
+    fits = (base * 1).as_strided((3, 9), (10, 1))
+    masked_ppo_loss(fits, ids, old, torch.ones(3), inplace_grad=True).loss.backward()

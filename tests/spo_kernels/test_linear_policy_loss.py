@@ -375,6 +375,19 @@ def test_fixed_capacity(monkeypatch, states, budget):
 
 
 @needs_native
+@pytest.mark.parametrize("kept", [0, 3])
+def test_free_rows_of_a_capacity_read_no_state(monkeypatch, kept):
+    """They have the first state, which may be padding: NaN."""
+    tensors, arguments = make(6, 9, 4)
+    arguments |= {"prob_threshold": None, "loss_mask": torch.arange(6) > 5 - kept}
+    _, want = evaluate(tensors, arguments, FAST)
+    tensors["hidden"][0] = math.nan
+    monkeypatch.setattr(rows, "is_captured", lambda _: True)
+    _, grads = evaluate(tensors, {**arguments, "max_active": 6}, FAST)
+    torch.testing.assert_close(grads, want)
+
+
+@needs_native
 def test_fixed_capacity_overflows(monkeypatch):
     """Beyond the capacity the flag is set and the first rows are what is trained."""
     tensors, arguments = make(24, 40, 6)

@@ -76,6 +76,16 @@ def test_dual_clip_by_hand(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_no_clips(backend):
+    """None is no bound: REINFORCE with an importance weight."""
+    old = [HALF - math.log(ratio) for ratio in (4, 0.1)]
+    clips = {"clip_eps_low": None, "clip_eps_high": None}
+    out, grads = two_way(2, old, [1.0, -1.0], backend, **clips)
+    assert out.loss.item() == pytest.approx(-4 + 0.1) and out.clipfrac == 0
+    torch.testing.assert_close(grads, tensor([-4.0, 0.1]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_by_hand(backend):
     """They multiply their terms; Z does not know them, and a negative one turns its term around."""
     weights = tensor([2.0, 0.0, -1.0])
@@ -288,6 +298,73 @@ def test_objective_compiles_and_has_second_derivatives():
     assert_compiles(step, inputs.old_logprobs + 0.1)
     leaf = (inputs.old_logprobs.double() + 0.1).requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x: step(x)[0], leaf)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_an_infinite_ratio_that_is_clipped_has_no_gradient(backend, advantage):
+    """Nor has a weight that is not finite where the advantage is 0."""
+    options = {"clip_ratio_max": 3.0, "policy_norm": 2}
+    out, grads = two_way(2, [-120.0, HALF], [advantage, 1.0], backend, **options)
+    assert out.loss.item() == pytest.approx(-(1.2 + 1) / 2 if advantage > 0 else (3 - 1) / 2)
+    torch.testing.assert_close(grads, tensor([0.0, -0.5]))
+    weights = tensor([math.inf, 1.0])
+    out, grads = two_way(2, [HALF, HALF], [0.0, 1.0], backend, weights=weights, metrics=True)
+    assert out.loss == -1
+    torch.testing.assert_close(grads, tensor([0.0, -1.0]))
+    kl = {"ref_logprobs": tensor([-math.inf, 0.0]), "kl_coef": 1.0, "kl_clamp": None}
+    norms = {"policy_norm": 0, "kl_norm": 0}  # a norm of 0 gives loss 0, whatever the terms are
+    out, grads = two_way(2, [-120.0, HALF], [-1.0, 1.0], backend, **norms, **kl)
+    assert out.loss == 0 and (grads == 0).all()
+
+
+def test_objective_of_tensors_without_data():
+    old, advantages = torch.zeros(4, device="meta"), torch.zeros(4, device="meta")
+    logprobs = torch.zeros(4, device="meta", requires_grad=True)
+    out = policy_objective(logprobs, old, advantages)
+    out.loss.backward()
+    assert out.loss.shape == () and logprobs.grad.is_meta
+    many = torch.rand(3, 4) - 2
+    one_by_one = [policy_objective(x, x.roll(1), torch.ones(4)).loss for x in many]
+    found = torch.vmap(lambda x: policy_objective(x, x.roll(1), torch.ones(4)).loss)(many)
+    torch.testing.assert_close(found, torch.stack(one_by_one))
+
+
+@needs_native
+def test_annealed_numbers_do_not_compile_again():
+    """torch.compile makes a number dynamic as soon as it changes."""
+    inputs = loss_inputs(6, 9)
+    arguments = [getattr(inputs, f) for f in ("token_ids", "old_logprobs", "advantages")]
+    names = (
+        "entropy_coef",
+        "clip_eps_high",
+        "kl_clamp",
+        "temperature",
+        "policy_norm",
+        "logit_scale",
+    )
+
+    def step(logits, value):
+        return masked_ppo_loss(logits, *arguments, **dict.fromkeys(names, value)).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager", dynamic=True)
+    for value in (0.5, 0.4, 0.3):
+        torch.testing.assert_close(compiled(inputs.logits, value), step(inputs.logits, value))
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["entropy_coef", "clip_eps_low", "clip_ratio_max", "kl_clamp"])
+def test_a_tensor_is_no_number(name):
+    """A kernel would take its address for one."""
+    inputs = loss_inputs(4, 5)
+    arguments = inputs.logits, inputs.token_ids, inputs.old_logprobs, inputs.advantages
+    with pytest.raises(
+        TypeError, match=rf"{name}: expected a number, found a tensor: use .item\(\)"
+    ):
+        masked_ppo_loss(*arguments, **{name: tensor(1.5)})
+    for flag in ("metrics", "kl_ratio"):
+        with pytest.raises(TypeError, match=f"{flag}: expected True or False, found 'yes'"):
+            masked_ppo_loss(*arguments, **{flag: "yes"})
 
 
 @pytest.mark.parametrize(

@@ -319,7 +319,7 @@ def test_inplace_grad_guards_other_uses():
     with pytest.raises(ValueError, match="require a gradient"):
         masked_ppo_loss(inputs.logits, *arguments, inplace_grad=True)
     repeated = inputs.logits[:1].clone().requires_grad_().expand(4, 16)
-    with pytest.raises(ValueError, match="no repeated rows"):
+    with pytest.raises(ValueError, match="rows that share no memory"):
         masked_ppo_loss(repeated, *arguments, inplace_grad=True)
 
 
@@ -614,6 +614,12 @@ def test_second_derivatives_are_refused():
         ({"policy_norm": tensor(math.nan)}, ValueError, "policy_norm: expected a finite count"),
         ({"policy_norm": torch.ones(2)}, ValueError, "policy_norm: expected one number"),
         ({"log_ratio_clamp": 0}, ValueError, "log_ratio_clamp: expected a positive number"),
+        ({"kl_coef": None}, TypeError, "kl_coef: expected a number, found NoneType"),
+        ({"entropy_coef": "1"}, TypeError, "entropy_coef: expected a number, found str"),
+        ({"clip_eps_low": [0.2]}, TypeError, "clip_eps_low: expected a number, found list"),
+        ({"prob_threshold": "x"}, TypeError, "prob_threshold: expected a number, found str"),
+        ({"temperature": [0.5]}, TypeError, "temperature: expected a number or a tensor"),
+        ({"token_ids": torch.zeros(3).long()}, ValueError, "token_ids: expected the tokens' shape"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of"),
     ],
 )

@@ -238,7 +238,10 @@ OPTIONS = {
 @pytest.mark.parametrize("from_logits", [True, False])
 @pytest.mark.parametrize("captured", [True, False])
 def test_launches_and_syncs(gpu, monkeypatch, captured, from_logits, name):
-    """At most six launches besides the products, and one wait; none where a graph is captured."""
+    """At most six launches besides the products, and one wait; none where a graph is captured.
+
+    There a seventh launch clears the hidden state of rows that no token has.
+    """
     inputs = loss_inputs(40, 96, BF16, kept=0.5)
     arguments = (inputs.token_ids.int(), inputs.old_logprobs, inputs.advantages[:1])
     states, matrix, _ = case(96, BF16, BF16)
@@ -250,7 +253,7 @@ def test_launches_and_syncs(gpu, monkeypatch, captured, from_logits, name):
     mode = launches(lambda: op(*leaves, *arguments, **options), monkeypatch)
     assert len(mode.syncs) <= (0 if captured else 1), mode.syncs
     assert len(gpu) == (0 if from_logits else 3)
-    assert len(mode.launches) <= 6, mode.launches
+    assert len(mode.launches) <= 6 + (captured and not from_logits), mode.launches
 
 
 def test_the_budget_of_a_gpu(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spo_kernels.integrations import patch_transformers
-from spo_kernels.integrations.transformers_model import _measure
+from spo_kernels.model_logits import measure
 
 transformers = pytest.importorskip("transformers")
 
@@ -86,14 +86,14 @@ def test_logprobs_entropy_and_gradients_are_those_of_the_models_logits(name):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_the_forward_does_to_the_logits_is_measured(name, expected, dtype):
-    assert _measure(make(name, dtype)) == expected
+    assert measure("patch_transformers", make(name, dtype)) == expected
 
 
 def test_a_soft_cap_far_beyond_the_logits_is_found():
     """The logits of an untrained model do not reach a cap of 30: the probe does."""
     model = make("gemma2, a soft cap")
     model.config.final_logit_softcapping = 30.0
-    assert _measure(model) == {"logit_softcap": 30.0}
+    assert measure("patch_transformers", model) == {"logit_softcap": 30.0}
 
 
 def test_without_token_ids_the_forward_is_the_models_own():
