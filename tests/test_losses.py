@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests" / "rivals"))
 
 import losses  # noqa: E402
-from rows import NAMES, batch, error, ours  # noqa: E402
+from rows import NAMES, REACHES, batch, emptied, error, far, ours  # noqa: E402
 
 CODES = list(dict.fromkeys(row.code for row in losses.ROWS))
 PAGE = (ROOT / "docs" / "losses.md").read_text()
@@ -34,6 +34,24 @@ def test_a_snippet_agrees_with_itself_in_fp64(code):
     )
     assert want_grad.dtype == torch.float64
     assert error(loss, want) < 1e-5 and error(dlogits, want_grad) < 1e-5
+
+
+@pytest.mark.parametrize("code", CODES, ids=lambda c: c.splitlines()[-1])
+def test_far_from_the_centre_too(code):
+    for reach in REACHES:
+        (loss, dlogits), (want, want_grad) = (
+            ours(code, far(reach, dtype)) for dtype in (torch.float32, torch.float64)
+        )
+        torch.testing.assert_close(loss.double(), want, rtol=1e-4, atol=1e-6)  # terms may cancel
+        assert error(dlogits, want_grad) < 1e-4, reach
+
+
+@pytest.mark.parametrize("code", CODES, ids=lambda c: c.splitlines()[-1])
+def test_a_sequence_of_which_no_token_trains(code):
+    names = emptied()
+    loss, dlogits = ours(code, names)
+    assert loss.isfinite() and dlogits.isfinite().all()
+    assert (dlogits[~names["mask"]] == 0).all() and (dlogits[names["mask"]] != 0).any()
 
 
 def test_snippets_are_few_lines_of_named_things():

@@ -38,9 +38,9 @@ NOTES = {
     "first half of the batch is chosen, the second rejected.",
     "verl 0.9.1": "A name in quotation marks is a `loss_mode`; without one: vanilla. "
     "`loss_agg_mode` is token-mean where none is named, seq-mean-token-mean for gspo, sapo and "
-    "`entropy_coeff`.",
+    "`entropy_coeff`. `sequences` counts those that train a token.",
     "OpenRLHF 0.11.2": "Options of `PolicyLoss`, unless a class is named; `kl_estimator` is that "
-    "of its KL loss, with a coefficient of 0.1.",
+    "of its KL loss, with a coefficient of 0.1. `sequences` counts those that train a token.",
     "torchtune 0.6.1": "",
     "prime-rl": "In no registry: compared with its formula, and with numbers worked by hand.",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,11 +19,15 @@ NAMES = {
     "ref": "(B, L), logprobs of the reference policy",
     "advantages": "(B, 1), one per sequence",
     "mask": "(B, L) bool, the trained tokens",
-    "lengths": "(B, 1), `mask.sum(-1, keepdim=True)`",
+    "lengths": "(B, 1), `mask.sum(-1, keepdim=True).clamp(min=1)`",
     "tokens": "a number: the trained tokens of the optimiser step",
     "sequences": "a number: the sequences of the optimiser step",
     "longest": "a number: the maximum of a completion's length",
 }
+
+
+NUMBERS = ("logits", "old", "sampled", "ref", "advantages")
+REACHES = (3.0, 8.0, 12.0, 25.0)  # of `far`: within all bounds, near 10, between 10 and 20, beyond
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,46 @@ def batch(dtype: torch.dtype = torch.float32) -> dict:
     numbers = {name: value.to(dtype) for name, value in made.items()}
     mask = torch.arange(L) < lengths
     return numbers | dict(ids=ids, mask=mask, lengths=lengths, tokens=50, sequences=B, longest=L)
+
+
+def far(reach: float, dtype: torch.dtype = torch.float32) -> dict:
+    """The batch with log-ratios and reference differences of +-`reach`, alone and together.
+
+    They are in sequences of both signs of the advantage; the one of one token has a ratio alone.
+    """
+    names = batch(torch.float64)
+    logits, ids, old, sampled = (names[x] for x in ("logits", "ids", "old", "sampled"))
+    noise = sampled - old
+    for i, j in itertools.product(range(3), (1, 3, 5)):  # rare: others may be likelier by far
+        others = logits[i, j].scatter(0, ids[i, j], -torch.inf)
+        logits[i, j, ids[i, j]] = others.max() - reach - 1
+    logprobs = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    signs = {"old": {0: -1, 1: 1, 3: 0, 4: -1, 5: 1}, "ref": {1: 0, 2: -1, 3: 1, 4: -1, 5: 1}}
+    for name in signs:
+        for j, sign in signs[name].items():
+            names[name][:3, j] = logprobs[:3, j] + sign * reach - 0.1
+    old[3, 0] = logprobs[3, 0] - reach
+    names["sampled"] = (old + noise).clamp(max=-0.01)
+    return {k: v.to(dtype) if k in NUMBERS else v for k, v in names.items()}
+
+
+def emptied(dtype: torch.dtype = torch.float32) -> dict:
+    """The batch with a sequence of which no token trains."""
+    names = batch(dtype)
+    mask = names["mask"].clone()
+    mask[2] = False
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    return names | dict(mask=mask, lengths=lengths, tokens=int(mask.sum()))
+
+
+def token_error(got: Tensor, want: Tensor) -> float:
+    """The largest deviation of gradients (B, L, V), as a share of that of the same token.
+
+    A loss that one token dominates would hide the others in `error`.
+    """
+    size = want.double().abs().amax(-1)
+    floor = 1e-6 * size[size > 0].median()
+    return float(((got.double() - want.double()).abs().amax(-1) / (size + floor)).max())
 
 
 def error(got: Tensor, want: Tensor) -> float:

@@ -85,7 +85,7 @@ margin = 0.1 * ((ours[0] - ours[1]).sort()[0] - (theirs[0] - theirs[1]).sort()[0
     + "blend = (margin / 0.05).sigmoid()\n"
     + f"loss = ((-margin).exp() * blend - {PLUS} * (1 - blend)).mean()",
     "sft": LOGPROBS
-    + "chosen = mask & (torch.arange(len(mask)) < len(mask) // 2)[:, None]\n"
+    + "chosen = mask & (torch.arange(len(mask), device=mask.device) < len(mask) // 2)[:, None]\n"
     + "loss = -logprobs[chosen].mean()",
     "sigmoid_norm": MEANS + f"loss = -{logistic('0.1 * (chosen - rejected)')}.mean()",
 }

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import torch
 from rows import Row
-from snippets import BY_SEQUENCE_KL, GSPO, LOGPROBS, SAPO, VESPO, by_sequence, cispo, clipped
+from snippets import (
+    BY_SEQUENCE_KL,
+    GSPO_MEAN,
+    LOGPROBS,
+    LUSPO,
+    SAPO,
+    UNBOUNDED_BY_SEQUENCE,
+    VESPO,
+    cispo,
+    clipped,
+    unbounded,
+)
 from torch import Tensor
 
 
@@ -45,15 +56,17 @@ def pairs(name: str, **options):
 
 SUMS = LOGPROBS + "chosen, rejected = (logprobs * mask).sum(-1).chunk(2)\n"
 MEANS = LOGPROBS + "chosen, rejected = ((logprobs * mask).sum(-1) / lengths[:, 0]).chunk(2)\n"
+# The odds of a probability of 1, as of a sequence without a token, are infinite.
+NOT_SURE = MEANS.replace(".chunk", ".clamp(max=-1e-6).chunk")
 LOGISTIC = "loss = -torch.nn.functional.logsigmoid({}).mean()"
 CPO = SUMS + LOGISTIC.format("0.1 * (chosen - rejected)")
 ODDS = (
-    MEANS
+    NOT_SURE
     + """\
 odds = chosen - rejected - ((1 - chosen.exp()) / (1 - rejected.exp())).log()
 loss = -0.1 * torch.nn.functional.logsigmoid(odds).mean()"""
 )
-KL = "\n    kl_coef=0.1, ref_logprobs=ref, kl_clamp=None, policy_norm=tokens,"
+KL = "policy_norm=tokens,\n    kl_coef=0.1, ref_logprobs=ref, kl_clamp=None"
 
 
 def row(option: str, theirs, code: str) -> Row:
@@ -61,29 +74,29 @@ def row(option: str, theirs, code: str) -> Row:
 
 
 ROWS = [
-    row('loss_type="dapo"', grpo(), clipped("policy_norm=tokens")),
-    row('loss_type="grpo"', grpo(loss_type="grpo"), by_sequence()),
-    row('loss_type="bnpo"', grpo(loss_type="bnpo"), clipped()),
+    row('loss_type="dapo"', grpo(), unbounded("policy_norm=tokens")),
+    row('loss_type="grpo"', grpo(loss_type="grpo"), UNBOUNDED_BY_SEQUENCE),
+    row('loss_type="bnpo"', grpo(loss_type="bnpo"), unbounded()),
     row('loss_type="dr_grpo"', grpo(loss_type="dr_grpo", max_completion_length=17),
-        clipped("\n    policy_norm=sequences * longest,")),
+        unbounded("policy_norm=sequences * longest")),
     row('loss_type="luspo", importance_sampling_level="sequence"',
         grpo(loss_type="luspo", importance_sampling_level="sequence"),
-        GSPO + "\nloss = (loss * lengths[:, 0]).mean()"),
+        LUSPO),
     row('loss_type="cispo", epsilon_high=1.2', grpo(loss_type="cispo", epsilon_high=1.2),
         cispo("", "1.2", "tokens")),
     row('loss_type="sapo"', grpo(loss_type="sapo"), SAPO),
     row('loss_type="vespo"', grpo(loss_type="vespo"), VESPO),
     row('loss_type="grpo", importance_sampling_level="sequence"',
-        grpo(loss_type="grpo", importance_sampling_level="sequence"), GSPO + ".mean()"),
+        grpo(loss_type="grpo", importance_sampling_level="sequence"), GSPO_MEAN),
     row("no old_per_token_logps (on-policy)", grpo(on_policy=True),
         clipped("policy_norm=tokens").replace("ids, old,", "ids, None,")),
-    row("delta=1.3", grpo(delta=1.3), clipped("\n    clip_ratio_max=1.3, policy_norm=tokens,")),
-    row("beta=0.1", grpo(beta=0.1), clipped(KL)),
+    row("delta=1.3", grpo(delta=1.3), unbounded("clip_ratio_max=1.3, policy_norm=tokens")),
+    row("beta=0.1", grpo(beta=0.1), unbounded(KL)),
     row('beta=0.1, loss_type="grpo"', grpo(beta=0.1, loss_type="grpo"), BY_SEQUENCE_KL),
     row("beta=0.1, use_bias_correction_kl=True", grpo(beta=0.1, use_bias_correction_kl=True),
-        clipped(KL + " kl_ratio=True,")),
+        unbounded(KL + ", kl_ratio=True")),
     row("vllm_is_ratio", grpo(importance="1.1"),
-        clipped("\n    weights=(old - sampled).exp().clamp(max=1.1), policy_norm=tokens,")),
+        unbounded("policy_norm=tokens,\n    weights=(old - sampled).exp().clamp(max=1.1)")),
     row("LigerFusedLinearCPOLoss",
         pairs("LigerFusedLinearCPOLoss"),
         CPO + "\nloss = loss - chosen.sum() / mask.chunk(2)[0].sum()"),

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 from rows import Row
-from snippets import GSPO, LOGPROBS, by_sequence, clipped
+from snippets import GSPO_MEAN, LOGPROBS, by_sequence, clipped, unbounded, with_kl
 from torch import Tensor
 
 from benchmarks.kernels.rivals import import_part
@@ -93,7 +93,7 @@ chosen, rejected = scores.chunk(2)
 DPO = SCORES + "loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()"
 
 BINARY_KL = """\
-p, q = sampled.exp(), old.exp()
+p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (sampled, old))
 kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
 near = kl <= 0.02
 weights = torch.where(near, (old - sampled).exp(), 0.0)
@@ -107,19 +107,17 @@ mean = (((old - sampled) * mask).sum(-1, keepdim=True) / lengths).exp()
 weights = torch.where((mean >= 0.9) & (mean <= 1.1), weights, 0.0)
 """
 )
-KL = "\n    kl_coef=0.1, ref_logprobs=ref, policy_norm=tokens,"
-
-
+K1 = "kl = (logprobs - ref).clamp(-10, 10)"
+K2 = "kl = ((logprobs - ref).square() / 2).clamp(max=10)"
+K3 = """\
+d = (ref - logprobs).clamp(max=10)
+kl = (d.exp() - d - 1).clamp(max=10)"""
 UNBIASED = (
-    LOGPROBS
-    + """\
-loss = policy_objective(
-    logprobs, old, advantages, loss_mask=mask, prob_threshold=None, policy_norm=tokens
-).loss
-d, ratio = ref - logprobs, (logprobs - old).exp().detach()
-surrogate = ratio * d.square() / 2
-kl = surrogate + (d.exp() - d - 1 - surrogate).detach()
-loss = loss + 0.1 * (kl * mask).sum() / tokens"""
+    K3
+    + """
+ratio = (logprobs - old).exp().clamp(max=10).detach()
+surrogate = ratio * (ref - logprobs).square() / 2
+kl = surrogate + (kl - surrogate).detach()"""
 )
 
 
@@ -139,7 +137,7 @@ ROWS = [
     row("token_level_loss=False", openrlhf(token_level_loss=False), by_sequence()),
     row("dual_clip=1.3", openrlhf(dual_clip=1.3),
         clipped("\n    clip_ratio_max=1.3, policy_norm=tokens,")),
-    row('policy_loss_type="gspo"', openrlhf(policy_loss_type="gspo"), GSPO + ".mean()"),
+    row('policy_loss_type="gspo"', openrlhf(policy_loss_type="gspo"), GSPO_MEAN),
     row('is_correction_level="token", is_correction_mode="clip"', gate("clip", 0.9, 1.1),
         GATE + "weights = weights.clamp(0.9, 1.1)\n" + WEIGHTED),
     row('is_correction_level="token", is_correction_mode="mask"', gate("mask", 0.9, 1.1),
@@ -149,12 +147,13 @@ ROWS = [
         gate("mask", 0.9, 1.1, level="seq"), SEQUENCE_GATE + WEIGHTED),
     row('is_correction_level="token", is_correction_gating="binary_kl"',
         gate("mask", -1.0, 0.02, gating="binary_kl"), BINARY_KL + WEIGHTED),
-    row('kl_estimator="k1"', openrlhf("k1"), clipped(KL + ' kl_estimator="k1",')),
-    row('kl_estimator="k2"', openrlhf("k2"), clipped(KL + ' kl_estimator="k2",')),
-    row('kl_estimator="k3"', openrlhf("k3"), clipped(KL + ' kl_estimator="k3",')),
-    row('kl_estimator="k3", unbiased_gradient=True', openrlhf("k3", unbiased=True), UNBIASED),
+    row('kl_estimator="k1"', openrlhf("k1"), with_kl(K1, "policy_norm=tokens")),
+    row('kl_estimator="k2"', openrlhf("k2"), with_kl(K2, "policy_norm=tokens")),
+    row('kl_estimator="k3"', openrlhf("k3"), with_kl(K3, "policy_norm=tokens")),
+    row('kl_estimator="k3", unbiased_gradient=True', openrlhf("k3", unbiased=True),
+        with_kl(UNBIASED, "policy_norm=tokens")),
     row("DPOLoss", preference("openrlhf.models.loss", "DPOLoss", beta=0.1), DPO),
-    Row("torchtune 0.6.1", "PPOLoss", torchtune, clipped()),
+    Row("torchtune 0.6.1", "PPOLoss", torchtune, unbounded()),
     Row("torchtune 0.6.1", "DPOLoss", preference("torchtune.rlhf.loss.dpo", "DPOLoss"), DPO),
     Row("torchtune 0.6.1", "RSOLoss", preference("torchtune.rlhf.loss.dpo", "RSOLoss"),
         SCORES + "loss = torch.relu(1 - 0.1 * (chosen - rejected)).mean()"),

@@ -5,7 +5,18 @@ from __future__ import annotations
 import tempfile
 
 from rows import Row
-from snippets import BY_SEQUENCE_KL, GSPO, LOGPROBS, SAPO, VESPO, by_sequence, cispo, clipped
+from snippets import (
+    BY_SEQUENCE_KL,
+    GSPO_MEAN,
+    LOGPROBS,
+    LUSPO,
+    SAPO,
+    UNBOUNDED_BY_SEQUENCE,
+    VESPO,
+    cispo,
+    clipped,
+    unbounded,
+)
 from torch import Tensor
 
 
@@ -82,7 +93,8 @@ with torch.no_grad():
     entropy = token_logprobs(logits, ids, loss_mask=mask, entropy=True)[1]
 unsure = mask & (entropy >= entropy[mask].quantile(0.6))
 loss = masked_ppo_loss(
-    logits, ids, old, advantages, loss_mask=unsure, prob_threshold=None, policy_norm=tokens
+    logits, ids, old, advantages, loss_mask=unsure, prob_threshold=None,
+    log_ratio_clamp=None, policy_norm=tokens,
 ).loss"""
 
 OFF_POLICY_MASK = (
@@ -91,12 +103,13 @@ OFF_POLICY_MASK = (
 kl = ((sampled - logprobs.detach()) * mask).sum(-1, keepdim=True) / lengths
 near = mask & ((advantages >= 0) | (kl <= 0.05))
 loss = policy_objective(
-    logprobs, old, advantages, loss_mask=near, prob_threshold=None, policy_norm=tokens
+    logprobs, old, advantages, loss_mask=near, prob_threshold=None,
+    log_ratio_clamp=None, policy_norm=tokens,
 ).loss"""
 )
 
-IMPORTANCE = clipped("\n    weights=(old - sampled).exp().clamp(max=1.1), policy_norm=tokens,")
-KL = "\n    kl_coef=0.1, ref_logprobs=ref, kl_clamp=None, policy_norm=tokens"
+IMPORTANCE = unbounded("policy_norm=tokens,\n    weights=(old - sampled).exp().clamp(max=1.1)")
+KL = "policy_norm=tokens,\n    kl_coef=0.1, ref_logprobs=ref, kl_clamp=None"
 
 
 def row(option: str, theirs, code: str) -> Row:
@@ -104,22 +117,22 @@ def row(option: str, theirs, code: str) -> Row:
 
 
 ROWS = [
-    row('loss_type="dapo"', grpo(loss_type="dapo"), clipped("policy_norm=tokens")),
+    row('loss_type="dapo"', grpo(loss_type="dapo"), unbounded("policy_norm=tokens")),
     row(
         'loss_type="grpo"',
         grpo(loss_type="grpo"),
-        by_sequence(),
+        UNBOUNDED_BY_SEQUENCE,
     ),
-    row('loss_type="bnpo"', grpo(loss_type="bnpo"), clipped()),
+    row('loss_type="bnpo"', grpo(loss_type="bnpo"), unbounded()),
     row(
         'loss_type="dr_grpo"',
         grpo(loss_type="dr_grpo"),
-        clipped("\n    policy_norm=sequences * longest,"),
+        unbounded("policy_norm=sequences * longest"),
     ),
     row(
         'loss_type="luspo", importance_sampling_level="sequence"',
         grpo(loss_type="luspo", importance_sampling_level="sequence"),
-        GSPO + "\nloss = (loss * lengths[:, 0]).mean()",
+        LUSPO,
     ),
     row('loss_type="cispo", epsilon_high=1.2', grpo(loss_type="cispo", epsilon_high=1.2),
         cispo("", "1.2", "tokens")),
@@ -128,21 +141,21 @@ ROWS = [
     row(
         'loss_type="grpo", importance_sampling_level="sequence"',
         grpo(loss_type="grpo", importance_sampling_level="sequence"),
-        GSPO + ".mean()",
+        GSPO_MEAN,
     ),
     row("num_iterations=1 (on-policy)", grpo(on_policy=True, loss_type="dapo"),
         clipped("policy_norm=tokens").replace("ids, old,", "ids, None,")),
     row("epsilon=0.1, epsilon_high=0.3", grpo(loss_type="dapo", epsilon=0.1, epsilon_high=0.3),
-        clipped("\n    clip_eps_low=0.1, clip_eps_high=0.3, policy_norm=tokens,")),
+        unbounded("clip_eps_low=0.1, clip_eps_high=0.3, policy_norm=tokens")),
     row("delta=1.3", grpo(loss_type="dapo", delta=1.3),
-        clipped("\n    clip_ratio_max=1.3, policy_norm=tokens,")),
-    row("beta=0.1", grpo(loss_type="dapo", beta=0.1), clipped(KL + ", kl_ratio=True,")),
+        unbounded("clip_ratio_max=1.3, policy_norm=tokens")),
+    row("beta=0.1", grpo(loss_type="dapo", beta=0.1), unbounded(KL + ", kl_ratio=True")),
     row("beta=0.1, use_bias_correction_kl=False",
-        grpo(loss_type="dapo", beta=0.1, use_bias_correction_kl=False), clipped(KL + ",")),
+        grpo(loss_type="dapo", beta=0.1, use_bias_correction_kl=False), unbounded(KL)),
     row('beta=0.1, use_bias_correction_kl=False, loss_type="grpo"',
         grpo(loss_type="grpo", beta=0.1, use_bias_correction_kl=False), BY_SEQUENCE_KL),
     row('entropy_coef=0.01, loss_type="bnpo"', grpo(loss_type="bnpo", entropy_coef=0.01),
-        clipped("entropy_coef=0.01")),
+        unbounded("entropy_coef=0.01")),
     row("top_entropy_quantile=0.4", grpo(loss_type="dapo", top_entropy_quantile=0.4), TOP_ENTROPY),
     row("off_policy_mask_threshold=0.05",
         grpo(loss_type="dapo", off_policy_mask_threshold=0.05), OFF_POLICY_MASK),

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from rows import Row
-from snippets import GSPO_TOKEN, LOGPROBS, RATIO, REINFORCE, SAPO, by_sequence, cispo, clipped
+from snippets import (
+    GSPO_TOKEN,
+    LOGPROBS,
+    RATIO,
+    REINFORCE,
+    SAPO,
+    WEIGHT,
+    by_sequence,
+    cispo,
+    clipped,
+    with_kl,
+)
 from torch import Tensor
 
 
@@ -42,32 +53,28 @@ def kl(kind: str):
 
 DUAL = "\n    clip_ratio_max=3.0, policy_norm=tokens,"
 KL = DUAL + "\n    kl_coef=0.1, ref_logprobs=ref,"
-ABSOLUTE = (
-    LOGPROBS
-    + """\
-loss = policy_objective(
-    logprobs, old, advantages, loss_mask=mask, prob_threshold=None,
-    clip_ratio_max=3.0, policy_norm=tokens,
-).loss
-loss = loss + 0.1 * ((logprobs - ref).abs() * mask).sum() / tokens"""
-)
-STRAIGHT = ABSOLUTE.replace("(logprobs - ref).abs()", "kl").replace(
-    "\nloss = policy_objective",
-    "\nd = ref - logprobs\nkl = d.square() / 2 + (d.exp() - d - 1 - d.square() / 2).detach()"
-    "\nloss = policy_objective",
+K3 = """\
+d = (ref - logprobs).clamp(-20, 20)
+kl = (d.exp() - d - 1).clamp(max=10)"""
+STRAIGHT = (
+    K3
+    + """
+surrogate = (logprobs - ref).square() / 2
+kl = surrogate + (kl - surrogate).detach()"""
 )
 
 DPPO = (
-    RATIO
+    LOGPROBS
+    + WEIGHT.format(most=3)
     + """\
 p, q = logprobs.detach().exp(), old.exp()
 {near}
-weight = ratio.detach().clamp(max=3)
 loss = -(weight * advantages * logprobs * near * mask).sum() / tokens"""
 )
 TV = "near = torch.where(advantages > 0, p - q <= 0.05, q - p <= 0.05)"
 BINARY_KL = """\
-kl = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+rest = ((1 - q + 1e-8) / (1 - p + 1e-8)).log()
+kl = q * (old - logprobs.detach()) + (1 - q) * rest
 near = (kl <= 0.01) | torch.where(advantages > 0, p <= q, p >= q)"""
 
 COVARIANCE = """\
@@ -82,7 +89,7 @@ clipped = (ratio - 1) * advantages.sign() > 0.2
 unstable = (cov > 0.1) & (cov < 5) & ~clipped
 loss = policy_objective(
     logprobs, old, advantages, loss_mask=mask & ~unstable, prob_threshold=None,
-    policy_norm=tokens,
+    log_ratio_clamp=None, policy_norm=tokens,
 ).loss"""
 )
 KL_COV = (
@@ -101,7 +108,7 @@ GMPO = (
 sign, log_ratio = advantages.sign(), logprobs - old
 held = sign * torch.minimum(sign * log_ratio, sign * log_ratio.clamp(-0.2, 0.2))
 ratio = ((held * mask).sum(-1) / lengths[:, 0]).exp()
-loss = -(advantages[:, 0] * ratio).mean()"""
+loss = -(advantages[:, 0] * ratio * mask.any(-1)).mean()"""
 )
 
 DRO = (
@@ -111,8 +118,10 @@ penalty = 0.5 * 0.3 * (logprobs - old).square()
 loss = ((penalty - logprobs * advantages) * mask).sum() / tokens"""
 )
 
-TRUNCATED = RATIO + (
-    "loss = -(ratio.detach().clamp(max=1.1) * advantages * logprobs * mask).sum() / tokens"
+TRUNCATED = (
+    LOGPROBS
+    + WEIGHT.format(most=1.1)
+    + "loss = -(weight * advantages * logprobs * mask).sum() / tokens"
 )
 
 
@@ -147,9 +156,9 @@ ROWS = [
         clipped(DUAL + "\n    weights=(old - sampled).exp().clamp(max=1.1),")),
     row('kl_loss_type="kl" (k1)', kl("kl"), clipped(KL + ' kl_estimator="k1",')),
     row('kl_loss_type="mse" (k2)', kl("mse"), clipped(KL + ' kl_estimator="k2",')),
-    row('kl_loss_type="low_var_kl" (k3)', kl("low_var_kl"), clipped(KL + " kl_clamp=20,")),
-    row('kl_loss_type="k3+"', kl("k3+"), STRAIGHT),
-    row('kl_loss_type="abs"', kl("abs"), ABSOLUTE),
+    row('kl_loss_type="low_var_kl" (k3)', kl("low_var_kl"), with_kl(K3, DUAL)),
+    row('kl_loss_type="k3+"', kl("k3+"), with_kl(STRAIGHT, DUAL)),
+    row('kl_loss_type="abs"', kl("abs"), with_kl("kl = (logprobs - ref).abs()", DUAL)),
     row("entropy_coeff=0.01", actor(entropy_coeff=0.01, agg="seq-mean-token-mean"),
         by_sequence("clip_ratio_max=3.0") + "\nentropy = token_logprobs("
         "logits, ids, loss_mask=mask, entropy=True)[1]"

@@ -8,10 +8,21 @@ from importlib import metadata
 import pytest
 import torch
 from losses import PACKAGES, ROWS
-from rows import batch, error, ours, theirs
+from rows import REACHES, Row, batch, emptied, error, far, ours, theirs, token_error
 from rows_others import PRIME
 
 ERROR = 1e-5  # both sides compute in fp32
+LIGER = "Liger 0.8.5"  # computes in fp32 whatever it is given
+# Tokens of `far` where nothing of the library's gradient is left but rounding: the parts of k3 and
+# of the ratio, each e^reach, cancel to `reach`.
+CANCELLED = {(LIGER, "beta=0.1, use_bias_correction_kl=True"): (3, 5)}
+# Whose `sequences` count those only that train a token.
+COUNT_TRAINED = ("verl 0.9.1", "OpenRLHF 0.11.2")
+NAN_OF_EMPTY = (  # divide by the length of an empty sequence
+    "LigerFusedLinearSimPOLoss, compute_nll_loss=False",
+    "LigerFusedLinearORPOLoss, compute_nll_loss=False",
+)
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r.library}: {r.option}")
 
 
 def is_installed(package, version):
@@ -21,16 +32,48 @@ def is_installed(package, version):
         return False
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r.library}: {r.option}")
-def test_loss_and_gradient_are_theirs(row):
+def need(row: Row) -> None:
     package = PACKAGES[row.library]
     if package and not is_installed(package, row.library.split()[-1]):
         pytest.skip(f"{row.library} is not installed here")
+
+
+@every_row
+def test_loss_and_gradient_are_theirs(row):
+    need(row)
     names = batch()
     (loss, dlogits), (want, want_grad) = ours(row.code, names), theirs(row, names)
     assert want.abs() > 1e-3 and float(want_grad.abs().max()) > 1e-3
     assert error(loss, want) < ERROR
     assert error(dlogits, want_grad) < ERROR
+
+
+@every_row
+def test_beyond_the_bounds_too(row):
+    """Where log-ratios and reference differences reach the bounds of either side, by token."""
+    need(row)
+    single = row.library == LIGER
+    for reach in REACHES:
+        names = far(reach, torch.float32 if single else torch.float64)
+        (loss, dlogits), (want, want_grad) = ours(row.code, names), theirs(row, names)
+        assert torch.isfinite(want) and torch.isfinite(want_grad).all()
+        left_out = CANCELLED.get((row.library, row.option), ())
+        kept = [j for j in range(dlogits.shape[1]) if j not in left_out]
+        assert error(loss, want) < (1e-4 if single else ERROR), reach
+        assert token_error(dlogits[:, kept], want_grad[:, kept]) < 10 * ERROR, reach
+
+
+@every_row
+def test_with_a_sequence_of_which_no_token_trains(row):
+    need(row)
+    names = emptied()
+    if row.library in COUNT_TRAINED:
+        names["sequences"] = 3
+    (loss, dlogits), (want, want_grad) = ours(row.code, names), theirs(row, names)
+    if row.option in NAN_OF_EMPTY:
+        assert want.isnan() and loss.isfinite()
+    else:
+        assert error(loss, want) < ERROR and error(dlogits, want_grad) < ERROR
 
 
 def named_in(function):
