@@ -81,10 +81,11 @@ bench-check: setup
 
 rivals: $(RIVALS:%=build/rivals/%/.ready)
 
-# Torch and what else $(VENV) holds is shared by a path file; pip resolves nothing.
+# Torch and what else $(VENV) holds, and this repository, are shared by a path file; pip resolves
+# nothing.
 build/rivals/%/.ready: benchmarks/rivals/%.txt | $(VENV)/.ready
 	$(BIN)/python -m venv --clear $(@D)
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"), "$(CURDIR)", sep="\n")' \
 	  > $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
 	$(@D)/bin/python -m pip install -q --no-deps -r $<
 	touch $@
