@@ -34,6 +34,12 @@ class Patch:
         self()
 
 
+def check_once(caller: str, applied: bool) -> None:
+    """Raise RuntimeError if what is to be replaced has been replaced already."""
+    if applied:
+        raise RuntimeError(f"{caller}: already applied; call the Patch to undo it first")
+
+
 def import_known(caller: str, package: str, version: str, module: str) -> ModuleType:
     """Import `module` of a release `version`.* of a package.
 

@@ -1,6 +1,9 @@
 """TRL's head function with and without `patch_trl_head`, in TRL's own environment."""
 
 import math
+import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +109,42 @@ def test_no_token_at_all_is_a_zero_that_has_a_gradient():
     assert out[0].shape == (0,) and torch.equal(weight.grad, torch.zeros_like(weight))
 
 
+def test_applied_twice_it_is_refused():
+    before = utils._ChunkedLogProbFunction
+    for threshold in (None, 0.5):
+        with patch_trl_head(threshold), pytest.raises(RuntimeError) as error:
+            patch_trl_head()
+        assert str(error.value) == (
+            "patch_trl_head: already applied; call the Patch to undo it first"
+        )
+    assert utils._ChunkedLogProbFunction is before
+
+
+def test_a_head_that_no_mask_reaches_warns_once():
+    with patch_trl_head(prob_threshold=0.5), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch.no_grad():  # old logprobs and those of a reference
+            utils._ChunkedLogProbFunction.apply(*problem(), 1.0, CHUNK)
+        assert caught == []
+        run(problem())
+        run(problem())
+    assert [str(w.message) for w in caught if "patch_trl_head" in str(w.message)] == [
+        "patch_trl_head: prob_threshold acts in GRPOTrainer._compute_loss; this trainer has its "
+        "own and trains without the mask"
+    ]
+
+
+def test_the_trainers_that_docs_name_are_those_that_use_the_head():
+    """The callers of the function that puts TRL's chunked head on a model."""
+    folder = Path(utils.__file__).parents[1]
+    callers = {
+        path.stem.removesuffix("_trainer")
+        for path in folder.rglob("*_trainer.py")
+        if re.search(r"^ +add_fused_lm_head\(", path.read_text(), re.MULTILINE)
+    }
+    assert callers == {"grpo", "rloo", "dpo", "kto", "sft", "async_grpo"}
+
+
 def test_undo_gives_trls_function_back():
     before = utils._ChunkedLogProbFunction, utils._use_triton
     undo = patch_trl_head(prob_threshold=0.5)
@@ -124,8 +163,10 @@ def test_a_head_that_zero3_splits_is_refused():
 class Trainer:
     """What `GRPOTrainer._compute_loss` does with the head: one call, and a loss."""
 
-    def __init__(self, inputs):
-        self.inputs = inputs
+    use_adaptive_entropy = False
+
+    def __init__(self, inputs, top_entropy_quantile=1.0):
+        self.inputs, self.top_entropy_quantile = inputs, top_entropy_quantile
 
     def compute(self, batch):
         return utils._ChunkedLogProbFunction.apply(
@@ -133,14 +174,14 @@ class Trainer:
         )[:2]
 
 
-def gradients(threshold, batch):
+def gradients(threshold, batch, **options):
     """Of the sum of logprobs and entropies, through the head, with the mask of `batch`."""
     from spo_kernels.integrations import trl_head
 
     inputs = problem()
     compute = trl_head._with_mask(lambda self, model, batch: self.compute(batch), threshold)
     with patch_trl_head():
-        logprobs, entropy = compute(Trainer(inputs), None, batch)
+        logprobs, entropy = compute(Trainer(inputs, **options), None, batch)
         (logprobs + entropy).sum().backward()
     return logprobs.detach(), inputs[0].grad
 
@@ -173,6 +214,22 @@ def test_old_logprobs_decide_where_trl_has_them():
     assert 5 < dropped.sum() < N - 5
     assert torch.equal(got[dropped], old[mask][dropped])
     assert (dhidden[dropped] == 0).all() and (dhidden[~dropped] != 0).any(1).all()
+
+
+def test_where_entropies_choose_tokens_all_are_projected():
+    """Old logprobs still decide which tokens send a gradient."""
+    inputs = problem()
+    logits = inputs[0] @ inputs[1].T + inputs[2]
+    log_p = logits.log_softmax(-1)
+    logprobs = log_p.gather(-1, inputs[3][:, None])[:, 0]
+    old = -torch.rand(1, N, generator=torch.Generator().manual_seed(3))
+    kept = old[0] < math.log(0.6)
+    (logprobs - (log_p.exp() * log_p).sum(-1))[kept].sum().backward()
+    batch = {"old_per_token_logps": old, "completion_mask": torch.ones(1, N)}
+    got, dhidden = gradients(math.log(0.6), batch, top_entropy_quantile=0.4)
+    torch.testing.assert_close(got, logprobs.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dhidden, inputs[0].grad, rtol=1e-4, atol=1e-5)
+    assert 5 < kept.sum() < N - 5 and (dhidden[~kept] == 0).all()
 
 
 def test_old_logprobs_of_other_tokens_are_refused():

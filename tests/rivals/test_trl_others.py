@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 pytest.importorskip("trl")
 
 from datasets import Dataset  # noqa: E402
+from rows_trl import trainer_of  # noqa: E402
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 
 from benchmarks import trl_step  # noqa: E402
@@ -60,6 +62,15 @@ def test_losses_metrics_and_weights_are_trls(kind, tmp_path):
         for key, value in theirs.items():
             assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
     assert float((weights - our_weights).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("kind, warned", [("RLOO", 1), ("GRPO", 0)])
+def test_a_trainer_without_the_mask_warns(kind, warned):
+    trainer = trainer_of(kind, beta=0.0, max_steps=2, gradient_checkpointing=False)
+    with patch_trl_head(prob_threshold=0.5), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert sum("trains without the mask" in str(w.message) for w in caught) == warned
 
 
 def test_a_step_is_timed_by_head(tmp_path, monkeypatch, capsys):

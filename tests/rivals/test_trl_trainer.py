@@ -93,6 +93,15 @@ def test_masks_that_drop_all_none_and_some_tokens(policy, iterations):
         assert float((some[0] - other).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("options", [dict(top_entropy_quantile=0.4), dict(entropy_coef=0.1)])
+def test_a_masked_step_is_the_same_with_old_logprobs(policy, options):
+    """The first of two iterations has ratio 1, so it is the step of one iteration."""
+    options = options | dict(loss_type="bnpo", max_steps=1, prob_threshold=0.0165)
+    one, two = (trl_run.run(policy, True, num_iterations=n, **options)[1:] for n in (1, 2))
+    assert float((one[0] - one[1]).abs().max()) > 1e-3
+    assert float((one[0] - two[0]).abs().max()) < 1e-6
+
+
 def test_the_snippet_of_the_page(policy, tmp_path):
     """docs/losses.md: the patch before `train` is the patch of this file's other tests."""
     page = (ROOT / "docs" / "losses.md").read_text()
