@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spo_kernels.integrations.patch import Patch, check_parameters, import_known
+from spo_kernels.integrations.patch import Patch, check_once, check_parameters, import_known
 from spo_kernels.linear_logprobs import linear_token_logprobs
 
 VERSION = "0.9"
@@ -19,10 +19,12 @@ def patch_verl_head() -> Patch:
     verl uses it with `use_fused_kernels` and the backend torch or liger. Logits are fp32 here;
     those of verl have the dtype of the hidden states.
 
-    Returns a `Patch`: call it to undo. Raises RuntimeError for a release of verl other than 0.9.
+    Returns a `Patch`: call it to undo. Raises RuntimeError for a release of verl other than 0.9,
+    and where it is applied already.
     """
     caller = "patch_verl_head"
     head = import_known(caller, "verl", VERSION, MODULE).FusedLinearForPPO
+    check_once(caller, head.forward is _forward)
     check_parameters(caller, head.forward, "self hidden_states vocab_weights input_ids temperature")
     patch = Patch()
     patch.replace(head, "forward", _forward)

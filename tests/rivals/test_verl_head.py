@@ -49,6 +49,11 @@ def test_bf16_has_verls_dtypes_and_smaller_errors():
     assert error(ours) < error(theirs)
 
 
+def test_applied_twice_it_is_refused():
+    with patch_verl_head(), pytest.raises(RuntimeError, match="patch_verl_head: already applied"):
+        patch_verl_head()
+
+
 def test_undo():
     before = torch_functional.FusedLinearForPPO.forward
     undo = patch_verl_head()

@@ -136,6 +136,48 @@ def test_labels_beside_token_ids_are_refused():
         model(input_ids=ids, token_ids=targets, labels=ids)
 
 
+@pytest.mark.parametrize("name", ["temprature", "logit_softcap", "batch_invariant"])
+def test_a_keyword_that_no_one_knows_is_refused(name):
+    ids, attention, targets = batch()
+    model = make("llama")
+    patch_transformers(model)
+    with pytest.raises(TypeError, match=f"^patch_transformers: expected inputs of .*found {name}$"):
+        model(input_ids=ids, token_ids=targets, **{name: 0.5})
+    positions = torch.arange(7)[None]
+    more = dict(position_ids=positions, output_hidden_states=True, attention_mask=attention)
+    assert model(input_ids=ids, token_ids=targets, **more).shape == ids.shape
+
+
+def test_what_is_patched_already_is_refused():
+    model = make("llama")
+    with patch_transformers(model), pytest.raises(RuntimeError) as error:
+        patch_transformers(model)
+    assert str(error.value) == (
+        "patch_transformers: already applied; call the Patch to undo it first"
+    )
+    patch_transformers(model)
+
+
+def test_models_that_are_no_causal_model_of_transformers_are_refused():
+    with pytest.raises(ValueError) as error:
+        patch_transformers(torch.nn.Linear(2, 2))
+    assert str(error.value) == "patch_transformers: expected a causal model, found Linear"
+
+
+def test_a_model_of_peft_is_refused_and_the_model_inside_is_not():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(make("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError) as error:
+        patch_transformers(wrapped)
+    assert str(error.value) == (
+        "patch_transformers: expected the model inside PeftModel: pass model.get_base_model(), "
+        "which keeps the adapters"
+    )
+    ids, _, targets = batch()
+    patch_transformers(wrapped.get_base_model())
+    assert wrapped(input_ids=ids, token_ids=targets).shape == ids.shape
+
+
 class Offset(torch.nn.Module):
     """A head that is not linear."""
 
