@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import types
 
 import pytest
 import torch
@@ -107,6 +108,26 @@ def test_without_token_ids_the_forward_is_the_models_own():
     greedy = dict(max_new_tokens=2, do_sample=False)
     generated = model.generate(ids[:1, :3], **greedy)
     assert torch.equal(generated, make("llama").generate(ids[:1, :3], **greedy))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_copy_runs_on_its_own_weights(wrapped):
+    """As a frozen reference does: the copy of a patched policy, one with a hook around too."""
+    model = make("llama")
+    if wrapped:
+        inner = type(model).forward
+        model.forward = types.MethodType(lambda self, *a, **k: inner(self, *a, **k), model)
+    patch_transformers(model)
+    ids, attention, targets = batch()
+    given = {"input_ids": ids, "attention_mask": attention}
+    want = model(**given).logits, model(**given, token_ids=targets)
+    frozen = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(frozen(**given).logits, want[0])
+    assert torch.equal(frozen(**given, token_ids=targets), want[1])
+    assert not model(**given).logits.any()
 
 
 def test_undo_gives_the_forward_back():
