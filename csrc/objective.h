@@ -79,7 +79,8 @@ struct Ratio {
 SPO_HOST_DEVICE Ratio importance_ratio(const PolicyLossArgs& a, const Token& token, float logprob) {
   const float bound = a.log_ratio_clamp;
   const float difference = a.old_logprobs ? logprob - token.old_logprobs : logprob - logprob;
-  const bool below = difference<-bound, above = difference> bound;
+  const bool below = difference < -bound;
+  const bool above = difference > bound;
   const float value = expf(below ? -bound : above ? bound : difference);
   return {value, below || above ? 0 : value};
 }
@@ -117,7 +118,8 @@ SPO_HOST_DEVICE void add_kl(const PolicyLossArgs& a, const Token& token, const R
     value = 0.5f * difference * difference;
     slope = difference;
   } else if (a.kl_estimator == kK3) {
-    const bool below = difference<-bound, above = difference> bound;
+    const bool below = difference < -bound;
+    const bool above = difference > bound;
     const float d = below ? bound : above ? -bound : -difference;
     value = expm1f(d) - d;
     slope = below || above ? 0 : -expm1f(d);
