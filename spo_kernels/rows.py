@@ -115,7 +115,7 @@ def flat_temperature(
         if temperature.ndim > 0:
             return broadcast_floats("temperature", temperature, shape, dtype)
         return temperature.detach().reshape(1).to(dtype)
-    if not isinstance(temperature, numbers.Real):
+    if type(temperature) is not float and not isinstance(temperature, numbers.Real):
         raise TypeError(
             f"temperature: expected a number or a tensor, found {type(temperature).__name__}"
         )
@@ -129,6 +129,8 @@ SCALES = (1e-18, 1e18)  # so that their ratio and a temperature's stay normal fp
 
 def check_scaling(logit_scale: float, logit_softcap: float | None) -> None:
     """Raise TypeError or ValueError unless the scale and the cap, if any, are positive numbers."""
+    if logit_softcap is None and type(logit_scale) is float and logit_scale == 1:
+        return
     values = {"logit_scale": logit_scale}
     if logit_softcap is not None:
         values["logit_softcap"] = logit_softcap
