@@ -65,6 +65,8 @@ def _left_by_late_mask(call: Launch, index: Tensor) -> Tensor | None:
 
     Looking waits for a GPU, and saves it most of two products.
     """
+    if not call.tokens.masks_late:
+        return None
     left = (call.fields["uses"][index] & IN_A_TERM).nonzero().squeeze(1)
     return left if 2 * left.numel() < index.numel() else None
 
@@ -142,12 +144,9 @@ def _linear_policy_loss(
             dlogits = head.gradient_buffer(logits, x, operand, backend) if any(needs_grad) else None
             call.over_rows("loss", logits, dlogits, index=index[part])
             if dlogits is not None:
-                if (
-                    fixed
-                ):  # rows of no token have the first state, which may be NaN: 0 * NaN is no 0
+                if fixed:  # rows of no token have a state that may be NaN, and 0 * NaN is no 0
                     x.nan_to_num_()
-                late = tokens.masks_late and not fixed
-                left = _left_by_late_mask(call, index[part]) if late else None
+                left = None if fixed else _left_by_late_mask(call, index[part])
                 dlogits, x, own = _take(left, dlogits, x, states[part])
                 grads.add(dlogits, x, only=len(parts) == 1)
                 added.append(own)

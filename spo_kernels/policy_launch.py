@@ -113,13 +113,12 @@ def record(
     overflows: bool = False,  # the rows have a capacity
 ) -> PolicyLoss:
     """Assemble what the public functions return from what the kernels left."""
-    kept, _, _, _, overflow, num_nan, _ = counts.unbind()
     return PolicyLoss(
         loss=loss,
         logprobs=logprobs.reshape(shape),
         entropy=None if entropy is None else entropy.reshape(shape),
-        num_kept=kept,
-        num_nan=num_nan,
+        num_kept=counts[0],
+        num_nan=counts[5],
         overflow=counts[4:5].view(torch.bool)[0] if overflows else None,
         **dict(zip(FIGURES, figures.unbind(), strict=False)),
     )

@@ -20,7 +20,6 @@ from spo_kernels import linear_masked_ppo_loss, masked_ppo_loss, policy_objectiv
 from spo_kernels.testing import FAST, assert_as_good_as_torch, loss_inputs
 
 needs_native, BACKENDS = needs_fast("policy_loss"), backends_of("policy_loss")
-EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 HALF = math.log(0.5)  # the logprob of every token where a vocabulary of two has equal logits
 
 
