@@ -31,7 +31,7 @@ from benchmarks.common import measure
 from benchmarks.policy import build_policy
 from benchmarks.provenance import environment
 from spo.engines.hf import HFEngine
-from spo.records import Request
+from spo.records import Request, Sampling
 
 WAYS = {"per branch": None, "in place": 64}  # Slots.min_shared
 CHECKED, ROOM = 8, 256  # steps compared before timing; tokens that a branch may grow to
@@ -50,7 +50,7 @@ def compare(folder: str, prefix: int, branches: int, vocabulary: int, seconds: f
             num_cached=1,
             min_shared=min_shared,
         )
-        engine.submit(Request(0, ids, branches, ROOM, (), seed=1))
+        engine.submit(Request(0, ids, branches, ROOM, Sampling(1)))
         for _ in range(CHECKED):
             engine.poll()
         engines[way] = engine

@@ -57,7 +57,7 @@ def rollout_prefill() -> Callable[[], object]:
     """
     from benchmarks.policy import build_policy
     from spo.engines.make import make_engine
-    from spo.records import Request
+    from spo.records import Request, Sampling
 
     with tempfile.TemporaryDirectory() as folder:
         build_policy(folder, **POLICY, context=512)
@@ -67,7 +67,7 @@ def rollout_prefill() -> Callable[[], object]:
 
     def run() -> None:
         for key, prompt in enumerate(prompts):
-            engine.submit(Request(key, tuple(prompt), 4, 1, (), seed=key))
+            engine.submit(Request(key, tuple(prompt), 4, 1, Sampling(key)))
         while engine.room < 64:
             engine.poll()
         engine.abort()  # forgets the prompts

@@ -15,12 +15,12 @@ from spo.engines.protocol import Engine
 from spo.grow.rollout import RolloutStats
 from spo.grow.sampler import Sampler
 from spo.grow.stream import Stream
-from spo.grow.tokenizer import load_tokenizer
 from spo.learn import checkpoint, distributed
 from spo.learn.distributed import Ranks
 from spo.learn.learner import Learner
 from spo.learn.model import sequence_logprobs
 from spo.metrics import MetricsWriter
+from spo.models.tokenizer import load_tokenizer
 from spo.records import Forest, Prompt, Replay, concat
 
 Report = Callable[[dict], None]

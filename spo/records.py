@@ -34,16 +34,25 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How an engine draws the tokens of a request."""
+
+    seed: int  # of sample 0; sample i has the seed `seed + i`
+    temperature: float = 1.0  # 0 is greedy
+    stop_token_ids: tuple[int, ...] = ()  # a sample ends with the first of these
+    stop: tuple[str, ...] = ()  # and with the token that completes one of these texts
+    vocab_size: int | None = None  # ids from here on are never sampled; None: every id may be
+
+
+@dataclass(frozen=True)
 class Request:
-    """A request to an engine for `n` samples of one prefix; sample i has the seed `seed + i`."""
+    """A request to an engine for `n` samples of one prefix."""
 
     key: int  # unique among the requests in flight
     prefix_ids: tuple[int, ...]
     n: int
     max_new_tokens: int
-    stop_token_ids: tuple[int, ...]
-    seed: int
-    temperature: float = 1.0  # 0 is greedy
+    sampling: Sampling
     priority: int = 0  # lower is served first
 
 

@@ -18,7 +18,7 @@ from xml.sax.saxutils import escape
 from spo import Forest, load_recipe
 from spo.credit.values import Values
 from spo.grow.sampler import Sampler
-from spo.grow.tokenizer import load_tokenizer
+from spo.models.tokenizer import load_tokenizer
 from spo.tasks.problem import CLOSE
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -54,7 +54,7 @@ from spo.grow.chain import ChainShape, Partition, cutpoint_partition, step_parti
 from spo.grow.rollout import path_seed
 from spo.grow.shapes import Shape, TreeShape, star
 from spo.grow.steps import line_ends
-from spo.grow.tokenizer import load_tokenizer
+from spo.models.tokenizer import load_tokenizer
 from spo.tasks import prompts_of
 
 matplotlib.use("svg")

@@ -14,7 +14,7 @@ from spo.engines.protocol import Engine
 from spo.grow.assemble import assemble, is_leaf
 from spo.grow.rollout import path_seed
 from spo.grow.shapes import Growth, Shape, Tree
-from spo.records import LENGTH, STOP, Completion, Prompt, Request
+from spo.records import LENGTH, STOP, Completion, Prompt, Request, Sampling
 from spo.tasks import get_task
 
 
@@ -51,7 +51,14 @@ class Sampler:
         key = next(self._keys)
         depth_first = -len(prefix)  # while the prefix is in the cache
         self.engine.submit(
-            Request(key, tuple(prefix), n, room, self.stop, seed, priority=depth_first)
+            Request(
+                key,
+                tuple(prefix),
+                n,
+                room,
+                Sampling(seed, stop_token_ids=self.stop),
+                priority=depth_first,
+            )
         )
         return key
 

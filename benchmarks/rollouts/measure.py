@@ -18,7 +18,7 @@ from spo.engines.make import make_engine
 from spo.grow.rollout import Rollout, RolloutOptions
 from spo.grow.stream import Stream
 from spo.learn.checkpoint import versions
-from spo.records import Prompt
+from spo.records import Prompt, Sampling
 from spo.tasks.grading import Grader
 
 Watch = Callable[[dict, int], None]  # a run that has just been measured, and its round
@@ -45,7 +45,7 @@ def run_once(way: str, engine, case: argparse.Namespace, prompts: list[Prompt], 
     shape = shape_of(case, engine.block_size if way == "aligned" else 1)
     barrier = way if way in ("level", "group") else "none"
     # Every way draws the same seeds; a stream needs its own prompts for every iteration.
-    options = RolloutOptions(stop_token_ids=(), seed=seed, barrier=barrier)
+    options = RolloutOptions(Sampling(seed), barrier=barrier)
     served = FirstCome(engine) if way == "frontier" else engine
     if case.spread:
         served = DrawnLengths(served, case.spread, lambda seed: random.Random(seed).random())

@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-from spo.records import Request
+from spo.records import Request, Sampling
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#222222")
 
@@ -69,7 +69,7 @@ class DrawnLengths:
 
     def submit(self, request: Request) -> None:
         for index in range(request.n):
-            seed, key = request.seed + index, next(self._keys)
+            seed, key = request.sampling.seed + index, next(self._keys)
             size = max(1, round(request.max_new_tokens * (1 - self._spread * self._draw(seed))))
             self._asked[key] = (request.key, index)
             self._engine.submit(replace(request, key=key, n=1, seed=seed, max_new_tokens=size))
@@ -100,11 +100,11 @@ def cost_per_token(engine, prefix: Sequence[int], rows: int, context: int) -> di
     ids = (list(prefix) * (half // len(prefix) + 1))[: half - 1]
     start = time.perf_counter()
     for row in range(rows):
-        engine.submit(Request(row, (row + 2, *ids), 1, 1, (), row))
+        engine.submit(Request(row, (row + 2, *ids), 1, 1, Sampling(row)))
     drain(engine, rows)
     prefill = (time.perf_counter() - start) / (rows * half)
     forget(engine)
-    engine.submit(Request(0, tuple(ids[: half // 2]), rows, size, (), 0))
+    engine.submit(Request(0, tuple(ids[: half // 2]), rows, size, Sampling(0)))
     engine.poll()
     start = time.perf_counter()
     drain(engine, rows)

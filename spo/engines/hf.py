@@ -194,11 +194,11 @@ class HFEngine:
     def _sample(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """One token per running row by inverse CDF; the noise depends only on (seed, depth)."""
         requests = [s.request for s in self.running]
-        temperature = np.array([r.temperature for r in requests])
+        temperature = np.array([r.sampling.temperature for r in requests])
         divisor = np.where(temperature > 0, temperature, 1.0).astype(np.float32)
         logits = logits.float() / torch.from_numpy(divisor).to(logits.device)[:, None]
         logprobs = torch.log_softmax(logits, -1)
-        seeds = np.array([s.request.seed + s.index for s in self.running], dtype=np.uint64)
+        seeds = np.array([s.request.sampling.seed + s.index for s in self.running], dtype=np.uint64)
         depth = np.array([len(s.token_ids) for s in self.running], dtype=np.uint64)
         noise = torch.from_numpy(uniform(seeds, depth)).to(logits.device)
         token_ids = inverse_cdf(logprobs.exp(), noise)
@@ -213,7 +213,7 @@ class HFEngine:
         for row in range(len(self.running) - 1, -1, -1):  # the last row fills a hole
             sequence = self.running[row]
             request = sequence.request
-            stopped = sequence.token_ids[-1] in request.stop_token_ids
+            stopped = sequence.token_ids[-1] in request.sampling.stop_token_ids
             if not stopped and len(sequence.token_ids) < request.max_new_tokens:
                 continue
             done.append(

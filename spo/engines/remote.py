@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spo.engines.protocol import COUNTERS, check_request
-from spo.records import LENGTH, STOP, Completion, Request
+from spo.records import LENGTH, STOP, Completion, Request, Sampling
 
 GENERATE = "/inference/v1/generate"
 CONNECT_S = 10.0
@@ -239,7 +239,7 @@ class RemoteEngine:
                 )
             self._label(self.version)
             self._ask(self._control, "POST", "/resume")  # a trainer may have died during an update
-            first = self._sample(self._control, Request(-1, (0,), 1, 1, (), 0), 0)
+            first = self._sample(self._control, Request(-1, (0,), 1, 1, Sampling(0)), 0)
         except (ConnectionError, Refused) as error:
             raise ValueError(f"engine.addresses: {error}; see docs/rollout.md") from error
         if first.error is not None:
@@ -267,11 +267,11 @@ class RemoteEngine:
             "token_ids": request.prefix_ids,
             "priority": request.priority,
             "sampling_params": {
-                "temperature": request.temperature,
+                "temperature": request.sampling.temperature,
                 "max_tokens": request.max_new_tokens,
-                "stop_token_ids": request.stop_token_ids,
+                "stop_token_ids": request.sampling.stop_token_ids,
                 "ignore_eos": True,  # only the request's stop tokens stop it
-                "seed": request.seed + index,
+                "seed": request.sampling.seed + index,
                 "logprobs": 0,  # only of the sampled token
                 "detokenize": False,
             },

@@ -118,11 +118,11 @@ class VLLMEngine:
             name = str(self._serial)
             self._serial += 1
             params = sampling_params(
-                temperature=request.temperature,
+                temperature=request.sampling.temperature,
                 max_tokens=request.max_new_tokens,
-                stop_token_ids=list(request.stop_token_ids),
+                stop_token_ids=list(request.sampling.stop_token_ids),
                 ignore_eos=True,  # only the request's stop tokens stop it
-                seed=request.seed + index,
+                seed=request.sampling.seed + index,
                 logprobs=0,
                 flat_logprobs=True,
                 detokenize=False,

@@ -61,7 +61,7 @@ def accuracies(
         cut, tokens = (~whole).double().mean(), sizes.clamp(max=limit).double().mean()
         results.append(
             Accuracy(
-                limit, mean, stderr, len(scores), samples, options.temperature, float(cut),
+                limit, mean, stderr, len(scores), samples, options.sampling.temperature, float(cut),
                 float(tokens),
             )
         )  # fmt: skip

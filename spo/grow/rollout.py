@@ -17,7 +17,7 @@ import numpy as np
 from spo.engines.protocol import Engine
 from spo.grow.assemble import is_leaf, leave_out_unrewarded
 from spo.grow.shapes import Growth, Shape, Tree
-from spo.records import LENGTH, Completion, Prompt, Request
+from spo.records import LENGTH, Completion, Prompt, Request, Sampling
 from spo.tasks.grading import Grader
 
 BARRIERS = ("none", "group", "level")
@@ -54,16 +54,14 @@ class RolloutStats:
 
 @dataclass(frozen=True)
 class RolloutOptions:
-    """How to sample.
+    """How to sample; `sampling.seed` is that of the run, from which each sample's is made.
 
     `truncated` says what a response cut by the token limit earns: "zero", "penalty" (-1) or "drop"
     (it is left out of its parent's value and of training). `barrier` exists for comparisons:
     "group" branches only when a whole sibling group has ended, "level" when all samples have.
     """
 
-    stop_token_ids: tuple[int, ...]
-    temperature: float = 1.0
-    seed: int = 0
+    sampling: Sampling
     iteration: int = 0
     truncated: str = "zero"
     barrier: str = "none"
@@ -163,7 +161,7 @@ class Rollout:
         n = growth.n if n is None else n
         key = next(self._keys)
         prefix = (*tree.prompt.prompt_ids, *tree.response_ids(growth.parent))
-        seed = path_seed(options.seed, tree.iteration, tree.index, growth.path) + index
+        seed = path_seed(options.sampling.seed, tree.iteration, tree.index, growth.path) + index
         self._flights[key] = (tree, growth, index)
         self._left[key] = n
         fresh = growth.parent == 0 and tree.open == 0  # nobody has computed the prompt yet
@@ -178,9 +176,7 @@ class Rollout:
                 prefix_ids=prefix,
                 n=n,
                 max_new_tokens=growth.max_new_tokens,
-                stop_token_ids=options.stop_token_ids,
-                seed=seed,
-                temperature=options.temperature,
+                sampling=replace(options.sampling, seed=seed),
                 priority=priority,
             )
         )

@@ -14,8 +14,8 @@ from spo.grow.evaluate import Accuracy, accuracies
 from spo.grow.rollout import Rollout, RolloutOptions, RolloutStats
 from spo.grow.shapes import Shape
 from spo.grow.stream import Stream, grow
-from spo.grow.tokenizer import load_tokenizer
-from spo.records import Completion, Forest, Prompt, Request
+from spo.models.tokenizer import load_tokenizer
+from spo.records import Completion, Forest, Prompt, Request, Sampling
 from spo.tasks import prompts_of, task_of
 from spo.tasks.grading import Grader
 
@@ -84,9 +84,11 @@ class Sampler:
         """Rollout options of an iteration, by default at the training temperature."""
         sampling = self.recipe.sampling
         return RolloutOptions(
-            stop_token_ids=self.stop_token_ids,
-            temperature=sampling.temperature if temperature is None else temperature,
-            seed=self.recipe.train.seed + 1_000_003 * self.rank,
+            Sampling(
+                self.recipe.train.seed + 1_000_003 * self.rank,
+                sampling.temperature if temperature is None else temperature,
+                self.stop_token_ids,
+            ),
             iteration=iteration,
             truncated=sampling.truncated,
         )
@@ -141,7 +143,9 @@ class Sampler:
         """One short sample of an idle engine. Raises RuntimeError if the engine fails."""
         size = min(16, self.engine.max_model_len - len(prefix))
         temperature = self.recipe.sampling.temperature
-        self.engine.submit(Request(-1, tuple(prefix), 1, size, self.stop_token_ids, 0, temperature))
+        self.engine.submit(
+            Request(-1, tuple(prefix), 1, size, Sampling(0, temperature, self.stop_token_ids))
+        )
         while not (done := self.engine.poll()):
             pass
         if done[0].error is not None:

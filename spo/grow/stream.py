@@ -79,7 +79,7 @@ class Stream:
         ages = [(version - n.born, len(n.token_ids)) for t in trees for n in t.nodes[1:]]
         stats.max_age = max(age for age, _ in ages)
         stats.mean_age = sum(age * size for age, size in ages) / sum(size for _, size in ages)
-        return assemble(trees, self.rollout.options.temperature), stats
+        return assemble(trees, self.rollout.options.sampling.temperature), stats
 
     def _admit(self) -> bool:
         """Start the next prompt; False if there is none."""

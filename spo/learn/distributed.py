@@ -7,6 +7,7 @@ step are distributed. A checkpoint is the same as that of one process.
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,7 +55,16 @@ def join(parallel: str, device: str) -> Ranks:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
+        atexit.register(_leave)
     return Ranks(dist.get_rank(), world, parallel == "fsdp")
+
+
+def _leave() -> None:
+    """Take the process group apart before the interpreter is: gloo's threads abort a process that
+    ends around them (PyTorch 2.13: "terminate called without an active exception").
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def gather(ranks: Ranks, item: Any) -> list[Any]:

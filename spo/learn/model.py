@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spo.config.policy import PolicyConfig
-from spo.grow.tokenizer import load_pretrained
 from spo.learn.attention import PREFIX, make_layout, tree_spans
+from spo.models.tokenizer import load_pretrained
 from spo.records import Batch
 from spo_kernels import linear_token_logprobs
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from spo.config.recipe import Recipe, load_recipe
 from spo.credit.nodes import check_credit, of_nodes
 from spo.credit.values import Values
-from spo.grow.tokenizer import load_tokenizer
 from spo.learn.checkpoint import latest_checkpoint, load_saved
 from spo.metrics import read_metrics
+from spo.models.tokenizer import load_tokenizer
 from spo.records import Forest
 from spo.report.html import RunCurve, TreeView, write_report
 

@@ -5,7 +5,7 @@ import time
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spo.records import STOP, Request
+from spo.records import STOP, Request, Sampling
 
 SIZES = {
     "vocab_size": 48,
@@ -79,7 +79,7 @@ def worst_error(pairs, model, temperature=1.0):
 def worst_difference(engine, model, temperature=0.7):
     """Between the logprobs that an engine samples with and the model's."""
     prefix = tuple(2 + (7 * i) % 45 for i in range(16))
-    engine.submit(Request(0, prefix, 8, 12, (1,), 5, temperature))
+    engine.submit(Request(0, prefix, 8, 12, Sampling(5, temperature, (1,))))
     return worst_error([(prefix, c) for c in drain(engine, 8)], model, temperature)
 
 
@@ -97,10 +97,12 @@ def check_seeds_and_stops(engine):
     stops = tuple(range(20, 40))
     runs = []
     for _ in range(2):
-        engine.submit(Request(0, (5, 9, 3), 4, 20, stops, 3, 2.0))
+        engine.submit(Request(0, (5, 9, 3), 4, 20, Sampling(3, 2.0, stops)))
         runs.append(drain(engine, 4))
     assert [c.token_ids for c in runs[0]] == [c.token_ids for c in runs[1]]
-    engine.submit(Request(0, (5, 9, 3), 2, 20, stops, 5, 2.0))  # sample i is seeded with seed + i
+    engine.submit(
+        Request(0, (5, 9, 3), 2, 20, Sampling(5, 2.0, stops))
+    )  # sample i is seeded with seed + i
     assert [c.token_ids for c in drain(engine, 2)] == [c.token_ids for c in runs[0][2:]]
     assert len({c.token_ids for c in runs[0]}) == 4
     assert {c.finish for c in runs[0]} >= {STOP}
@@ -114,7 +116,7 @@ def spent_on_a_shared_prefix(engine):
     """Counters of one sample and then three behind two full blocks of 32 tokens and one token."""
     prefix, before = tuple(2 + (5 * i + 1) % 45 for i in range(65)), engine.counters()
     for key, n in enumerate((1, 3)):
-        engine.submit(Request(key, prefix, n, 4, (), 1 + key))
+        engine.submit(Request(key, prefix, n, 4, Sampling(1 + key)))
         drain(engine, n)
     return {name: value - before[name] for name, value in engine.counters().items()}
 

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ORDER = [  # a room may import from rooms before it, and from its own
     ("extras", "named", "records", "config", "metrics"),
+    ("models",),
     ("tasks", "engines"),
     ("grow",),
     ("credit",),

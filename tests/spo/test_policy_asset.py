@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import spo
 from spo.config.policy import PolicyConfig
-from spo.grow.tokenizer import load_tokenizer
+from spo.models.tokenizer import load_tokenizer
 from spo.tasks import countdown, get_task, prompts
 
 POLICY = Path(spo.__file__).parent / "assets" / "policy"

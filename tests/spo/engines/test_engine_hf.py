@@ -9,12 +9,18 @@ from sampling import assert_frequencies, drain, plain_logprobs, shaken, weights
 
 from spo.engines.hf import HFEngine, uniform
 from spo.engines.make import make_engine
-from spo.records import LENGTH, STOP, Request
+from spo.records import LENGTH, STOP, Request, Sampling
 
 
-def requests(temperature=1.0):
+def requests():
     return [
-        Request(k, tuple(2 + (k * 7 + j * j) % 45 for j in range(3 + 2 * k)), 3, 9, (1,), 100 * k)
+        Request(
+            k,
+            tuple(2 + (k * 7 + j * j) % 45 for j in range(3 + 2 * k)),
+            3,
+            9,
+            Sampling(100 * k, stop_token_ids=(1,)),
+        )
         for k in range(7)
     ]
 
@@ -22,7 +28,10 @@ def requests(temperature=1.0):
 @pytest.mark.parametrize("max_num_seqs", [1, 4, 64])
 def test_logprobs_are_those_of_a_plain_forward(tiny_model, plain, max_num_seqs):
     engine = HFEngine(tiny_model, max_num_seqs=max_num_seqs)
-    asked = [dataclasses.replace(r, temperature=0.7) for r in requests()]
+    asked = [
+        dataclasses.replace(r, sampling=dataclasses.replace(r.sampling, temperature=0.7))
+        for r in requests()
+    ]
     for request in asked:
         engine.submit(request)
     for done in drain(engine, 21):
@@ -35,7 +44,7 @@ def test_logprobs_are_those_of_a_plain_forward(tiny_model, plain, max_num_seqs):
 
 def test_greedy_is_the_argmax(tiny_model, plain):
     engine = HFEngine(tiny_model)
-    engine.submit(Request(0, (5, 9, 3), 1, 12, (1,), 0, temperature=0.0))
+    engine.submit(Request(0, (5, 9, 3), 1, 12, Sampling(0, 0.0, (1,))))
     (done,) = drain(engine, 1)
     ids = [5, 9, 3]
     for token in done.token_ids:
@@ -58,20 +67,22 @@ def test_samples_do_not_depend_on_what_runs_beside_them(tiny_model):
 
 def test_siblings_differ_and_seeds_repeat(tiny_model):
     engine = HFEngine(tiny_model)
-    engine.submit(Request(0, (5, 9, 3), 6, 8, (), 7))
+    engine.submit(Request(0, (5, 9, 3), 6, 8, Sampling(7)))
     first = [c.token_ids for c in drain(engine, 6)]
     assert len(set(first)) > 1
-    engine.submit(Request(1, (5, 9, 3), 2, 8, (), 9))  # samples 2 and 3 of the group above
+    engine.submit(Request(1, (5, 9, 3), 2, 8, Sampling(9)))  # samples 2 and 3 of the group above
     assert [c.token_ids for c in drain(engine, 2)] == first[2:4]
 
 
 def test_a_branch_of_a_finished_sample_prefills_nothing(tiny_model, plain):
     engine = HFEngine(tiny_model)
-    engine.submit(Request(0, (5, 9, 3, 8), 2, 6, (), 1))
+    engine.submit(Request(0, (5, 9, 3, 8), 2, 6, Sampling(1)))
     parents = drain(engine, 2)
     assert engine.counters()["prefill"] == 4 + 1  # the prompt once, its last token in both
     for parent in parents:
-        engine.submit(Request(10 + parent.index, (5, 9, 3, 8, *parent.token_ids), 4, 5, (), 2))
+        engine.submit(
+            Request(10 + parent.index, (5, 9, 3, 8, *parent.token_ids), 4, 5, Sampling(2))
+        )
     for done in drain(engine, 8):
         prefix = (5, 9, 3, 8, *parents[done.key - 10].token_ids)
         expected = plain_logprobs(plain, prefix, done.token_ids)
@@ -82,12 +93,12 @@ def test_a_branch_of_a_finished_sample_prefills_nothing(tiny_model, plain):
 
 def test_new_weights_forget_cached_prefixes(tiny_model, plain):
     engine = HFEngine(tiny_model)
-    engine.submit(Request(0, (5, 9, 3, 8), 1, 6, (), 1))
+    engine.submit(Request(0, (5, 9, 3, 8), 1, 6, Sampling(1)))
     (before,) = drain(engine, 1)
     changed = shaken(tiny_model, 0.1, seed=3)
     engine.load_weights(weights(changed), 4)
     prefix = (5, 9, 3, 8, *before.token_ids)
-    engine.submit(Request(1, prefix, 1, 6, (), 1))
+    engine.submit(Request(1, prefix, 1, 6, Sampling(1)))
     (after,) = drain(engine, 1)
     assert (before.last_version, after.first_version, after.last_version) == (0, 4, 4)
     expected = plain_logprobs(changed, prefix, after.token_ids)
@@ -98,7 +109,7 @@ def test_new_weights_forget_cached_prefixes(tiny_model, plain):
 
 def test_token_frequencies_are_the_policy_s(tiny_model, plain):
     engine = HFEngine(tiny_model, max_num_seqs=500)
-    engine.submit(Request(0, (5, 9, 3), 4000, 1, (), 11))
+    engine.submit(Request(0, (5, 9, 3), 4000, 1, Sampling(11)))
     counts = torch.zeros(48)
     for done in drain(engine, 4000):
         counts[done.token_ids[0]] += 1
@@ -120,10 +131,10 @@ def test_noise_is_uniform_and_depends_on_both_counters():
 def test_bad_requests_and_names_get_a_sentence(tiny_model):
     engine = HFEngine(tiny_model, max_model_len=32)
     with pytest.raises(ValueError, match="exceeds the context of 32"):
-        engine.submit(Request(0, tuple(range(2, 30)), 1, 8, (), 0))
+        engine.submit(Request(0, tuple(range(2, 30)), 1, 8, Sampling(0)))
     with pytest.raises(ValueError, match="expected a prefix"):
-        engine.submit(Request(0, (), 1, 8, (), 0))
+        engine.submit(Request(0, (), 1, 8, Sampling(0)))
     with pytest.raises(ValueError, match="n and max_new_tokens"):
-        engine.submit(Request(0, (3,), 0, 8, (), 0))
+        engine.submit(Request(0, (3,), 0, 8, Sampling(0)))
     with pytest.raises(ValueError, match="expected one of vllm, hf"):
         make_engine("sglang", tiny_model)

@@ -9,10 +9,10 @@ from spo.engines.pool import EnginePool
 from spo.grow.rollout import RolloutOptions
 from spo.grow.shapes import TreeShape
 from spo.grow.stream import grow
-from spo.records import Prompt, Request
+from spo.records import Prompt, Request, Sampling
 
 PROMPTS = [Prompt((5, 9, 3 + i, 8)[: 3 + i % 2], 7, "arithmetic") for i in range(6)]
-OPTIONS = RolloutOptions(stop_token_ids=(1, 2), seed=3)
+OPTIONS = RolloutOptions(Sampling(3, stop_token_ids=(1, 2)))
 TREE = TreeShape((3, 2, 2), (3, 3), 16)
 
 
@@ -82,7 +82,7 @@ def test_every_engine_gets_new_weights(tiny_model):
     pool.load_weights(weights(changed), 3)
     assert pool.version == 3
     for key in (0, 1):
-        pool.submit(Request(key, (5, 9 + key, 3), 8, 4, (), 1))
+        pool.submit(Request(key, (5, 9 + key, 3), 8, 4, Sampling(1)))
     assert {c.first_version for c in drain(pool, 16)} == {3}
     for member in pool.members:
         assert member.engine.counters()["generated"] == 32  # both had work

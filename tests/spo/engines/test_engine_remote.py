@@ -35,7 +35,7 @@ from spo.engines.served import EXTENSION
 from spo.grow.rollout import RolloutOptions
 from spo.grow.shapes import TreeShape
 from spo.grow.stream import grow
-from spo.records import LENGTH, SEGMENT, Request
+from spo.records import LENGTH, SEGMENT, Request, Sampling
 from spo.tasks import prompts
 
 pytestmark = [
@@ -48,7 +48,7 @@ POLICY = str(Path(spo.__file__).parent / "assets" / "policy")
 EOS, SEATS, CONTEXT = 1, 32, 256
 START_S = 120.0
 TREE = TreeShape((4, 3, 2), (8, 8), 40)
-OPTIONS = RolloutOptions(stop_token_ids=(EOS,), seed=3)
+OPTIONS = RolloutOptions(Sampling(3, stop_token_ids=(EOS,)))
 
 
 def serve(port, log):
@@ -172,7 +172,7 @@ def test_samples_in_flight_go_on_with_new_weights(engine, plain):
     changed = shaken(POLICY, 0.03)
     before, version, length = engine.counters(), engine.version, 210
     prefix = tuple(2 + (3 * i) % 45 for i in range(40))
-    engine.submit(Request(0, prefix, SEATS + 2, length, (), 1))
+    engine.submit(Request(0, prefix, SEATS + 2, length, Sampling(1)))
     wait_until_all_run(engine)
     engine.load_weights(weights(changed), version + 1)
     done = drain(engine, SEATS + 2)
@@ -199,12 +199,12 @@ def test_a_weight_update_reaches_every_parameter(engine, plain, part):
 def test_a_dropped_sample_leaves_the_server(servers, engine):
     other = RemoteEngine(servers[1].address)
     before = other.counters()["steps"]
-    other.submit(Request(0, (5, 9, 3), 8, 250, (), 1))
+    other.submit(Request(0, (5, 9, 3), 8, 250, Sampling(1)))
     while other.counters()["steps"] < before + 5:
         time.sleep(0.001)
     other.close()
     with pytest.raises(ConnectionError, match="closed"):
-        other.submit(Request(1, (5, 9, 3), 1, 4, (), 1))
+        other.submit(Request(1, (5, 9, 3), 1, 4, Sampling(1)))
     last, deadline = None, time.monotonic() + 20
     while (steps := engine.counters()["steps"]) != last and time.monotonic() < deadline:
         last = steps
@@ -213,7 +213,7 @@ def test_a_dropped_sample_leaves_the_server(servers, engine):
 
 
 def test_aborted_samples_are_gone(engine, plain):
-    engine.submit(Request(0, (5, 9, 3), SEATS + 20, 100, (), 1))  # some of them wait here
+    engine.submit(Request(0, (5, 9, 3), SEATS + 20, 100, Sampling(1)))  # some of them wait here
     engine.abort()
     assert engine.room == SEATS and engine.poll() == []
     assert worst_difference(engine, plain) < 1e-4

@@ -15,7 +15,7 @@ from spo.config.recipe import load_recipe
 from spo.engines.make import make_engine
 from spo.engines.pool import EnginePool
 from spo.engines.remote import GENERATE, RemoteEngine
-from spo.records import Request
+from spo.records import Request, Sampling
 
 EOS = 1
 
@@ -110,7 +110,7 @@ def assert_all_end(threads):
 
 
 def request(key=0, n=1, seed=10, priority=0):
-    return Request(key, (5, 9), n, 4, (EOS,), seed, priority=priority)
+    return Request(key, (5, 9), n, 4, Sampling(seed, stop_token_ids=(EOS,)), priority=priority)
 
 
 def test_an_error_answer_fails_its_sample_alone(fake):
@@ -313,5 +313,5 @@ def test_the_recipe_s_addresses_become_a_pool(fake):
     assert isinstance(built, EnginePool)
     assert (built.room, built.max_model_len, built.block_size) == (3, 64, 32)
     with pytest.raises(ValueError, match="exceeds the context of 64"):
-        built.submit(Request(0, (5,) * 63, 1, 4, (), 0))
+        built.submit(Request(0, (5,) * 63, 1, 4, Sampling(0)))
     built.close()

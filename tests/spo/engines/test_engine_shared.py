@@ -8,7 +8,7 @@ from sampling import drain, plain_logprobs, shaken, weights, worst_error
 from spo.engines.hf import HFEngine
 from spo.engines.slot_attention import SlotView, merge, partial_attention, slot_attention
 from spo.engines.slots import Slots
-from spo.records import Request
+from spo.records import Request, Sampling
 
 PROMPT = (5, 9, 3, 8, 20, 31, 7, 2, 11, 40)
 
@@ -22,7 +22,9 @@ def grow_three_levels(engine, cut=None):
         if cut and len(level) == 6:
             asked += [prefix[:-cut] for prefix in level]
         for key, prefix in enumerate(asked):
-            engine.submit(Request(key, tuple(prefix), width, size, (), 100 * key + len(prefix)))
+            engine.submit(
+                Request(key, tuple(prefix), width, size, Sampling(100 * key + len(prefix)))
+            )
         done = drain(engine, width * len(asked))
         pairs += [(asked[c.key], c) for c in done]
         level = [(*asked[c.key], *c.token_ids) for c in done if c.key < len(level)]
@@ -51,7 +53,7 @@ def test_branches_read_in_place_what_a_plain_forward_computes(tiny_model, plain,
 
 def test_a_shared_prefix_is_stored_and_read_once(tiny_model):
     engine = HFEngine(tiny_model, max_num_seqs=8, min_shared=4)
-    engine.submit(Request(0, PROMPT, 6, 4, (), 1))
+    engine.submit(Request(0, PROMPT, 6, 4, Sampling(1)))
     engine.poll()
     (span,) = engine.slots.spans(6)
     assert (span.length, span.rows, span.visible) == (9, None, None)
@@ -60,7 +62,7 @@ def test_a_shared_prefix_is_stored_and_read_once(tiny_model):
     engine.slots.kv[:, :, span.slot] = 0  # what the branches read is here and nowhere else
     broken = drain(engine, 6)
     other = HFEngine(tiny_model, max_num_seqs=8, min_shared=4)
-    other.submit(Request(0, PROMPT, 6, 4, (), 1))
+    other.submit(Request(0, PROMPT, 6, 4, Sampling(1)))
     whole = drain(other, 6)
     assert [c.logprobs[1:] for c in broken] != [c.logprobs[1:] for c in whole]
 
@@ -85,7 +87,7 @@ def test_segments_that_are_read_are_not_evicted(tiny_model, plain):
 def test_samples_in_flight_go_on_with_new_weights(tiny_model, plain):
     changed = shaken(tiny_model, 0.1, seed=3)
     engine = HFEngine(tiny_model, max_num_seqs=4, min_shared=3)
-    engine.submit(Request(0, PROMPT, 6, 8, (), 1))  # four run, two wait
+    engine.submit(Request(0, PROMPT, 6, 8, Sampling(1)))  # four run, two wait
     for _ in range(3):
         engine.poll()
     engine.load_weights(weights(changed), 1)

@@ -24,7 +24,7 @@ from spo.engines.vllm import VLLMEngine
 from spo.grow.rollout import RolloutOptions
 from spo.grow.shapes import TreeShape
 from spo.grow.stream import grow
-from spo.records import LENGTH, Prompt, Request
+from spo.records import LENGTH, Prompt, Request, Sampling
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"
@@ -52,7 +52,7 @@ def test_samples_in_flight_go_on_with_new_weights(engine, plain, tiny_model):
     changed = shaken(tiny_model, 0.2, seed=2)
     before, version = engine.counters(), engine.version
     prefix = tuple(2 + (3 * i) % 45 for i in range(40))
-    engine.submit(Request(0, prefix, 34, 8, (), 1))  # two more than run at once
+    engine.submit(Request(0, prefix, 34, 8, Sampling(1)))  # two more than run at once
     for _ in range(3):
         engine.poll()
     engine.load_weights(weights(changed), version + 1)
@@ -91,14 +91,14 @@ def test_seeds_repeat_and_stops_stop(engine):
 
 
 def test_only_the_request_s_tokens_stop(engine):
-    engine.submit(Request(0, (5, 9, 3), 24, 60, (), 3, 2.0))  # the model's own EOS is 1
+    engine.submit(Request(0, (5, 9, 3), 24, 60, Sampling(3, 2.0)))  # the model's own EOS is 1
     done = drain(engine, 24)
     assert any(1 in c.token_ids for c in done)
     assert all(c.finish == LENGTH and len(c.token_ids) == 60 for c in done)
 
 
 def test_aborted_samples_leave_the_engine(engine, plain):
-    engine.submit(Request(0, (5, 9, 3), 40, 60, (), 1))  # some of them wait for a place
+    engine.submit(Request(0, (5, 9, 3), 40, 60, Sampling(1)))  # some of them wait for a place
     engine.poll()
     engine.abort()
     assert engine.room == 32 and engine.poll() == []
@@ -119,7 +119,7 @@ def test_a_forest_s_ids_are_what_vllm_sampled(engine, grader):
         Prompt(tuple(2 + (i + 3 * j) % 45 for j in range(33)), 7, "arithmetic") for i in (0, 1)
     ]
     shape = TreeShape((3, 2), (32,), 48)
-    options = RolloutOptions(stop_token_ids=(1,), seed=4)
+    options = RolloutOptions(Sampling(4, stop_token_ids=(1,)))
     forest, stats = grow(prompts, engine, shape, grader, str, options)
     engine.poll = poll
     nodes = [n for n in range(forest.num_nodes) if forest.parent[n] >= 0]
@@ -132,14 +132,14 @@ def test_a_forest_s_ids_are_what_vllm_sampled(engine, grader):
 
 def test_a_request_beyond_the_context_is_refused(engine):
     with pytest.raises(ValueError, match=f"exceeds the context of {CONTEXT}"):
-        engine.submit(Request(0, tuple([5] * 120), 1, 20, (), 0))
+        engine.submit(Request(0, tuple([5] * 120), 1, 20, Sampling(0)))
 
 
 def test_token_frequencies_of_a_forest_are_those_of_independent_samples(engine, plain, grader):
     """First tokens of many branches of one cached prefix, and their logprobs."""
     prompt = Prompt(tuple(2 + (7 * i) % 45 for i in range(33)), 7, "arithmetic")
     shape = TreeShape((2, 1500), (32,), 34)  # two full blocks of each branch's prefix are cached
-    forest, stats = grow([prompt], engine, shape, grader, str, RolloutOptions((), seed=6))
+    forest, stats = grow([prompt], engine, shape, grader, str, RolloutOptions(Sampling(6)))
     assert stats.engine["prefill"] == stats.prefill_bound < 3000 * 2 + 100
     check_first_tokens(forest, plain, 1500)
 
@@ -151,7 +151,7 @@ def test_a_forest_larger_than_the_cache_pays_for_eviction(engine, grader):
     ]
     shape = TreeShape((4, 3), (32,), 80, align=32)
     pool = engine.engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    options, paid = RolloutOptions(stop_token_ids=(1,), seed=4), {}
+    options, paid = RolloutOptions(Sampling(4, stop_token_ids=(1,))), {}
     for free in (None, 40):
         engine.reset_prefix_cache()
         held = [] if free is None else pool.get_new_blocks(pool.get_num_free_blocks() - free)

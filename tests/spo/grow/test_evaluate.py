@@ -9,8 +9,8 @@ from spo.config.policy import EMBEDDED, PolicyConfig
 from spo.engines.hf import HFEngine
 from spo.grow.evaluate import accuracies
 from spo.grow.rollout import RolloutOptions
-from spo.grow.tokenizer import load_tokenizer
-from spo.records import LENGTH, STOP, Completion
+from spo.models.tokenizer import load_tokenizer
+from spo.records import LENGTH, STOP, Completion, Sampling
 from spo.tasks import prompts
 from spo.tasks.problem import tag
 
@@ -26,7 +26,7 @@ def tokenizer():
 def test_a_shorter_limit_needs_no_rollout_of_its_own(tokenizer, grader, temperature):
     problems = list(islice(prompts("arithmetic", "test", 0, tokenizer), 24))
     engine = HFEngine(str(EMBEDDED), max_num_seqs=64, max_model_len=96)
-    options = RolloutOptions((tokenizer.eos_token_id,), temperature=temperature, seed=3)
+    options = RolloutOptions(Sampling(3, temperature, (tokenizer.eos_token_id,)))
     samples = 1 if temperature == 0 else 3
 
     def measure(limits):
@@ -70,7 +70,7 @@ def test_by_hand(tokenizer, grader):
         *[((5, 11, 1), STOP), ((5, 11, 1), STOP)],  # right twice, one token longer
         *[((10, 1), STOP), ((5, 5, 5, 1), STOP)],  # another problem's answer, none at all
     ]
-    options = RolloutOptions((1,), temperature=0.5, truncated="penalty")
+    options = RolloutOptions(Sampling(0, 0.5, (1,)), truncated="penalty")
 
     def decode(ids):
         return " ".join(texts.get(i, "") for i in ids)

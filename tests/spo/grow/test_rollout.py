@@ -13,10 +13,10 @@ from spo.grow.chain import ChainShape, cutpoint_partition
 from spo.grow.rollout import Rollout, RolloutOptions, path_seed
 from spo.grow.shapes import TreeShape, star
 from spo.grow.stream import Stream, grow
-from spo.records import FOREST_FORMAT, LENGTH, PROMPT, SEGMENT, STOP, Forest, Prompt
+from spo.records import FOREST_FORMAT, LENGTH, PROMPT, SEGMENT, STOP, Forest, Prompt, Sampling
 
 PROMPTS = [Prompt((5, 9, 3 + i), 7, "arithmetic") for i in range(5)]
-OPTIONS = RolloutOptions(stop_token_ids=(1, 2, 3, 4, 5, 6), seed=3)
+OPTIONS = RolloutOptions(Sampling(3, stop_token_ids=(1, 2, 3, 4, 5, 6)))
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_a_failed_sample_is_repeated_with_its_seed(tiny_model, grader):
 def test_a_prompt_that_keeps_failing_is_dropped_whole(tiny_model, grader):
     engine = Failing(tiny_model, max_num_seqs=16)
     engine.fail(0, 10**6)
-    options = dataclasses.replace(OPTIONS, stop_token_ids=(1,))
+    options = dataclasses.replace(OPTIONS, sampling=Sampling(3, stop_token_ids=(1,)))
     with pytest.raises(RuntimeError, match="all 5 prompts were dropped"):
         run(engine, grader, TREE, options)
 
@@ -194,7 +194,7 @@ def test_settling_waits_for_a_grader_that_is_late(engine, grader):
 
 
 def test_truncated(tiny_model, grader):
-    options = dataclasses.replace(OPTIONS, stop_token_ids=(2, 3, 4, 5, 6))
+    options = dataclasses.replace(OPTIONS, sampling=Sampling(3, stop_token_ids=(2, 3, 4, 5, 6)))
     rewards = {}
     for rule in ("zero", "penalty", "drop"):
         engine = HFEngine(tiny_model, max_num_seqs=16)

@@ -17,7 +17,7 @@ from spo.grow.chain import (
 )
 from spo.grow.shapes import Tree, TreeShape, star
 from spo.grow.steps import line_ends, sentence_ends
-from spo.grow.tokenizer import load_tokenizer
+from spo.models.tokenizer import load_tokenizer
 from spo.records import LENGTH, SEGMENT, STOP, Completion, Prompt
 
 

@@ -20,10 +20,10 @@ from spo.engines.pool import EnginePool
 from spo.grow.rollout import Rollout, RolloutOptions
 from spo.grow.shapes import TreeShape, star
 from spo.grow.stream import Stream, grow
-from spo.records import Prompt, Request
+from spo.records import Prompt, Request, Sampling
 
 PROMPTS = [Prompt((5, 9, 3 + i), 7, "arithmetic") for i in range(12)]
-OPTIONS = RolloutOptions(stop_token_ids=(1, 2, 3, 4, 5, 6), seed=3)
+OPTIONS = RolloutOptions(Sampling(3, stop_token_ids=(1, 2, 3, 4, 5, 6)))
 TREE = TreeShape((3, 2, 2), (3, 3), 40)
 
 
@@ -108,7 +108,7 @@ def test_lanes_see_their_own_samples_only(engine, grader):
     stream = Stream(PROMPTS, 3, Rollout(lane, TREE, grader, rewarded, OPTIONS), 1)
     first, _ = next(stream)
     assert len(engine.running) > 0  # the next iteration is under way
-    other.submit(Request(0, (5, 9, 3), 2, 4, (), 1))
+    other.submit(Request(0, (5, 9, 3), 2, 4, Sampling(1)))
     assert [(c.key, c.index) for c in drain(other, 2)] == [(0, 0), (0, 1)]
     evaluated, _ = grow(PROMPTS[:2], other, star(1, 12), grader, rewarded, OPTIONS)
     assert evaluated.num_nodes == 4
@@ -122,7 +122,7 @@ def test_lanes_see_their_own_samples_only(engine, grader):
 def test_token_frequencies_of_a_forest_are_those_of_independent_samples(tiny_model, grader, plain):
     """First tokens of the branches of one fixed prefix, in a tree and one by one."""
     engine = HFEngine(tiny_model, max_num_seqs=256, num_cached=64, min_shared=2)
-    options = dataclasses.replace(OPTIONS, stop_token_ids=())
+    options = dataclasses.replace(OPTIONS, sampling=Sampling(3))
     shape = TreeShape((2, 1500), (4,), 6)
     forest, _ = grow(PROMPTS[:1], engine, shape, grader, rewarded, options)
     check_first_tokens(forest, plain, 1500)

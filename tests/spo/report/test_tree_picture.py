@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from spo import Forest, load_recipe
-from spo.grow.tokenizer import load_tokenizer
 from spo.learn.model import load_policy, sequence_logprobs
+from spo.models.tokenizer import load_tokenizer
 from spo.records import concat
 
 ROOT = Path(__file__).parents[3]

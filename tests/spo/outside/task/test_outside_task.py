@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from spo.config.recipe import load_recipe
-from spo.grow.tokenizer import load_tokenizer
 from spo.loop import train
+from spo.models.tokenizer import load_tokenizer
 from spo.plan import describe
 from spo.tasks import prompts_of, task_of
 from spo.tasks.grading import Graded, Grader

@@ -1,0 +1,1 @@
+"""What a checkpoint holds: the model, its head, its tokenizer."""
