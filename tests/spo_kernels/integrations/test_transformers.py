@@ -218,14 +218,32 @@ def test_models_whose_logits_are_something_else_are_refused():
     with pytest.raises(ValueError, match="expected a causal model, found LlamaModel"):
         patch_transformers(make("llama").model)
 
-    granite = make("granite, over a scale")
-    granite.config.logits_scaling = 8.0  # the forward now divides by 8 ...
-    broken = copy.deepcopy(granite.config)
-    del broken.logits_scaling  # ... and no name of the configuration says so
-    granite.config.get_text_config = lambda: broken
+    shifted = make("granite, over a scale")
+
+    def forward(**inputs):
+        out = type(shifted).forward(shifted, **inputs)
+        out.logits[..., 1] += 1.0
+        return out
+
+    shifted.forward = forward
     with pytest.raises(ValueError, match="expected logits of GraniteForCausalLM that are"):
-        patch_transformers(granite)
-    assert "forward" not in vars(granite)
+        patch_transformers(shifted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_that_no_configuration_names_are_measured(dtype):
+    """MiniCPM3 divides the hidden states; a model of one's own may bend logits in any order."""
+    model = make("llama", dtype)
+
+    def forward(**inputs):
+        logits = model.lm_head(model.model(**inputs).last_hidden_state / 6)
+        return transformers.modeling_outputs.CausalLMOutput(
+            logits=7.5 * torch.tanh(logits * 0.375 / 7.5)
+        )
+
+    model.forward = forward
+    found = measure("patch_transformers", model)
+    assert found == {"logit_softcap": 7.5, "logit_scale": pytest.approx(0.375 / 6, rel=1e-6)}
 
 
 def test_an_adapter_of_the_head_that_comes_later_counts():
