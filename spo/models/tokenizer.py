@@ -1,11 +1,15 @@
-"""The policy's tokenizer."""
+"""The policy's tokenizer: what ends a response, which ids it knows, how it decodes."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Container, Sequence
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
 
 from spo.config.policy import PolicyConfig
 
@@ -39,3 +43,61 @@ def load_pretrained(auto: Any, config: PolicyConfig, path: str | None = None, **
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"policy.path: {name} cannot be loaded ({reason})") from error
+
+
+def vocab_size(tokenizer: Any) -> int:
+    """One more than the largest id that the tokenizer knows; `len(tokenizer)` ignores holes."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def model_vocab_size(config: PolicyConfig) -> int:
+    """Number of logits of the policy, padding included, as its config.json says."""
+    return load_pretrained(AutoConfig, config).get_text_config().vocab_size
+
+
+def stop_token_ids(config: PolicyConfig, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a response: the tokenizer's end token and those of generation_config.json.
+
+    A folder without generation_config.json may name them in config.json. Ids that the model has no
+    logit for are left out. Raises ValueError with one sentence if a file cannot be read.
+    """
+    found = [tokenizer.eos_token_id]
+    settings = _settings(config, "generation_config.json")
+    if settings is None:
+        settings = _settings(config, "config.json") or {}
+        settings = (settings.get("text_config") or {}) | settings
+    named = settings.get("eos_token_id")
+    found += named if isinstance(named, list) else [] if named is None else [named]
+    size = model_vocab_size(config)
+    return tuple(dict.fromkeys(token for token in found if 0 <= token < size))
+
+
+def text_of(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """The text of tokens, special ones and spaces included, exactly as the tokens spell it."""
+    return tokenizer.decode(
+        token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+
+
+def response_text(tokenizer: Any, token_ids: Sequence[int], stops: Container[int]) -> str:
+    """The text of a response, for graders and readers, without its stop token and pad tokens."""
+    ids = list(token_ids)
+    if ids and ids[-1] in stops:
+        ids.pop()
+    return text_of(tokenizer, [token for token in ids if token != tokenizer.pad_token_id])
+
+
+def _settings(config: PolicyConfig, name: str) -> dict[str, Any] | None:
+    """A JSON file of the policy's folder or hub repository; None if it has none."""
+    path = cached_file(
+        config.source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return None
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"policy.path: {path} is not a JSON object ({error})") from error
