@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from spo.config.ranges import Positive, PositiveInt, Share
+from spo.config.ranges import NotNegativeInt, Positive, PositiveInt, Share
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,12 @@ class SamplingConfig:
     """Only 0 (off) is allowed, for the same reason."""
     max_new_tokens: PositiveInt = 64
     """Maximum length of a response, in tokens."""
+    stop_token_ids: tuple[NotNegativeInt, ...] = ()
+    """Ids that end a response, besides the tokenizer's end token and those that the model's
+    generation_config.json names."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, such as "</answer>". The token that completes one is the last of
+    the response, so its text keeps the stop text."""
     stages: tuple[tuple[Share, PositiveInt], ...] = ()
     """Shorter limits at first, for a context that grows: (share of the run, tokens) pairs. Until
     that share of `train.iterations` or `train.max_generated_tokens` is done, responses have at most
@@ -34,6 +40,8 @@ class SamplingConfig:
                 "sampling.top_p: expected 1 (and sampling.top_k 0) for training, as a truncated "
                 f"distribution biases the ratio, found {self.top_p:g} and {self.top_k}"
             )
+        if "" in self.stop:
+            raise ValueError(f"sampling.stop: expected texts, found an empty one in {self.stop}")
         starts = [0.0, *(share for share, _ in self.stages), 1.0]
         tokens = [0, *(tokens for _, tokens in self.stages), self.max_new_tokens + 1]
         if any(a >= b for row in (starts, tokens) for a, b in zip(row, row[1:], strict=False)):

@@ -14,6 +14,7 @@ from spo.config.ranges import Count, PositiveInt, Probability
 from spo.config.shape import Cost, Growing, ShapeConfig
 from spo.grow.shapes import Growth, Node, Shape, Tree, sampled
 from spo.grow.steps import line_ends, sentence_ends
+from spo.models.tokenizer import exact_text
 from spo.records import SEGMENT, Completion
 from spo_kernels import cutpoint_segments
 
@@ -161,7 +162,7 @@ def text_of(tokenizer) -> Callable[[int], str]:
 
     @cache
     def text_of(token: int) -> str:
-        return tokenizer.decode([token, token])[len(tokenizer.decode([token])) :]
+        return exact_text(tokenizer, [token, token])[len(exact_text(tokenizer, [token])) :]
 
     return text_of
 

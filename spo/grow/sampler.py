@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 from spo.config.recipe import Recipe
@@ -14,8 +15,8 @@ from spo.grow.evaluate import Accuracy, accuracies
 from spo.grow.rollout import Rollout, RolloutOptions, RolloutStats
 from spo.grow.shapes import Shape
 from spo.grow.stream import Stream, grow
-from spo.models.tokenizer import load_tokenizer
-from spo.records import Completion, Forest, Prompt, Request, Sampling
+from spo.models.tokenizer import load_tokenizer, response_text, sampling_of
+from spo.records import Completion, Forest, Prompt, Request
 from spo.tasks import prompts_of, task_of
 from spo.tasks.grading import Grader
 
@@ -44,7 +45,7 @@ class Sampler:
         self.tokenizer = tokenizer or load_tokenizer(recipe.policy)
         self._rescore = rescore
         self._shapes: dict[int, Shape] = {}  # by their limit
-        self.stop_token_ids = (self.tokenizer.eos_token_id,)
+        self.sampling = sampling_of(recipe, self.tokenizer)
         self.grader = Grader({recipe.task: task_of(recipe)})
         self._own = engine is None
         try:
@@ -69,7 +70,7 @@ class Sampler:
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of a response, for the grader."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return response_text(self.tokenizer, token_ids, self.sampling.stop_token_ids)
 
     def shape(self, max_new_tokens: int | None = None) -> Shape:
         """The recipe's shape with responses of at most `max_new_tokens` (default: the recipe's)."""
@@ -82,16 +83,10 @@ class Sampler:
 
     def options(self, iteration: int, temperature: float | None = None) -> RolloutOptions:
         """Rollout options of an iteration, by default at the training temperature."""
-        sampling = self.recipe.sampling
-        return RolloutOptions(
-            Sampling(
-                self.recipe.train.seed + 1_000_003 * self.rank,
-                sampling.temperature if temperature is None else temperature,
-                self.stop_token_ids,
-            ),
-            iteration=iteration,
-            truncated=sampling.truncated,
-        )
+        sampling = replace(self.sampling, seed=self.recipe.train.seed + 1_000_003 * self.rank)
+        if temperature is not None:
+            sampling = replace(sampling, temperature=temperature)
+        return RolloutOptions(sampling, iteration, self.recipe.sampling.truncated)
 
     def test_prompts(self) -> list[Prompt]:
         """The first `eval.problems` of the test split. Raises ValueError if there is none."""
@@ -142,10 +137,7 @@ class Sampler:
     def sample_one(self, prefix: Sequence[int]) -> Completion:
         """One short sample of an idle engine. Raises RuntimeError if the engine fails."""
         size = min(16, self.engine.max_model_len - len(prefix))
-        temperature = self.recipe.sampling.temperature
-        self.engine.submit(
-            Request(-1, tuple(prefix), 1, size, Sampling(0, temperature, self.stop_token_ids))
-        )
+        self.engine.submit(Request(-1, tuple(prefix), 1, size, self.sampling))
         while not (done := self.engine.poll()):
             pass
         if done[0].error is not None:

@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
 from spo.config.policy import PolicyConfig
+from spo.config.recipe import Recipe
+from spo.records import Sampling
 
 
 def load_tokenizer(config: PolicyConfig) -> Any:
@@ -72,7 +74,30 @@ def stop_token_ids(config: PolicyConfig, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token for token in found if 0 <= token < size))
 
 
-def text_of(tokenizer: Any, token_ids: Sequence[int]) -> str:
+def sampling_of(recipe: Recipe, tokenizer: Any) -> Sampling:
+    """How a recipe's samples are drawn, with seed 0: temperature, what ends them, which ids exist.
+
+    Raises ValueError if `sampling.stop_token_ids` holds an id that the model has no logit for.
+    """
+    settings, size = recipe.sampling, model_vocab_size(recipe.policy)
+    for token in settings.stop_token_ids:
+        if token >= size:
+            raise ValueError(
+                f"sampling.stop_token_ids: expected ids below {size}, the number of the model's "
+                f"tokens, found {token}"
+            )
+    stops = (*stop_token_ids(recipe.policy, tokenizer), *settings.stop_token_ids)
+    known = vocab_size(tokenizer)
+    return Sampling(
+        seed=0,
+        temperature=settings.temperature,
+        stop_token_ids=tuple(dict.fromkeys(stops)),
+        stop=settings.stop,
+        vocab_size=known if known < size else None,
+    )
+
+
+def exact_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
     """The text of tokens, special ones and spaces included, exactly as the tokens spell it."""
     return tokenizer.decode(
         token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -84,7 +109,7 @@ def response_text(tokenizer: Any, token_ids: Sequence[int], stops: Container[int
     ids = list(token_ids)
     if ids and ids[-1] in stops:
         ids.pop()
-    return text_of(tokenizer, [token for token in ids if token != tokenizer.pad_token_id])
+    return exact_text(tokenizer, [token for token in ids if token != tokenizer.pad_token_id])
 
 
 def _settings(config: PolicyConfig, name: str) -> dict[str, Any] | None:

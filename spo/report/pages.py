@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from spo.credit.nodes import check_credit, of_nodes
 from spo.credit.values import Values
 from spo.learn.checkpoint import latest_checkpoint, load_saved
 from spo.metrics import read_metrics
-from spo.models.tokenizer import load_tokenizer
+from spo.models.tokenizer import exact_text, load_tokenizer
 from spo.records import Forest
 from spo.report.html import RunCurve, TreeView, write_report
 
@@ -96,4 +97,4 @@ def tree_view(title: str, path: str | os.PathLike, recipe: Recipe, tokenizer) ->
     if recipe.loss.prob_threshold is not None:
         kept = forest.rollout_logprobs < math.log(recipe.loss.prob_threshold)
     shown = of_nodes(forest, credit.tokens)
-    return TreeView(title, forest, values, shown, tokenizer.decode, kept)
+    return TreeView(title, forest, values, shown, partial(exact_text, tokenizer), kept)
