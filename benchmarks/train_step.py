@@ -38,8 +38,8 @@ from spo.config.loss import PolicyLossConfig
 from spo.config.policy import PolicyConfig
 from spo.credit.nodes import of_tokens
 from spo.learn.loss import policy_loss
-from spo.learn.model import load_policy
 from spo.learn.pack import PackStats, pack
+from spo.learn.policy import load_policy
 from spo.records import PROMPT, SEGMENT, STOP, Batch, Forest, Prompt
 
 THRESHOLD = 0.9

@@ -35,8 +35,8 @@ def packed_step() -> Callable[[], object]:
     from benchmarks.train_step import THRESHOLD, build_forest, fused_step
     from spo.config.policy import PolicyConfig
     from spo.credit.nodes import of_tokens
-    from spo.learn.model import load_policy
     from spo.learn.pack import pack
+    from spo.learn.policy import load_policy
 
     with tempfile.TemporaryDirectory() as folder:
         build_policy(folder, **POLICY, context=512)

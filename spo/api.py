@@ -17,7 +17,8 @@ from spo.grow.evaluate import Accuracy
 from spo.grow.rollout import RolloutStats
 from spo.grow.sampler import Sampler
 from spo.learn.checkpoint import latest_checkpoint
-from spo.learn.model import load_policy, sequence_logprobs
+from spo.learn.model import sequence_logprobs
+from spo.learn.policy import load_policy
 from spo.records import Forest
 
 RecipeLike = Recipe | str | os.PathLike

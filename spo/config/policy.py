@@ -29,6 +29,9 @@ class PolicyConfig:
     whose layers cannot be packed."""
     attention: Literal["auto", "dense", "grouped", "flex", "varlen"] = "auto"
     """Attention over a pack. auto: grouped on the CPU, flex on CUDA. varlen needs flash-attn."""
+    dropout: bool = False
+    """Train with the dropout and the router noise of the model's configuration. Off, a logprob is
+    the same whenever it is computed, and the ratio of a token to itself is 1."""
     trust_remote_code: bool = False
     """Run code that comes with the model folder. Leave it off for models you did not write."""
 

@@ -1,112 +1,105 @@
 """Attention over a pack, where a token sees only its ancestors; for transformers' interface.
 
-Key k is visible to query q iff k <= q < visible_until[k]; nothing else describes the forest. A run
-is a longest span of equal `visible_until`: a node, or a chain of only children. The tokens of a run
-see each other causally, and its descendants, the tokens [end, until), see all of it.
+Key k is visible to query q iff k <= q < visible_until[k]; nothing else describes the forest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from spo.learn.dense import dense, dense_plan
 from spo.learn.flex import block_mask, flex, padded_length
+from spo.learn.runs import Run, find_runs
 
+KNOWN = {  # what models hand to the interface that changes nothing here
+    "sliding_window",
+    "softcap",
+    "s_aux",
+    "position_ids",
+    "is_causal",
+    "use_cache",
+    "past_key_values",
+    "cache_position",
+    "position_embeddings",
+    "output_router_logits",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
 ROUND = 16  # runs whose lengths round up to the same multiple share a call
 
 
-class Run(NamedTuple):
-    start: int  # first token
-    end: int  # one after its last
-    until: int  # one after its last descendant
-
-
-@dataclass(frozen=True)
 class Layout:
-    """A pack in the form that a backend needs, made once for all layers."""
+    """A pack, prepared once for all layers in the form that each way of attending needs."""
 
-    backend: str
-    size: int  # tokens to forward, with the padding that a backend needs
-    longest: int  # tokens of the longest path
-    plan: Any
+    def __init__(self, visible_until: Tensor, position_ids: Tensor, backend: str):
+        size = visible_until.numel()
+        self.backend = backend
+        self.size = padded_length(size) if backend == "flex" else size  # tokens to forward
+        self.tokens = size
+        self.longest = int(position_ids.max()) + 1  # tokens of the longest path
+        self._visible_until = visible_until
+        self._plans: dict[str, Any] = {}
+
+    def plan(self, backend: str) -> Any:
+        """What `backend` needs to know of the pack."""
+        if backend not in self._plans:
+            self._plans[backend] = BACKENDS[backend][0](self._visible_until)
+        return self._plans[backend]
 
 
-def make_layout(visible_until: Tensor, position_ids: Tensor, backend: str) -> Layout:
-    """Prepare a pack, visible_until (T,) int32 and position_ids (T,) int64, for `backend`."""
-    size = padded_length(visible_until.numel()) if backend == "flex" else visible_until.numel()
-    plan = BACKENDS[backend][0](visible_until)
-    return Layout(backend, size, int(position_ids.max()) + 1, plan)
+def make_layout(visible_until: Tensor, position_ids: Tensor, implementation: str) -> Layout:
+    """Prepare a pack, visible_until (T,) int32 and position_ids (T,) int64.
+
+    Args:
+        implementation: name in transformers' interface, `PREFIX` and a backend.
+    """
+    return Layout(visible_until, position_ids, implementation.removeprefix(PREFIX))
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, scaling, layout=None, dropout=0.0, **options
+    module, query, key, value, attention_mask, scaling=None, layout=None, dropout=0.0, **options
 ):
-    """Attention for transformers' interface: query (1, H, T, hd), key and value (1, KVH, T, hd)."""
+    """Attention for transformers' interface: query (1, H, T, hd), key and value (1, KVH, T, hd).
+
+    A soft cap on scores, sinks, and a window that is shorter than a path are attended to by the
+    dense backend, whatever the recipe says: the others leave them out.
+    """
     if layout is None:
         raise ValueError("expected a packed batch: call spo.learn.model.hidden_states")
     if dropout:
-        raise ValueError(f"packed training: expected attention dropout 0, found {dropout:g}")
-    for name in ("softcap", "s_aux"):
-        if options.get(name) is not None:
-            raise ValueError(f"the policy's attention uses {name}, which packed training lacks")
-    window = options.get("sliding_window")
-    if window is not None and layout.longest > window:
         raise ValueError(
-            f"the policy's sliding window of {window} tokens is shorter than a path of "
-            f"{layout.longest}; policy.packing=rows trains it with one row per node"
+            f"policy.dropout: packed training expects attention dropout 0, found {dropout:g}"
         )
+    given = {name for name, x in options.items() if x is not None and x is not False}
+    if unknown := sorted(given - KNOWN):
+        raise ValueError(f"the policy's attention uses {', '.join(unknown)}, which packing lacks")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = options.get("sliding_window")
+    bends = {
+        "window": window if window is not None and layout.longest > window else None,
+        "softcap": options.get("softcap"),
+        "sinks": options.get("s_aux"),
+    }
     # Under autocast the rotary embedding returns query and key in fp32.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    out = BACKENDS[layout.backend][1](query, key, value, layout.plan, scaling)
-    return out.transpose(1, 2), None
-
-
-def find_runs(visible_until: Tensor) -> list[Run]:
-    """The runs of a pack in order."""
-    until, counts = torch.unique_consecutive(visible_until.cpu(), return_counts=True)
-    ends = counts.cumsum(0)
-    columns = (ends - counts).tolist(), ends.tolist(), until.tolist()
-    return [Run(*row) for row in zip(*columns, strict=True)]
-
-
-def tree_spans(visible_until: Tensor) -> list[tuple[int, int]]:
-    """(start, end) of every tree in the pack."""
-    spans = []
-    for run in find_runs(visible_until):
-        if not spans or run.start == spans[-1][1]:
-            spans.append((run.start, run.until))
-    return spans
-
-
-# dense: the reference, for every device
-
-
-def _dense_plan(visible_until: Tensor) -> list[tuple[int, int, Tensor]]:
-    """(start, end, mask (L, L) bool) of each tree: trees do not see each other."""
-    blocks = []
-    for start, end in tree_spans(visible_until):
-        query = torch.arange(start, end, device=visible_until.device)[:, None]
-        blocks.append((start, end, (query.T <= query) & (query < visible_until[start:end])))
-    return blocks
-
-
-def _dense(query: Tensor, key: Tensor, value: Tensor, plan, scale: float) -> Tensor:
-    pieces = [
-        F.scaled_dot_product_attention(
-            *(x[:, :, start:end] for x in (query, key, value)),
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=True,
-        )
-        for start, end, mask in plan
-    ]
-    return torch.cat(pieces, dim=2)
+    if any(x is not None for x in bends.values()):
+        query, key, value = (x[:, :, : layout.tokens] for x in (query, key, value))
+        out = dense(query, key, value, layout.plan("dense"), scaling, **bends)
+        out = F.pad(out, (0, 0, 0, layout.size - layout.tokens))
+        return out.transpose(1, 2), None
+    wide = query.shape[-1] - value.shape[-1]  # MLA: values are narrower than keys
+    padded = F.pad(value, (0, wide)) if wide else value
+    plan = layout.plan(layout.backend)
+    out = BACKENDS[layout.backend][1](query, key, padded, plan, scaling)
+    return out[..., : value.shape[-1]].transpose(1, 2), None
 
 
 # grouped: exactly the visible pairs, on the CPU
@@ -302,7 +295,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scale: 
 
 
 BACKENDS: dict[str, tuple[Callable, Callable]] = {
-    "dense": (_dense_plan, _dense),
+    "dense": (dense_plan, dense),
     "grouped": (_grouped_plan, _grouped),
     "flex": (block_mask, flex),
     "varlen": (_varlen_plan, _varlen),

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from spo.config.policy import PolicyConfig
-from spo.learn.model import hidden_states, inside, load_model
+from spo.learn.model import hidden_states, inside
+from spo.learn.policy import load_model
 from spo.records import Batch, LossOutput
 
 
@@ -22,7 +23,7 @@ def load_critic(config: PolicyConfig, path: str | None = None) -> PreTrainedMode
 
     Raises ValueError with one sentence if it cannot be loaded or packed.
     """
-    critic = load_model(AutoModelForTokenClassification, config, path, num_labels=1)
+    critic = load_model(config, path, auto=AutoModelForTokenClassification, num_labels=1)
     if path is None:
         head: Any = critic.score
         torch.nn.init.zeros_(head.weight)

@@ -19,11 +19,13 @@ from spo.learn import checkpoint, distributed
 from spo.learn.critic import explained_variance, load_critic, row_values, value_loss
 from spo.learn.distributed import Ranks
 from spo.learn.loss import LOSSES
-from spo.learn.model import load_policy, row_logprobs, score, to_device
+from spo.learn.model import row_logprobs, score, to_device
 from spo.learn.pack import PackStats, pack, unpack
+from spo.learn.policy import load_policy
 from spo.records import Batch, Credit, Forest, LossOutput, Replay, Targets
 
-SUMS = ("loss", "kl", "kept", "clipfrac", "entropy", "mismatch_kl")  # over the batches of a step
+# Over the batches of a step.
+SUMS = ("loss", "kl", "kept", "clipfrac", "entropy", "mismatch_kl", "router_loss")
 
 
 class Learner:
@@ -297,6 +299,8 @@ def summarize(steps: Sequence[dict[str, float]]) -> dict[str, float]:
         "grad_norm": total["grad_norm"] / len(steps),
         "lr": steps[-1]["lr"],
     }
+    if total["router_loss"]:
+        figures["router_loss"] = total["router_loss"] / len(steps)
     own = {*SUMS, "ratio_max", "grad_norm", "lr", *(f.name for f in dataclasses.fields(PackStats))}
     for key in sorted({key for step in steps for key in step} - own):
         values = [step[key] for step in steps if key in step]

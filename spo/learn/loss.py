@@ -7,13 +7,13 @@ a step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from spo.config.loss import LikelihoodLossConfig, LossConfig, PolicyLossConfig
-from spo.learn.model import hidden_states, inside
+from spo.learn.model import Body, forward, inside
+from spo.models.head import head_arguments
 from spo.records import Batch, LossOutput
 from spo_kernels import linear_masked_ppo_loss, linear_token_logprobs, policy_mask
 
@@ -31,15 +31,12 @@ def policy_loss(
 def _policy_loss(
     model: PreTrainedModel, batch: Batch, config: PolicyLossConfig, temperature: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    head: Any = model.get_output_embeddings()
+    layers = forward(model, batch, router_loss=True)
     out = linear_masked_ppo_loss(
-        hidden_states(model, batch),
-        head.weight,
-        batch.targets,
-        batch.old_logprobs,
-        batch.advantages,
-        bias=head.bias,
-        hidden_index=batch.hidden_index,
+        **head_arguments(model, layers.states, batch.hidden_index),
+        token_ids=batch.targets,
+        old_logprobs=batch.old_logprobs,
+        advantages=batch.advantages,
         loss_mask=batch.loss_mask,
         prob_threshold=config.prob_threshold,
         ref_logprobs=batch.ref_logprobs,
@@ -63,7 +60,9 @@ def _policy_loss(
         "clipfrac": float(out.clipfrac) * num_kept,
         "entropy": float(out.entropy[kept].sum()),
     }
-    return out.loss, metrics | _mismatch((out.logprobs - batch.old_logprobs)[kept])
+    share = num_kept / max(batch.policy_norm, 1.0)
+    loss, metrics = _with_router_loss(out.loss, metrics, layers, share)
+    return loss, metrics | _mismatch((out.logprobs - batch.old_logprobs)[kept])
 
 
 def likelihood_loss(
@@ -80,13 +79,10 @@ def likelihood_loss(
 def _likelihood_loss(
     model: PreTrainedModel, batch: Batch, temperature: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    head: Any = model.get_output_embeddings()
+    layers = forward(model, batch, router_loss=True)
     logprobs, entropy = linear_token_logprobs(
-        hidden_states(model, batch),
-        head.weight,
-        batch.targets,
-        bias=head.bias,
-        hidden_index=batch.hidden_index,
+        **head_arguments(model, layers.states, batch.hidden_index),
+        token_ids=batch.targets,
         temperature=temperature,
         entropy=True,
     )
@@ -98,7 +94,19 @@ def _likelihood_loss(
         "clipfrac": 0.0,
         "entropy": float(entropy.detach().sum()),
     }
+    share = logprobs.numel() / max(batch.policy_norm, 1.0)
+    loss, metrics = _with_router_loss(loss, metrics, layers, share)
     return loss, metrics | _mismatch(logprobs.detach() - batch.old_logprobs)
+
+
+def _with_router_loss(
+    loss: torch.Tensor, metrics: dict[str, float], layers: Body, share: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Add the routers' loss, a mean over the batch, by the batch's share of the step's tokens."""
+    if layers.router_loss is None:
+        return loss, metrics
+    router_loss = share * layers.router_loss
+    return loss + router_loss, metrics | {"router_loss": float(router_loss.detach())}
 
 
 def _mismatch(log_ratio: torch.Tensor) -> dict[str, float]:

@@ -3,134 +3,92 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from spo.config.policy import PolicyConfig
-from spo.learn.attention import PREFIX, make_layout, tree_spans
-from spo.models.tokenizer import load_pretrained
+from spo.learn.attention import PREFIX, make_layout
+from spo.learn.runs import tree_spans
+from spo.models.head import head_arguments, own_forward
+from spo.models.load import body, text_config
 from spo.records import Batch
 from spo_kernels import linear_token_logprobs
 
 T = TypeVar("T")
-ALIGNMENT = 64  # bytes, as PyTorch allocates on the CPU
 
 
-def load_policy(config: PolicyConfig, path: str | None = None) -> PreTrainedModel:
-    """A causal model that trains on packed batches, or on rows if `policy.packing` is rows.
+class Body(NamedTuple):
+    """What a model's layers make of a batch."""
 
-    Args:
-        path: a checkpoint's model folder; by default the recipe's start policy.
-
-    Raises ValueError with one sentence if it cannot be loaded or packed.
-    """
-    return load_model(AutoModelForCausalLM, config, path)
+    states: Tensor  # (T, D), last hidden states
+    router_loss: Tensor | None  # () fp32, coefficient included; None: the model has none
 
 
-def load_model(auto, config: PolicyConfig, path: str | None = None, **options) -> PreTrainedModel:
-    """`load_policy` for any of transformers' auto classes; `options` are passed to its config."""
-    options |= {"dtype": getattr(torch, config.dtype), "use_safetensors": True}
-    if config.packing == "tree":
-        options["attn_implementation"] = PREFIX + attention_backend(config)
-    model = load_pretrained(auto, config, path, **options).to(config.device).train()
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.data_ptr() % ALIGNMENT:  # a mapped file: products round otherwise there
-            tensor.data = tensor.data.clone()
-    if config.packing == "tree":
-        check_packing(model, config.path)
-    elif getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # the others ignore the soft cap
-    return model
-
-
-def attention_backend(config: PolicyConfig) -> str:
-    """The backend of `policy.attention`: by default grouped on the CPU, flex elsewhere."""
-    if config.attention != "auto":
-        return config.attention
-    return "grouped" if torch.device(config.device).type == "cpu" else "flex"
-
-
-@torch.no_grad()
-def check_packing(model: PreTrainedModel, name: str) -> None:
-    """Raise ValueError if the model's layers do not keep the branches of a pack apart.
-
-    A root with two leaves is forwarded twice, with different first leaves. The second leaf must not
-    change, and must equal the same tokens as one sequence under the model's own attention. This
-    holds if all layers mix tokens only through the attention interface. It fails for recurrent
-    layers, convolutions, and masks or positions of the model's own.
-    """
-    advice = "policy.packing=rows trains it with one row per node"
-    kinds = set(getattr(model.config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if kinds:
-        raise ValueError(
-            f"policy.path: {name} has {', '.join(sorted(kinds))} layers, which cannot keep the "
-            f"branches of a pack apart; {advice}"
-        )
-    implementation = _implementation(model)
-    device = next(model.parameters()).device
-    leaves = []
-    for first in (3, 4):
-        pack = ([1, 2, first, first, 5], [0, 1, 2, 3, 2], [5, 5, 4, 4, 5])
-        try:
-            leaves.append(_pack_states(model, *(torch.tensor(x, device=device) for x in pack))[4])
-        except (TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"policy.path: {name} cannot be packed ({reason}); {advice}"
-            ) from error
-    model.set_attn_implementation("eager")
-    alone = model.base_model(torch.tensor([[1, 2, 5]], device=device), use_cache=False)
-    model.set_attn_implementation(implementation)
-    expected = alone.last_hidden_state[0, 2]
-    eps = torch.finfo(expected.dtype).eps
-    drift, error = (float((leaves[0] - x).norm() / expected.norm()) for x in (leaves[1], expected))
-    if not (drift <= 4 * eps and error <= max(1e-3, 32 * eps)):
-        raise ValueError(
-            f"policy.path: {name} mixes tokens outside the attention interface and cannot be "
-            f"packed; {advice}"
-        )
-
-
-def _implementation(model: PreTrainedModel) -> str:
+def implementation(model: PreTrainedModel) -> str:
     """The name of the model's attention in transformers' interface."""
-    return model.config._attn_implementation or ""
+    return text_config(model)._attn_implementation or ""
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Last hidden states (T, D) of a packed batch; of its rows if the model was loaded for rows."""
-    if not _implementation(model).startswith(PREFIX):
-        return _row_states(model, batch)
-    return _pack_states(model, batch.token_ids, batch.position_ids, batch.visible_until)
+    return forward(model, batch).states
 
 
-def _pack_states(
-    model: PreTrainedModel, token_ids: Tensor, position_ids: Tensor, visible_until: Tensor
-) -> Tensor:
-    backend = _implementation(model).removeprefix(PREFIX)
-    layout = make_layout(visible_until, position_ids, backend)
-    size = token_ids.numel()
+def forward(model: PreTrainedModel, batch: Batch, *, router_loss: bool = False) -> Body:
+    """The hidden states of a batch, and on request the auxiliary loss of its routers.
+
+    That is the loss of the model's own forward, where its configuration asks for it
+    (`output_router_logits`), times its coefficient.
+    """
+    inputs, real = _inputs(model, batch)
+    wanted = router_loss and getattr(text_config(model), "output_router_logits", False)
+    if wanted:
+        inputs["output_router_logits"] = True
+    out = body(model)(**inputs, use_cache=False)
+    states = out.last_hidden_state[real]
+    return Body(states, _router_loss(model, out, real) if wanted else None)
+
+
+def _inputs(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, Any], Tensor]:
+    """Arguments of the model's body, and which of its rows are tokens (B, L) bool."""
+    device = batch.token_ids.device
+    if not implementation(model).startswith(PREFIX):
+        rows, real = _rows(batch)
+        return {"input_ids": rows}, real
+    layout = make_layout(batch.visible_until, batch.position_ids, implementation(model))
+    size = batch.token_ids.numel()
     ids, positions = (
-        torch.nn.functional.pad(x, (0, layout.size - size))[None] for x in (token_ids, position_ids)
+        torch.nn.functional.pad(x, (0, layout.size - size))[None]
+        for x in (batch.token_ids, batch.position_ids)
     )
-    out = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, layout=layout)
-    return out.last_hidden_state[0, :size]
+    real = (torch.arange(layout.size, device=device) < size)[None]
+    return {"input_ids": ids, "position_ids": positions, "layout": layout}, real
 
 
-def _row_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+def _rows(batch: Batch) -> tuple[Tensor, Tensor]:
     """One row per tree of the pack, all of them chains; padded at the end, where no token reads."""
     sizes = [end - start for start, end in tree_spans(batch.visible_until)]
     if not torch.equal(batch.position_ids.cpu(), torch.cat([torch.arange(n) for n in sizes])):
         raise ValueError("policy.packing=rows: expected batches packed as rows, found trees")
     rows = torch.nn.utils.rnn.pad_sequence(list(batch.token_ids.split(sizes)), batch_first=True)
     real = (torch.arange(rows.shape[1]) < torch.tensor(sizes)[:, None]).to(rows.device)
-    return model.base_model(input_ids=rows, use_cache=False).last_hidden_state[real]
+    return rows, real
+
+
+def _router_loss(model: PreTrainedModel, out: Any, real: Tensor) -> Tensor | None:
+    """The auxiliary loss as the model's own forward makes it, of the real tokens only."""
+    inputs: dict[str, Any] = {"output_router_logits": True, "attention_mask": real.long()}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    loss = getattr(own_forward(model, out, **inputs), "aux_loss", None)
+    if not isinstance(loss, Tensor):
+        return None
+    coefficient = getattr(text_config(model), "router_aux_loss_coef", 0.0)
+    return coefficient * loss.to(out.last_hidden_state.device).float()
 
 
 def inside(model: PreTrainedModel, function: Callable[..., T], *arguments: Any) -> T:
@@ -151,13 +109,9 @@ def row_logprobs(model: PreTrainedModel, batch: Batch, temperature: float) -> Te
 
 
 def _row_logprobs(model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
-    head: Any = model.get_output_embeddings()
     logprobs = linear_token_logprobs(
-        hidden_states(model, batch),
-        head.weight,
-        batch.targets,
-        bias=head.bias,
-        hidden_index=batch.hidden_index,
+        **head_arguments(model, hidden_states(model, batch), batch.hidden_index),
+        token_ids=batch.targets,
         temperature=temperature,
     )
     assert isinstance(logprobs, Tensor)  # without the entropy
@@ -171,19 +125,28 @@ def sequence_logprobs(
     """Logprobs of `token_ids` after `prefix_ids`, as the trainer computes them."""
     ids = torch.tensor(prefix_ids + token_ids)
     size = ids.numel()
-    batch = Batch(
+    batch = scored_batch(
         token_ids=ids,
         position_ids=torch.arange(size),
         visible_until=torch.full((size,), size, dtype=torch.int32),
         hidden_index=torch.arange(len(prefix_ids) - 1, size - 1),
         targets=ids[len(prefix_ids) :],
-        old_logprobs=torch.zeros(len(token_ids)),
-        advantages=torch.zeros(len(token_ids)),
-        loss_mask=torch.ones(len(token_ids), dtype=torch.bool),
-        policy_norm=1.0,
     )
     batch = to_device(batch, next(model.parameters()).device)
     return row_logprobs(model, batch, temperature).tolist()
+
+
+def scored_batch(targets: Tensor, **tensors: Tensor) -> Batch:
+    """A batch whose rows are only scored."""
+    size = targets.numel()
+    return Batch(
+        targets=targets,
+        old_logprobs=torch.zeros(size),
+        advantages=torch.zeros(size),
+        loss_mask=torch.ones(size, dtype=torch.bool),
+        policy_norm=1.0,
+        **tensors,
+    )
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:

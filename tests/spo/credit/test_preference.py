@@ -14,8 +14,9 @@ from spo.credit.correct import Correct
 from spo.credit.nodes import of_nodes, of_tokens
 from spo.credit.pairs import Pairs, node_sums, pair_credit, pair_loss, pair_nodes
 from spo.learn.loss import likelihood_loss
-from spo.learn.model import load_policy, row_logprobs
+from spo.learn.model import row_logprobs
 from spo.learn.pack import pack, unpack
+from spo.learn.policy import load_policy
 
 NAN = float("nan")
 

@@ -13,7 +13,7 @@ from spo.config.recipe import load_recipe
 from spo.learn import distributed
 from spo.learn.checkpoint import latest_checkpoint, load_state
 from spo.learn.distributed import Ranks, join
-from spo.learn.model import load_policy
+from spo.learn.policy import load_policy
 from spo.loop import train
 from spo.metrics import read_metrics
 

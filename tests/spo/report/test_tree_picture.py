@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from spo import Forest, load_recipe
-from spo.learn.model import load_policy, sequence_logprobs
+from spo.learn.model import sequence_logprobs
+from spo.learn.policy import load_policy
 from spo.models.tokenizer import load_tokenizer
 from spo.records import concat
 

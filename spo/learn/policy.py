@@ -1,0 +1,186 @@
+"""Loading the policy, and the check that it trains on what it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spo.config.policy import PolicyConfig
+from spo.learn.attention import PREFIX
+from spo.learn.model import implementation, row_logprobs, scored_batch, to_device
+from spo.models.check import SHORT, agree, own_logprobs, probe_ids, traits
+from spo.models.head import find_head
+from spo.models.load import load_causal
+from spo.models.tokenizer import load_tokenizer, vocab_size
+from spo.records import Batch
+
+SCORED = 8  # rows of a branch that the check compares
+
+
+def load_policy(
+    config: PolicyConfig, path: str | None = None, *, limit: int | None = None
+) -> PreTrainedModel:
+    """A causal model that trains on packed batches, or on rows if `policy.packing` is rows.
+
+    Args:
+        path: a checkpoint's model folder; by default the recipe's start policy.
+        limit: longest sequence of the run, in tokens; by default the model's own.
+
+    Raises ValueError with one sentence if it cannot be loaded, or if what would train differs from
+    the model's own logprobs.
+    """
+    model = load_model(config, path, limit=limit)
+    try:
+        known = vocab_size(load_tokenizer(config))
+    except ValueError:  # a folder without a tokenizer: token ids are all that there is
+        known = None
+    head = find_head(model, known)
+    check_policy(model, config, head.vocab_size)
+    return model.train(config.dropout)
+
+
+def load_model(
+    config: PolicyConfig, path: str | None = None, *, limit: int | None = None, **options
+) -> PreTrainedModel:
+    """The model of `load_policy` before its checks, or with `auto` that of another auto class."""
+    model = load_causal(
+        path or config.source,
+        dtype=getattr(torch, config.dtype),
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        limit=limit,
+        **options,
+    )
+    if config.packing == "tree":
+        model.set_attn_implementation(PREFIX + attention_backend(config))
+    else:
+        model.set_attn_implementation(complete_attention(model))
+    return model
+
+
+def attention_backend(config: PolicyConfig) -> str:
+    """The backend of `policy.attention`: by default grouped on the CPU, flex elsewhere."""
+    if config.attention != "auto":
+        return config.attention
+    return "grouped" if torch.device(config.device).type == "cpu" else "flex"
+
+
+def complete_attention(model: PreTrainedModel) -> str:
+    """The model's own attention; eager where its default leaves out a soft cap."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        return "eager"
+    return vars(model)["own_attention"]
+
+
+@torch.no_grad()
+def check_policy(model: PreTrainedModel, config: PolicyConfig, known: int | None = None) -> None:
+    """Raise ValueError if the trainer's logprobs are not those of the model's own forward.
+
+    A pack of two trees is scored: a prompt with a short and a long branch, past the windows of the
+    model's attention where its context reaches so far, and a short neighbour. That fails if layers
+    mix tokens elsewhere than in the attention interface (recurrent layers, convolutions), if masks
+    or positions are the model's own, or if anything lies between hidden states and logits that the
+    trainer leaves out.
+
+    Args:
+        known: ids from here on are left out of every logprob.
+    """
+    reason = _difference(model, config, known)
+    if reason is None and config.packing == "tree" and not _packs(model):
+        reason = "has attention of its own, outside transformers' attention interface"
+    if reason is None:
+        return
+    advice = "no other policy.attention or policy.packing trains it"
+    before = implementation(model)
+    for setting, other in (
+        ("policy.attention=dense", PREFIX + "dense"),
+        ("policy.packing=rows", ""),
+    ):
+        if config.packing == "tree" and before != other:
+            model.set_attn_implementation(other or complete_attention(model))
+            if _packs(model) == bool(other) and _difference(model, config, known) is None:
+                advice = f"{setting} trains it"
+                break
+    model.set_attn_implementation(before)
+    raise ValueError(f"policy.path: {config.path} {reason}; {advice}")
+
+
+def _difference(model: PreTrainedModel, config: PolicyConfig, known: int | None) -> str | None:
+    """How the trainer's logprobs differ from the model's own; None: they agree."""
+    ids = probe_ids(model, known)
+    prompt, short, long = ids[: SHORT // 2], ids[1:SHORT], ids[SHORT // 2 :]
+    paths = [prompt + short, prompt + long, short]
+    scored = [len(short), min(SCORED, len(long)), len(short) - 1]
+    try:
+        own = [own_logprobs(model, path, n, known) for path, n in zip(paths, scored, strict=True)]
+        beginning = own_logprobs(model, paths[0] + long[:1], scored[0] + 1, known)[:-1]
+    except Exception as error:  # of the model's own code
+        return f"does not run on token ids alone ({_first_line(error)})"
+    dtype = next(model.parameters()).dtype
+    if not agree(beginning, own[0], dtype):
+        return "reads tokens that come later: it is no causal model"
+    packed = _packs(model)
+    batch = _tree(prompt, paths, scored) if packed else _chains(paths, scored)
+    try:
+        found = row_logprobs(model, to_device(batch, own[0].device), 1.0)
+    except Exception as error:
+        return f"cannot be {'packed' if packed else 'trained in rows'} ({_first_line(error)})"
+    for name, a, b in zip(("short", "long", "second"), found.split(scored), own, strict=True):
+        if not agree(a, b, dtype):
+            worst = float((a - b).abs().max())
+            return (
+                f"would train on logprobs that are {worst:.2g} nats from its own, in the {name} of "
+                f"three sequences; {traits(model)}"
+            )
+    return None
+
+
+def _packs(model: PreTrainedModel) -> bool:
+    return implementation(model).startswith(PREFIX)
+
+
+def _first_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _tree(prompt: list[int], paths: list[list[int]], scored: list[int]) -> Batch:
+    """The first two paths as one tree under `prompt`, the third as a tree of its own."""
+    start = len(prompt)
+    first, second = len(paths[0]), len(paths[0]) + len(paths[1]) - start
+    size = second + len(paths[2])
+    until = [second] * start + [first] * (first - start) + [second] * (second - first)
+    ends = [list(range(first)), [*range(start), *range(first, second)], [*range(second, size)]]
+    ids = paths[0] + paths[1][start:] + paths[2]
+    positions = [*range(first), *range(start, len(paths[1])), *range(len(paths[2]))]
+    return _batch(ids, positions, until + [size] * len(paths[2]), ends, scored)
+
+
+def _chains(paths: list[list[int]], scored: list[int]) -> Batch:
+    """Every path as a row."""
+    ids, positions, until, ends = [], [], [], []
+    for path in paths:
+        ends.append(list(range(len(ids), len(ids) + len(path))))
+        ids += path
+        positions += range(len(path))
+        until += [len(ids)] * len(path)
+    return _batch(ids, positions, until, ends, scored)
+
+
+def _batch(
+    ids: list[int],
+    positions: list[int],
+    until: list[int],
+    ends: list[list[int]],  # places of each path's tokens in the pack
+    scored: list[int],
+) -> Batch:
+    index = [place for path, n in zip(ends, scored, strict=True) for place in path[-n - 1 : -1]]
+    target = [ids[p] for path, n in zip(ends, scored, strict=True) for p in path[-n:]]
+    as_tensor: dict[str, Tensor] = {
+        "token_ids": torch.tensor(ids),
+        "position_ids": torch.tensor(positions),
+        "visible_until": torch.tensor(until, dtype=torch.int32),
+        "hidden_index": torch.tensor(index),
+    }
+    return scored_batch(torch.tensor(target), **as_tensor)

@@ -1,0 +1,165 @@
+"""Loading a causal model of transformers, and what it does besides mixing tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+ALIGNMENT = 64  # bytes, as PyTorch allocates on the CPU
+RECOMPUTED = ("dynamic", "longrope")  # rope types whose frequencies follow the longest position
+
+
+def load_causal(
+    name: str,  # folder or hub id
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    auto: type[_BaseAutoModelClass] | None = None,
+    trust_remote_code: bool = False,
+    limit: int | None = None,  # longest sequence of the run, in tokens; the model's own by default
+    **options: Any,  # of the configuration
+) -> PreTrainedModel:
+    """A model with its own attention, in eval mode: without dropout or noise in its routers.
+
+    A multimodal model is loaded whole; `body` is its text model. Frequencies of a rotary embedding
+    that follow the longest position of a batch are fixed to those of `limit`, so that a sample
+    does not depend on its neighbours.
+
+    Args:
+        auto: one of transformers' auto classes; by default the one for causal models.
+
+    Raises ValueError with one sentence if there is no such model or it lacks weights.
+    """
+    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    auto = auto or _auto_class(name, trusted)
+    options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    loaded, info = _load(auto, name, trusted | options)
+    model: PreTrainedModel = loaded
+    missing = sorted(set(info["missing_keys"]) - set(_heads(auto, model)))
+    if missing:
+        raise ValueError(
+            f"policy.path: expected all weights of {type(model).__name__} in {name}, "
+            f"{len(missing)} are missing, such as {missing[0]}"
+        )
+    model.to(device)  # pyright: ignore[reportArgumentType]  # its wrapper hides the self
+    model.eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % ALIGNMENT:  # a mapped file: products round otherwise there
+            tensor.data = tensor.data.clone()
+    vars(model)["own_attention"] = model.config._attn_implementation or "eager"
+    own = longest(model)
+    if limit is None or own is None:
+        limit = limit or own
+    else:
+        limit = min(limit, own)
+    if limit is not None:
+        fix_rope(model, limit)
+    return model
+
+
+def body(model: PreTrainedModel) -> PreTrainedModel:
+    """The part that turns tokens into hidden states; of a multimodal model its text model."""
+    found = model.get_decoder()
+    inside = found is not model and isinstance(found, PreTrainedModel)
+    base: Any = model.base_model
+    return found if inside else base
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The configuration of `body`."""
+    return model.config.get_text_config(decoder=True)
+
+
+def longest(model: PreTrainedModel) -> int | None:
+    """The longest sequence that the model was made for, in tokens; None if it names none."""
+    size = getattr(text_config(model), "max_position_embeddings", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def windows(model: PreTrainedModel) -> list[int]:
+    """Lengths of windows and chunks of attention that the configuration names, ascending."""
+    named = text_config(model).to_dict().items()
+    sizes = {x for key, x in named if re.search("window|chunk", key) and type(x) is int}
+    return sorted(x for x in sizes if x > 0)
+
+
+@contextmanager
+def own_attention(model: PreTrainedModel):
+    """The model's own attention, written out in PyTorch: it leaves nothing out."""
+    before = model.config._attn_implementation or "eager"
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def fix_rope(model: PreTrainedModel, limit: int) -> None:
+    """Fix frequencies that follow the longest position to those of a sequence of `limit` tokens.
+
+    vLLM does the same: its rotary embeddings are made once, for its longest sequence.
+    """
+    for module, kinds in _ropes(model):
+        device = next(module.buffers()).device
+        last = torch.tensor([[limit - 1]], device=device)
+        for layer_type in kinds:
+            named = {} if layer_type is None else {"layer_type": layer_type}
+            module(torch.zeros(1, 1, 1, device=device), last, **named)
+        if isinstance(module.rope_type, dict):
+            module.rope_type = dict.fromkeys(module.rope_type, "default")
+        else:
+            module.rope_type = "default"
+
+
+def _ropes(model: PreTrainedModel) -> Iterator[tuple[Any, list[str | None]]]:
+    """Rotary embeddings whose frequencies are recomputed, and the layer types that have these."""
+    for module in model.modules():
+        named = getattr(module, "rope_type", None)
+        kinds = named if isinstance(named, dict) else {None: named}
+        found = [
+            layer_type
+            for layer_type, kind in kinds.items()
+            if isinstance(kind, str) and any(x in kind for x in RECOMPUTED)
+        ]
+        if found:
+            yield module, found
+
+
+def _auto_class(name: str, trusted: dict[str, Any]) -> type[_BaseAutoModelClass]:
+    config = _load(AutoConfig, name, trusted)
+    remote = getattr(config, "auto_map", None) or {}
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if auto.__name__ in remote or type(config) in auto._model_mapping:
+            return auto
+    raise ValueError(
+        f"policy.path: expected a causal language model, {name} is a {config.model_type}, for "
+        "which transformers has none"
+    )
+
+
+def _load(auto: Any, name: str, options: dict[str, Any]) -> Any:
+    try:
+        return auto.from_pretrained(name, **options)
+    except Exception as error:  # of the model's own code, or of a file that is none
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"policy.path: {name} cannot be loaded ({reason})") from error
+
+
+def _heads(auto: Any, model: PreTrainedModel) -> list[str]:
+    """Weights that a policy lacks and the loaded class adds: the head of a critic."""
+    if auto.__name__ in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+        return []
+    inside = {f"{model.base_model_prefix}.{key}" for key, _ in model.base_model.named_parameters()}
+    return [key for key, _ in model.named_parameters() if key not in inside]
