@@ -6,6 +6,8 @@ Key k is visible to query q iff k <= q < visible_until[k]; nothing else describe
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ KNOWN = {  # what models hand to the interface that changes nothing here
     "softcap",
     "s_aux",
     "position_ids",
+    "input_ids",
     "is_causal",
     "use_cache",
     "past_key_values",
@@ -64,14 +67,28 @@ def make_layout(visible_until: Tensor, position_ids: Tensor, implementation: str
     return Layout(visible_until, position_ids, implementation.removeprefix(PREFIX))
 
 
+_layout: ContextVar[Layout] = ContextVar("layout")
+
+
+@contextmanager
+def attending(layout: Layout):
+    """Within it, `packed_attention` attends over this pack: not every model hands arguments on."""
+    token = _layout.set(layout)
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
 def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, layout=None, dropout=0.0, **options
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options
 ):
     """Attention for transformers' interface: query (1, H, T, hd), key and value (1, KVH, T, hd).
 
     A soft cap on scores, sinks, and a window that is shorter than a path are attended to by the
     dense backend, whatever the recipe says: the others leave them out.
     """
+    layout = _layout.get(None)
     if layout is None:
         raise ValueError("expected a packed batch: call spo.learn.model.hidden_states")
     if dropout:
@@ -94,12 +111,12 @@ def packed_attention(
         query, key, value = (x[:, :, : layout.tokens] for x in (query, key, value))
         out = dense(query, key, value, layout.plan("dense"), scaling, **bends)
         out = F.pad(out, (0, 0, 0, layout.size - layout.tokens))
-        return out.transpose(1, 2), None
+        return out.transpose(1, 2).contiguous(), None
     wide = query.shape[-1] - value.shape[-1]  # MLA: values are narrower than keys
     padded = F.pad(value, (0, wide)) if wide else value
     plan = layout.plan(layout.backend)
     out = BACKENDS[layout.backend][1](query, key, padded, plan, scaling)
-    return out[..., : value.shape[-1]].transpose(1, 2), None
+    return out[..., : value.shape[-1]].transpose(1, 2).contiguous(), None
 
 
 # grouped: exactly the visible pairs, on the CPU

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spo.learn.attention import PREFIX, make_layout
+from spo.learn.attention import PREFIX, attending, make_layout
 from spo.learn.runs import tree_spans
 from spo.models.head import head_arguments, own_forward
-from spo.models.load import body, text_config
+from spo.models.load import attention, body, text_config
 from spo.records import Batch
 from spo_kernels import linear_token_logprobs
 
@@ -28,11 +29,6 @@ class Body(NamedTuple):
     router_loss: Tensor | None  # () fp32, coefficient included; None: the model has none
 
 
-def implementation(model: PreTrainedModel) -> str:
-    """The name of the model's attention in transformers' interface."""
-    return text_config(model)._attn_implementation or ""
-
-
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Last hidden states (T, D) of a packed batch; of its rows if the model was loaded for rows."""
     return forward(model, batch).states
@@ -44,29 +40,32 @@ def forward(model: PreTrainedModel, batch: Batch, *, router_loss: bool = False) 
     That is the loss of the model's own forward, where its configuration asks for it
     (`output_router_logits`), times its coefficient.
     """
-    inputs, real = _inputs(model, batch)
+    inputs, real, attending_to = _inputs(model, batch)
     wanted = router_loss and getattr(text_config(model), "output_router_logits", False)
     if wanted:
         inputs["output_router_logits"] = True
-    out = body(model)(**inputs, use_cache=False)
+    with attending_to:
+        out = body(model)(**inputs, use_cache=False)
     states = out.last_hidden_state[real]
     return Body(states, _router_loss(model, out, real) if wanted else None)
 
 
-def _inputs(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, Any], Tensor]:
-    """Arguments of the model's body, and which of its rows are tokens (B, L) bool."""
+def _inputs(
+    model: PreTrainedModel, batch: Batch
+) -> tuple[dict[str, Any], Tensor, AbstractContextManager]:
+    """Arguments of the model's body, which rows of it are tokens (B, L) bool, its attention."""
     device = batch.token_ids.device
-    if not implementation(model).startswith(PREFIX):
+    if not attention(model).startswith(PREFIX):
         rows, real = _rows(batch)
-        return {"input_ids": rows}, real
-    layout = make_layout(batch.visible_until, batch.position_ids, implementation(model))
+        return {"input_ids": rows}, real, nullcontext()
+    layout = make_layout(batch.visible_until, batch.position_ids, attention(model))
     size = batch.token_ids.numel()
     ids, positions = (
         torch.nn.functional.pad(x, (0, layout.size - size))[None]
         for x in (batch.token_ids, batch.position_ids)
     )
     real = (torch.arange(layout.size, device=device) < size)[None]
-    return {"input_ids": ids, "position_ids": positions, "layout": layout}, real
+    return {"input_ids": ids, "position_ids": positions}, real, attending(layout)
 
 
 def _rows(batch: Batch) -> tuple[Tensor, Tensor]:

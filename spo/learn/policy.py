@@ -8,13 +8,14 @@ from transformers import PreTrainedModel
 
 from spo.config.policy import PolicyConfig
 from spo.learn.attention import PREFIX
-from spo.learn.model import implementation, row_logprobs, scored_batch, to_device
+from spo.learn.model import row_logprobs, scored_batch, to_device
 from spo.models.check import SHORT, agree, own_logprobs, probe_ids, traits
 from spo.models.head import find_head
-from spo.models.load import load_causal
+from spo.models.load import attention, load_causal, set_attention
 from spo.models.tokenizer import load_tokenizer, vocab_size
 from spo.records import Batch
 
+NOT_CAUSAL = "reads tokens that come later: it is no causal model"
 SCORED = 8  # rows of a branch that the check compares
 
 
@@ -53,9 +54,9 @@ def load_model(
         **options,
     )
     if config.packing == "tree":
-        model.set_attn_implementation(PREFIX + attention_backend(config))
+        set_attention(model, PREFIX + attention_backend(config))
     else:
-        model.set_attn_implementation(complete_attention(model))
+        set_attention(model, complete_attention(model))
     return model
 
 
@@ -91,18 +92,20 @@ def check_policy(model: PreTrainedModel, config: PolicyConfig, known: int | None
         reason = "has attention of its own, outside transformers' attention interface"
     if reason is None:
         return
+    if reason is NOT_CAUSAL:
+        raise ValueError(f"policy.path: {config.path} {reason}")
     advice = "no other policy.attention or policy.packing trains it"
-    before = implementation(model)
+    before = attention(model)
     for setting, other in (
         ("policy.attention=dense", PREFIX + "dense"),
         ("policy.packing=rows", ""),
     ):
         if config.packing == "tree" and before != other:
-            model.set_attn_implementation(other or complete_attention(model))
+            set_attention(model, other or complete_attention(model))
             if _packs(model) == bool(other) and _difference(model, config, known) is None:
                 advice = f"{setting} trains it"
                 break
-    model.set_attn_implementation(before)
+    set_attention(model, before)
     raise ValueError(f"policy.path: {config.path} {reason}; {advice}")
 
 
@@ -119,7 +122,7 @@ def _difference(model: PreTrainedModel, config: PolicyConfig, known: int | None)
         return f"does not run on token ids alone ({_first_line(error)})"
     dtype = next(model.parameters()).dtype
     if not agree(beginning, own[0], dtype):
-        return "reads tokens that come later: it is no causal model"
+        return NOT_CAUSAL
     packed = _packs(model)
     batch = _tree(prompt, paths, scored) if packed else _chains(paths, scored)
     try:
@@ -137,7 +140,7 @@ def _difference(model: PreTrainedModel, config: PolicyConfig, known: int | None)
 
 
 def _packs(model: PreTrainedModel) -> bool:
-    return implementation(model).startswith(PREFIX)
+    return attention(model).startswith(PREFIX)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,4 +91,6 @@ def traits(model: PreTrainedModel) -> str:
     each = rope.values() if rope and all(isinstance(x, dict) for x in rope.values()) else [rope]
     kinds = {x.get("rope_type", "default") for x in each} - {"default"}
     found += [f"rope of type {kind}" for kind in sorted(kinds)]
+    if "position_ids" not in inspect.signature(body(model).forward).parameters:
+        found.append("positions of its own")
     return f"it has {', '.join(found)}" if found else "nothing in its configuration says why"

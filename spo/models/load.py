@@ -57,7 +57,7 @@ def load_causal(
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.data_ptr() % ALIGNMENT:  # a mapped file: products round otherwise there
             tensor.data = tensor.data.clone()
-    vars(model)["own_attention"] = model.config._attn_implementation or "eager"
+    vars(model)["own_attention"] = attention(model)
     own = longest(model)
     if limit is None or own is None:
         limit = limit or own
@@ -70,10 +70,12 @@ def load_causal(
 
 def body(model: PreTrainedModel) -> PreTrainedModel:
     """The part that turns tokens into hidden states; of a multimodal model its text model."""
-    found = model.get_decoder()
-    inside = found is not model and isinstance(found, PreTrainedModel)
-    base: Any = model.base_model
-    return found if inside else base
+    for found in (model.get_decoder(), model.base_model, *model.children()):
+        if isinstance(found, PreTrainedModel) and found is not model:
+            return body(found) if found.get_output_embeddings() is not None else found
+    raise ValueError(
+        f"policy.path: expected a causal model, {type(model).__name__} has no body beside its head"
+    )
 
 
 def text_config(model: PreTrainedModel) -> Any:
@@ -97,12 +99,22 @@ def windows(model: PreTrainedModel) -> list[int]:
 @contextmanager
 def own_attention(model: PreTrainedModel):
     """The model's own attention, written out in PyTorch: it leaves nothing out."""
-    before = model.config._attn_implementation or "eager"
-    model.set_attn_implementation("eager")
+    before = attention(model)
+    set_attention(model, "eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        set_attention(model, before)
+
+
+def attention(model: PreTrainedModel) -> str:
+    """The name of the model's attention in transformers' interface; of its text model's."""
+    return body(model).config._attn_implementation or "eager"
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Choose it; a model with attention of its own keeps that. An image's attention stays."""
+    body(model).set_attn_implementation(name)
 
 
 @torch.no_grad()
@@ -138,11 +150,19 @@ def _ropes(model: PreTrainedModel) -> Iterator[tuple[Any, list[str | None]]]:
 
 
 def _auto_class(name: str, trusted: dict[str, Any]) -> type[_BaseAutoModelClass]:
+    """The one that has the class that the folder was saved from, else the first with any."""
     config = _load(AutoConfig, name, trusted)
     remote = getattr(config, "auto_map", None) or {}
+    saved = (config.architectures or [""])[0]
+    found = {}
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if auto.__name__ in remote or type(config) in auto._model_mapping:
+        if auto.__name__ in remote:
             return auto
+        if type(config) in auto._model_mapping:
+            kind: Any = auto._model_mapping[type(config)]
+            found.setdefault(kind.__name__, auto)
+    if found:
+        return found.get(saved, next(iter(found.values())))
     raise ValueError(
         f"policy.path: expected a causal language model, {name} is a {config.model_type}, for "
         "which transformers has none"
