@@ -103,7 +103,11 @@ def rollout(
         engine: sample with this engine, which holds the weights already and stays open.
     """
     recipe = recipe_of(recipe, overrides)
-    model = load_policy(recipe.policy) if recipe.shape.rescores else None
+    model = (
+        load_policy(recipe.policy, limit=recipe.engine.max_model_len)
+        if recipe.shape.rescores
+        else None
+    )
     temperature = recipe.sampling.temperature
 
     def rescore(prefix: list[int], token_ids: list[int]) -> list[float]:

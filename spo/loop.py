@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
 
+import torch
+
 from spo.config.recipe import Recipe
 from spo.credit import replay
 from spo.credit.nodes import check_credit
@@ -20,6 +22,7 @@ from spo.learn.distributed import Ranks
 from spo.learn.learner import Learner
 from spo.learn.model import sequence_logprobs
 from spo.metrics import MetricsWriter
+from spo.models.check import SHORT, agree, probe_ids, traits
 from spo.models.tokenizer import load_tokenizer
 from spo.records import Forest, Prompt, Replay, concat
 
@@ -84,6 +87,7 @@ def train(
         tests = sampler.test_prompts()
         stream = _stream(recipe, sampler, ranks, state)
         sync(learner, sampler, tests[0], state.version)
+        check_engine(learner, sampler)
         while not _finished(recipe, state):
             every = recipe.eval.every
             if state.iteration == 0 or (every and state.iteration % every == 0):
@@ -162,6 +166,28 @@ def sync(learner: Learner, sampler: Sampler, prompt: Prompt, version: int) -> fl
             f"expected at most train.probe_tolerance={recipe.train.probe_tolerance:g}"
         )
     return worst
+
+
+def check_engine(learner: Learner, sampler: Sampler) -> None:
+    """Compare trainer and engine on a short sequence and on one past the windows of attention.
+
+    Raises ValueError with one sentence that says what the model does if the engine leaves it out:
+    then the differences in fp32 exceed rounding, or in bf16 `train.probe_tolerance`.
+    """
+    recipe, model = sampler.recipe, learner.model
+    exact = recipe.engine.dtype == recipe.policy.dtype == "float32"
+    ids = probe_ids(model, vars(model)["spo_head"].vocab_size)
+    for prefix in (ids[:SHORT], ids[: sampler.engine.max_model_len - 1]):
+        sample = sampler.sample_one(prefix)
+        found, temperature = torch.tensor(sample.logprobs), recipe.sampling.temperature
+        own = torch.tensor(sequence_logprobs(model, prefix, list(sample.token_ids), temperature))
+        gap = float((found - own).abs().max())
+        fits = agree(found, own, torch.float32) if exact else gap <= recipe.train.probe_tolerance
+        if not fits:
+            raise ValueError(
+                f"engine.name={recipe.engine.name} samples {recipe.policy.path} with logprobs that "
+                f"are {gap:.2g} nats from its own, after {len(prefix)} tokens; {traits(model)}"
+            )
 
 
 def response_limit(recipe: Recipe, state: checkpoint.State) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from spo.config.recipe import Recipe
 from spo.credit.nodes import check_credit, of_tokens
@@ -35,12 +36,12 @@ class Learner:
         """Load the checkpoint `saved`, or the recipe's start policy."""
         policy, critic = recipe.policy, recipe.credit.critic
         self.recipe, self.ranks = recipe, ranks
-        self.model = load_policy(policy, str(saved / "policy") if saved else None)
+        self.model = self._load(str(saved / "policy") if saved else None)
         self.optimizer = _adamw(self.model, recipe, recipe.train.learning_rate)
         self.models = {"policy": self.model}
         self.optimizers = {"policy": self.optimizer}
         if recipe.loss.kl_coef or recipe.credit.reference:
-            self.models["reference"] = load_policy(policy).eval().requires_grad_(False)
+            self.models["reference"] = self._load().eval().requires_grad_(False)
         if critic is not None:
             model = load_critic(policy, str(saved / "critic") if saved else None)
             self.models["critic"] = model
@@ -66,8 +67,12 @@ class Learner:
 
     def restart(self) -> None:
         """Go back to the start policy and a fresh optimiser, in place."""
-        self.model.load_state_dict(load_policy(self.recipe.policy).state_dict())
+        self.model.load_state_dict(self._load().state_dict())
         self.optimizer.state.clear()
+
+    def _load(self, path: str | None = None) -> PreTrainedModel:
+        """The start policy, or the one in a checkpoint's folder."""
+        return load_policy(self.recipe.policy, path, limit=self.recipe.engine.max_model_len)
 
     def score(
         self,
