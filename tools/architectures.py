@@ -1,0 +1,205 @@
+"""Trains and samples a small model of every causal architecture of transformers, or is refused.
+
+    python tools/architectures.py [NAME ...] [--json FILE] [--table docs/models.md] [--jobs N]
+
+Every model type that transformers lists is made at small size with random weights, and the trainer
+and the embedded engine are compared with transformers' own logits (tools/architecture_checks.py).
+`right` differs by at most 1e-4 nats, `refused` was refused at load in a sentence of `spo`; the rest
+is WRONG. Exits with 1 if anything is wrong, or if less than the expected number trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import resource
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+TIMEOUT = 150.0  # seconds for one architecture
+MEMORY = 10 << 30  # bytes that one process may allocate
+TRAIN = 45  # architectures that must train
+BEGIN, END = "<!-- begin architectures -->", "<!-- end architectures -->"
+
+
+def work() -> None:
+    """The child: reads names, writes a JSON line for every stage and for the result of each."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    import torch
+    import transformers
+    from architecture_checks import Truth, check_engine, check_trainer, judged
+    from small_models import architectures, small_model
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    facts = {"names": architectures(), "transformers": transformers.__version__}
+    print(json.dumps(facts | {"torch": torch.__version__}), file=answers)
+    for line in sys.stdin:
+        name = line.strip()
+        row: dict[str, Any] = {"name": name}
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            try:
+                row["class"] = type(small_model(name, folder, {})).__name__
+                truth = Truth(name, folder)
+            except Exception as error:  # not ours: the table tells it
+                row["unbuilt"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            else:
+                row["causal"] = truth.causal
+                print(json.dumps({"stage": "trainer", **row}), file=answers)
+                row["trainer"] = judged(lambda: check_trainer(folder, truth))  # noqa: B023
+                print(json.dumps({"stage": "engine", **row}), file=answers)
+                row["engine"] = judged(lambda: check_engine(folder, truth))  # noqa: B023
+        print(json.dumps(row | {"done": True}), file=answers)
+
+
+class Child:
+    """A process that checks architectures one after another; made anew after it died."""
+
+    def __init__(self) -> None:
+        environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__, "--work"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env=environment,
+        )  # fmt: skip
+        self.facts = self._line(time.monotonic() + TIMEOUT) or {}
+
+    def _line(self, deadline: float) -> dict[str, Any] | None:
+        """The next answer; None if it does not come."""
+        assert self.process.stdout is not None
+        held = b""
+        while not held.endswith(b"\n"):
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([self.process.stdout], [], [], left)[0]:
+                return None
+            byte = os.read(self.process.stdout.fileno(), 1)
+            if not byte:
+                return None
+            held += byte
+        return json.loads(held)
+
+    def check(self, name: str) -> dict[str, Any]:
+        """The row of one architecture; if the process dies or hangs, the row says where."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{name}\n".encode())
+        self.process.stdin.flush()
+        row, stage = {"name": name}, "unbuilt"
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            answer = self._line(deadline)
+            if answer is None:
+                break
+            if answer.pop("done", False):
+                return answer
+            stage = answer.pop("stage")
+            row = answer
+        self.close()
+        code = self.process.returncode
+        late = time.monotonic() > deadline
+        reason = f"no end within {TIMEOUT:.0f} s" if late else f"the process died ({code})"
+        return row | {stage: reason if stage == "unbuilt" else {"kind": "WRONG", "reason": reason}}
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def sweep(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
+    """The facts first, then the rows as they come; all architectures if no name is given."""
+    first = Child()
+    known = first.facts.pop("names")
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"expected model types of transformers with a head, found {name!r}")
+    yield first.facts
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    rows: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    chosen = names or known
+    for name in chosen:
+        waiting.put(name)
+
+    def run(child: Child) -> None:
+        while not waiting.empty():
+            try:
+                name = waiting.get_nowait()
+            except queue.Empty:
+                break
+            if child.process.poll() is not None:
+                child = Child()
+            start = time.monotonic()
+            rows.put(child.check(name) | {"seconds": round(time.monotonic() - start, 1)})
+        child.close()
+
+    for i in range(min(jobs, len(chosen))):
+        child = first if i == 0 else Child()
+        threading.Thread(target=run, args=(child,), daemon=True).start()
+    for _ in chosen:
+        yield rows.get()
+
+
+def outcome(row: dict[str, Any]) -> str:
+    """WRONG, trains, refused or unbuilt."""
+    if "unbuilt" in row:
+        return "unbuilt"
+    kinds = [row[side]["kind"] for side in ("trainer", "engine") if side in row]
+    if "WRONG" in kinds:
+        return "WRONG"
+    return "trains" if kinds[0] == "right" else "refused"
+
+
+def line(row: dict[str, Any]) -> str:
+    """One architecture in a line."""
+    kind = outcome(row)
+    if kind == "unbuilt":
+        return f"unbuilt  {row['name']:26} {row['unbuilt']}"
+    parts = []
+    for side in ("trainer", "engine"):
+        verdict = row.get(side, {"kind": "not tried", "reason": ""})
+        figures = f"{verdict['logprobs']:.1e}" if verdict["kind"] == "right" else verdict["reason"]
+        settings = verdict.get("settings") or ""
+        parts.append(f"{side}: {verdict['kind']} {settings} {figures}".replace("  ", " "))
+    return f"{kind:8} {row['name']:26} {' | '.join(parts)}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="model types; by default all")
+    parser.add_argument("--json", type=Path, help="write the results")
+    parser.add_argument("--table", type=Path, help="write the table between the marks of this page")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (2)")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work()
+        return 0
+    found = sweep(arguments.names, arguments.jobs)
+    results = next(found) | {"date": date.today().isoformat(), "rows": []}
+    for row in found:
+        print(line(row), flush=True)
+        results["rows"].append(row)
+    results["rows"].sort(key=lambda row: row["name"])
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    kinds = [outcome(row) for row in results["rows"]]
+    counts = {kind: kinds.count(kind) for kind in ("trains", "refused", "WRONG", "unbuilt")}
+    print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
+    few = not arguments.names and counts["trains"] < TRAIN
+    return int(counts["WRONG"] > 0 or few)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""A small model of any causal architecture of transformers, with weights under which errors show.
+
+Nothing here knows an architecture. The meaning of a number is found from its name in the default
+configuration, and all numbers of one meaning become the same, so that what must divide divides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+WORDS = range(3, 100)  # ids of plain words; a higher one may be an image's or stand for a tool
+VOCABULARY = 128
+WINDOW = 16
+POSITIONS = 512
+PROBE = 56  # tokens of the sequence that must give finite logits
+DEPTHS = (2, 4, 6, 8, 12)
+SPREAD = (1.0, 3.0)  # standard deviation of the logits
+AUTO = (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForCausalLM)
+NAMED_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+DEPTH, HEADS, KV_HEADS, KEEP = -1, -2, -3, -4
+
+# What a number becomes, by the first pattern that its name holds.
+MEANINGS: tuple[tuple[str, int], ...] = (
+    (r"type_vocab|chunk_size_feed|seq_length|feature|byte_group|steps$|time_step|kernel", KEEP),
+    (r"vocab(_size)?$|vocab_size_per", VOCABULARY),
+    (r"(sliding_window|sliding_window_size|attention_chunk_size|attention_window_size)$", WINDOW),
+    (r"^(chunk_size|mamba_chunk_size|local_attention|window_size)$", WINDOW),
+    (r"position_embeddings$|n_positions|n_ctx|max_seq_len|(context|max)_length", POSITIONS),
+    (r"max_(target|source)_positions", POSITIONS),
+    (r"pattern$|period$|interval$|layer_step$|every_n_layers|attention_frequency", 2),
+    (r"(_dense_replace|_dense_layers|layer_offset|kv_shared_layers)$", 1),
+    (r"topk_group|topk_blocks|shared_experts|num_expert_group", 1),
+    (r"^moe_k$|top_?k$|experts_per_tok(en)?$", 2),
+    (r"n_groups?$|ngroups$|o_groups|num_groups", 2),
+    (r"experts$|zero_expert_num", 8),
+    (r"(kv|key_value)_(n_)?heads$|kv_n_heads|query_groups|linear_num_key_heads", KV_HEADS),
+    (r"heads?$", HEADS),
+    (r"index_block_size", 4),
+    (r"layers$|n_layer$|^depth$|num_blocks", DEPTH),
+    (r"head_?dim|d_head|dim_head|d_kv|kv_channels|head_size|qk_.*dim", 16),
+    (r"rotary_dim", 8),
+    (r"_rank$|lowrank|state_size|d_state|per_layer_input", 16),
+    (r"d_ssm|lru_width|d_inner", 128),
+    (r"intermediate|ffn|(^|_)d?ff$|dim_ff|mlp_dim|feed_forward_size|expert_dim", 96),
+    (r"image_size|img_size", 32),
+    (r"hidden|d_model|n_embd|embed(ding)?_(dim|size)|(^|_)dim$|emb_dim|proj(ection)?_dim", 64),
+    (r"out(put)?_(size|dim)", 64),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """One way to make a configuration small."""
+
+    depth: int = 2
+    heads: int = 4
+    shallow: bool = False  # make only the depth of vision and audio towers small
+
+
+def architectures() -> list[str]:
+    """Every model type of transformers that has a causal head, or a wrapper with a text model."""
+    return list(dict.fromkeys(name for auto in reversed(AUTO) for name in mapping(auto)))
+
+
+def mapping(auto: Any) -> Any:
+    """Model type -> class name, of an auto class."""
+    return auto._model_mapping._model_mapping
+
+
+def auto_class(name: str) -> Any:
+    """The auto class with which a published folder of this model type was saved."""
+    return next(auto for auto in AUTO if name in mapping(auto))
+
+
+def small_model(name: str, folder: Path, changes: dict[str, Any]) -> PreTrainedModel:
+    """Save a small model with its tokenizer. Raises ValueError with the reason if none builds."""
+    reasons: list[str] = []
+    for heads, shallow in ((4, False), (8, False), (4, True)):
+        try:
+            config = small_config(CONFIG_MAPPING[name], Sizes(heads=heads, shallow=shallow))
+            for key, value in changes.items():
+                setattr(config, key, value)
+            torch.manual_seed(0)
+            model = auto_class(name).from_config(config, dtype=torch.float32).eval()
+            shake(model)
+        except Exception as error:  # whatever a small size breaks in code that is not ours
+            reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            continue
+        model.save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+        return model
+    raise ValueError(reasons[0])
+
+
+def small_config(kind: type[PreTrainedConfig], sizes: Sizes) -> PreTrainedConfig:
+    """The least deep configuration that keeps one layer of each kind of the default."""
+    default, found = kind(), None
+    for depth in DEPTHS:
+        try:
+            config = shrink(default, dataclasses.replace(sizes, depth=depth))
+        except Exception:  # too few layers for its pattern
+            if depth == DEPTHS[-1] and found is None:
+                raise
+            continue
+        found = found or config
+        if all(kept >= kinds for kept, kinds in zip(layer_kinds(config), layer_kinds(default))):
+            return config
+    assert found is not None
+    return found
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[set[str]]:
+    """The kinds in each list of the configuration that has one name per layer."""
+    found = []
+    for name in sorted({*vars(config), "layer_types", "layers_block_type"}):
+        value = getattr(config, name, None)
+        if isinstance(value, PreTrainedConfig):
+            found += layer_kinds(value)
+        elif isinstance(value, list) and value and all(isinstance(x, str) for x in value):
+            found.append(set(value) if "layer" in name or "types" in name else set())
+    return found
+
+
+def shrink(default: PreTrainedConfig, sizes: Sizes, name: str = "") -> PreTrainedConfig:
+    """A configuration of the same class with small numbers, its parts' too."""
+    towers = sizes.shallow and re.search("vision|audio|speech|encoder", name)
+    values: dict[str, Any] = {}
+    fields = {field.name: field.default for field in dataclasses.fields(default)}
+    for key, value in fields.items():
+        part = getattr(default, key, None)
+        if isinstance(part, PreTrainedConfig):
+            values[key] = shrink(part, sizes, key)
+        elif isinstance(value, bool) or value is dataclasses.MISSING:
+            continue
+        elif isinstance(value, int):
+            small = small_number(key, value, fields, sizes)
+            if not towers or meaning(key) == DEPTH:
+                values[key] = small
+        elif isinstance(value, float) and value == 1 and re.search("multiplier|scal(e|ing)", key):
+            values[key] = 0.5  # a factor that does nothing would hide that it is forgotten
+        if not isinstance(part, PreTrainedConfig) and isinstance(part, (list, tuple)):
+            small_list = cut(key, list(part), fields, sizes)
+            if isinstance(value, (list, tuple)) or value is dataclasses.MISSING:
+                values[key] = type(part)(small_list)
+    return type(default)(**values)
+
+
+def meaning(name: str) -> int:
+    """What a number of this name becomes."""
+    return next((size for pattern, size in MEANINGS if re.search(pattern, name)), KEEP)
+
+
+def small_number(name: str, value: int, fields: dict[str, Any], sizes: Sizes) -> int:
+    if re.search(r"(token|_start|_end)_(id|index)$|_id$|_token_index$", name):
+        if name in NAMED_IDS:
+            return NAMED_IDS[name]
+        return value if value < WORDS.stop else WORDS.stop + sum(name.encode()) % 28
+    size = meaning(name)
+    if size == KEEP or value <= 0:
+        return value
+    if size == DEPTH:
+        return min(value, sizes.depth)
+    if size == HEADS:
+        return min(value, sizes.heads)
+    if size == KV_HEADS:
+        heads = {v for k, v in fields.items() if isinstance(v, int) and meaning(k) == HEADS}
+        return sizes.heads if value in heads else min(value, 2)
+    return min(value, size)
+
+
+def cut(name: str, values: list, fields: dict[str, Any], sizes: Sizes) -> list:
+    """A list with an entry per layer, or of layers, for fewer layers; another one as it is."""
+    if name == "eos_token_id":
+        return [NAMED_IDS[name]]
+    depths = {v for k, v in fields.items() if isinstance(v, int) and meaning(k) == DEPTH}
+    if len(values) in depths and not all(isinstance(v, int) and v > 1 for v in values):
+        kinds = list(dict.fromkeys(map(str, values)))
+        first = [next(v for v in values if str(v) == kind) for kind in kinds][: sizes.depth]
+        return first + values[len(first) : sizes.depth]
+    layers = re.search("layer|idx|index", name) and all(isinstance(v, int) for v in values)
+    if layers and min(values, default=0) >= 0 and not isinstance(values[0], bool):
+        return [v for v in values if v < sizes.depth] or [sizes.depth - 1]
+    return values
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words for all ids, with an end token."""
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS.start, VOCABULARY))]
+    plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore
+    special = {"pad_token": words[0], "bos_token": words[1], "eos_token": words[2]}
+    return PreTrainedTokenizerFast(tokenizer_object=plain, **special)
+
+
+def plain_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
+    """(L, V) logits of one sequence, as the model itself computes them."""
+    ids = torch.tensor([token_ids])
+    logits = model(input_ids=ids, use_cache=False).logits
+    if logits.shape[:2] != ids.shape or logits.shape[-1] < WORDS.stop:
+        raise ValueError(f"no logits per token: {tuple(logits.shape)} for {ids.numel()} tokens")
+    return logits[0]
+
+
+def probe_ids(seed: int, length: int) -> list[int]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(WORDS.start, WORDS.stop, (length,), generator=g).tolist()
+
+
+@torch.no_grad()
+def shake(model: PreTrainedModel) -> None:
+    """Weights under which a forgotten bias, norm, gate or scale changes the logits.
+
+    Raises ValueError if the logits are not finite.
+    """
+    start = {name: tensor.clone() for name, tensor in state(model)}
+    for gain in (1.0, 0.5, 0.2):
+        g = torch.Generator().manual_seed(1)
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+        for name, tensor in state(model):
+            noise = torch.randn(tensor.shape, generator=g)
+            old = start[name]
+            if id(tensor) in embeddings:
+                tensor.copy_(noise)
+            elif tensor.dim() > 1 and float(old.std()) > 0:
+                tensor.copy_(noise * gain * tensor.shape[-1] ** -0.5)
+            elif tensor.numel():
+                tensor.copy_(old + 0.2 * gain * noise)
+        head: Any = model.get_output_embeddings()
+        for _ in range(4):
+            logits = plain_logits(model, probe_ids(0, PROBE)).float()
+            spread = float(logits.std(-1).mean())
+            if SPREAD[0] <= spread <= SPREAD[1] or head is None or not spread > 0:
+                break
+            head.weight.mul_(max(0.05, min(20.0, 2.0 / spread)))
+        if logits.isfinite().all() and spread > 0:
+            return
+    raise ValueError("its logits are not finite with random weights")
+
+
+def state(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and what else is saved with them."""
+    saved = set(model.state_dict())
+    yield from model.named_parameters()
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.is_floating_point() and float(buffer.abs().max()) == 0:
+            yield name, buffer
