@@ -28,9 +28,14 @@ from spo.engines.make import make_engine
 from spo.grow.assemble import assemble
 from spo.grow.shapes import Node, Tree
 from spo.learn.loss import policy_loss
-from spo.learn.model import load_policy, row_logprobs
+from spo.learn.model import row_logprobs
 from spo.learn.pack import pack
 from spo.records import SEGMENT, Forest, Prompt, Request, Sampling
+
+try:
+    from spo.learn.policy import load_policy
+except ImportError:
+    from spo.learn.model import load_policy
 
 NATS = 1e-4  # largest difference of a logprob
 GRADIENT = 1e-3  # largest difference of a gradient, relative to its norm

@@ -34,11 +34,14 @@ DEPTHS = (2, 4, 6, 8, 12)
 SPREAD = (1.0, 3.0)  # standard deviation of the logits
 AUTO = (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForCausalLM)
 NAMED_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-DEPTH, HEADS, KV_HEADS, KEEP = -1, -2, -3, -4
+DEPTH, HEADS, KV_HEADS, HEAD_DIM, WIDTH, KEEP = -1, -2, -3, -4, -5, -6
 
 # What a number becomes, by the first pattern that its name holds.
 MEANINGS: tuple[tuple[str, int], ...] = (
-    (r"type_vocab|chunk_size_feed|seq_length|feature|byte_group|steps$|time_step|kernel", KEEP),
+    (
+        r"type_vocab|chunk_size_feed|seq_length|feature|byte_group_size|functions|steps$|time_step|kernel",
+        KEEP,
+    ),
     (r"vocab(_size)?$|vocab_size_per", VOCABULARY),
     (r"(sliding_window|sliding_window_size|attention_chunk_size|attention_window_size)$", WINDOW),
     (r"^(chunk_size|mamba_chunk_size|local_attention|window_size)$", WINDOW),
@@ -47,21 +50,26 @@ MEANINGS: tuple[tuple[str, int], ...] = (
     (r"pattern$|period$|interval$|layer_step$|every_n_layers|attention_frequency", 2),
     (r"(_dense_replace|_dense_layers|layer_offset|kv_shared_layers)$", 1),
     (r"topk_group|topk_blocks|shared_experts|num_expert_group", 1),
+    (r"index_topk$", 8),
+    (r"kpool", 2),
+    (r"budget$", 16),
+    (r"compress_ratio$", 4),
     (r"^moe_k$|top_?k$|experts_per_tok(en)?$", 2),
     (r"n_groups?$|ngroups$|o_groups|num_groups", 2),
     (r"experts$|zero_expert_num", 8),
     (r"(kv|key_value)_(n_)?heads$|kv_n_heads|query_groups|linear_num_key_heads", KV_HEADS),
+    (r"index_n_heads", 32),  # fewer make ties, which break in another way at another length
     (r"heads?$", HEADS),
     (r"index_block_size", 4),
     (r"layers$|n_layer$|^depth$|num_blocks", DEPTH),
-    (r"head_?dim|d_head|dim_head|d_kv|kv_channels|head_size|qk_.*dim", 16),
+    (r"head_?dim|d_head|dim_head|d_kv|kv_channels|head_size|qk_.*dim", HEAD_DIM),
     (r"rotary_dim", 8),
     (r"_rank$|lowrank|state_size|d_state|per_layer_input", 16),
     (r"d_ssm|lru_width|d_inner", 128),
     (r"intermediate|ffn|(^|_)d?ff$|dim_ff|mlp_dim|feed_forward_size|expert_dim", 96),
-    (r"image_size|img_size", 32),
-    (r"hidden|d_model|n_embd|embed(ding)?_(dim|size)|(^|_)dim$|emb_dim|proj(ection)?_dim", 64),
-    (r"out(put)?_(size|dim)", 64),
+    (r"image_size|img_size|base_channels|codebook_size", 32),
+    (r"hidden|d_model|n_embd|embed(ding)?_(dim|size)|(^|_)dim$|emb_dim|proj(ection)?_dim", WIDTH),
+    (r"out(put)?_(size|dim)", WIDTH),
 )
 
 
@@ -69,9 +77,22 @@ MEANINGS: tuple[tuple[str, int], ...] = (
 class Sizes:
     """One way to make a configuration small."""
 
-    depth: int = 2
+    depth: int = DEPTHS[0]
     heads: int = 4
+    head_dim: int = 16
+    fill: bool = False  # give values to what the default leaves open
     shallow: bool = False  # make only the depth of vision and audio towers small
+
+
+ATTEMPTS = (
+    Sizes(),
+    Sizes(fill=True),
+    Sizes(heads=8),
+    Sizes(depth=DEPTHS[2]),
+    Sizes(heads=2, head_dim=128),
+    Sizes(shallow=True),
+    Sizes(shallow=True, fill=True, heads=2, head_dim=128),
+)
 
 
 def architectures() -> list[str]:
@@ -92,9 +113,9 @@ def auto_class(name: str) -> Any:
 def small_model(name: str, folder: Path, changes: dict[str, Any]) -> PreTrainedModel:
     """Save a small model with its tokenizer. Raises ValueError with the reason if none builds."""
     reasons: list[str] = []
-    for heads, shallow in ((4, False), (8, False), (4, True)):
+    for sizes in ATTEMPTS:
         try:
-            config = small_config(CONFIG_MAPPING[name], Sizes(heads=heads, shallow=shallow))
+            config = small_config(CONFIG_MAPPING[name], sizes)
             for key, value in changes.items():
                 setattr(config, key, value)
             torch.manual_seed(0)
@@ -112,7 +133,7 @@ def small_model(name: str, folder: Path, changes: dict[str, Any]) -> PreTrainedM
 def small_config(kind: type[PreTrainedConfig], sizes: Sizes) -> PreTrainedConfig:
     """The least deep configuration that keeps one layer of each kind of the default."""
     default, found = kind(), None
-    for depth in DEPTHS:
+    for depth in (depth for depth in DEPTHS if depth >= sizes.depth):
         try:
             config = shrink(default, dataclasses.replace(sizes, depth=depth))
         except Exception:  # too few layers for its pattern
@@ -120,46 +141,60 @@ def small_config(kind: type[PreTrainedConfig], sizes: Sizes) -> PreTrainedConfig
                 raise
             continue
         found = found or config
-        if all(kept >= kinds for kept, kinds in zip(layer_kinds(config), layer_kinds(default))):
+        if layer_kinds(config) >= layer_kinds(default):
             return config
     assert found is not None
     return found
 
 
-def layer_kinds(config: PreTrainedConfig) -> list[set[str]]:
-    """The kinds in each list of the configuration that has one name per layer."""
-    found = []
-    for name in sorted({*vars(config), "layer_types", "layers_block_type"}):
-        value = getattr(config, name, None)
+def layer_kinds(config: PreTrainedConfig) -> set[tuple[str, str]]:
+    """Each kind of layer in the lists that have one name per layer."""
+    found: set[tuple[str, str]] = set()
+    for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
-            found += layer_kinds(value)
-        elif isinstance(value, list) and value and all(isinstance(x, str) for x in value):
-            found.append(set(value) if "layer" in name or "types" in name else set())
+            found |= layer_kinds(value)
+    for name in {name for name in dir(config) if re.search("layer.*type|types$", name)}:
+        value = getattr(config, name, None)
+        if isinstance(value, list):
+            found |= {(name, kind) for kind in value if isinstance(kind, str)}
     return found
 
 
 def shrink(default: PreTrainedConfig, sizes: Sizes, name: str = "") -> PreTrainedConfig:
     """A configuration of the same class with small numbers, its parts' too."""
-    towers = sizes.shallow and re.search("vision|audio|speech|encoder", name)
+    tower = sizes.shallow and re.search("vision|audio|speech|encoder|vq", name)
     values: dict[str, Any] = {}
     fields = {field.name: field.default for field in dataclasses.fields(default)}
     for key, value in fields.items():
-        part = getattr(default, key, None)
+        part = vars(default).get(key)
         if isinstance(part, PreTrainedConfig):
             values[key] = shrink(part, sizes, key)
-        elif isinstance(value, bool) or value is dataclasses.MISSING:
-            continue
-        elif isinstance(value, int):
-            small = small_number(key, value, fields, sizes)
-            if not towers or meaning(key) == DEPTH:
-                values[key] = small
+        elif isinstance(part, (list, tuple)) and part and (value is not None or sizes.fill):
+            values[key] = type(part)(cut(key, list(part), fields, sizes))
         elif isinstance(value, float) and value == 1 and re.search("multiplier|scal(e|ing)", key):
             values[key] = 0.5  # a factor that does nothing would hide that it is forgotten
-        if not isinstance(part, PreTrainedConfig) and isinstance(part, (list, tuple)):
-            small_list = cut(key, list(part), fields, sizes)
-            if isinstance(value, (list, tuple)) or value is dataclasses.MISSING:
-                values[key] = type(part)(small_list)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            if not tower or meaning(key) == DEPTH:
+                values[key] = small_number(key, value, fields, sizes)
+        elif value in (None, False) and part in (None, False, {}) and sizes.fill:
+            filled = fill(key, default, fields, sizes)
+            values |= {} if filled is None else {key: filled}
     return type(default)(**values)
+
+
+def fill(name: str, default: PreTrainedConfig, fields: dict[str, Any], sizes: Sizes) -> Any:
+    """A value for what the default leaves open but its model needs; None to leave it."""
+    kinds = vars(default).get("layer_types")
+    if name == "is_decoder":
+        return True
+    if name == "layer_types":
+        return ["full_attention"] * sizes.depth
+    if name == "rope_parameters":
+        rope = {"rope_type": "default", "rope_theta": 10000.0}
+        return {kind: rope for kind in dict.fromkeys(kinds)} if kinds else None
+    if re.search(r"head_dim$|heads$|experts|budget$|compress_ratio", name):
+        return small_number(name, 1 << 20, fields, sizes)
+    return {} if name.endswith("_map") else None
 
 
 def meaning(name: str) -> int:
@@ -179,6 +214,10 @@ def small_number(name: str, value: int, fields: dict[str, Any], sizes: Sizes) ->
         return min(value, sizes.depth)
     if size == HEADS:
         return min(value, sizes.heads)
+    if size == HEAD_DIM:
+        return min(value, sizes.head_dim)
+    if size == WIDTH:
+        return max(64, sizes.heads * sizes.head_dim)
     if size == KV_HEADS:
         heads = {v for k, v in fields.items() if isinstance(v, int) and meaning(k) == HEADS}
         return sizes.heads if value in heads else min(value, 2)
@@ -190,12 +229,16 @@ def cut(name: str, values: list, fields: dict[str, Any], sizes: Sizes) -> list:
     if name == "eos_token_id":
         return [NAMED_IDS[name]]
     depths = {v for k, v in fields.items() if isinstance(v, int) and meaning(k) == DEPTH}
-    if len(values) in depths and not all(isinstance(v, int) and v > 1 for v in values):
+    if len(values) in depths and values != list(range(len(values))):
+        if all(isinstance(v, int) and v > 1 for v in values):
+            return [small_number(name, v, fields, sizes) for v in values[: sizes.depth]]
         kinds = list(dict.fromkeys(map(str, values)))
         first = [next(v for v in values if str(v) == kind) for kind in kinds][: sizes.depth]
         return first + values[len(first) : sizes.depth]
+    if isinstance(values[0], list) and isinstance(values[0][-1], int) and "types" in name:
+        return [[kinds, sizes.depth // len(kinds)] for kinds, _ in values]
     layers = re.search("layer|idx|index", name) and all(isinstance(v, int) for v in values)
-    if layers and min(values, default=0) >= 0 and not isinstance(values[0], bool):
+    if layers and min(values) >= 0 and not isinstance(values[0], bool):
         return [v for v in values if v < sizes.depth] or [sizes.depth - 1]
     return values
 
