@@ -259,10 +259,10 @@ def sample(engine: Any, requests: list[Request]) -> list[Any]:
     raise RuntimeError(f"the engine finished {len(done)} samples in {4 * MAX_NEW} steps")
 
 
-def judged(check: Callable[[], Verdict]) -> dict[str, Any]:
+def judged(check: Callable[..., Verdict], *arguments: Any) -> dict[str, Any]:
     """The verdict; an exception other than a refusal at load is wrong."""
     try:
-        return asdict(check())
+        return asdict(check(*arguments))
     except Exception as error:  # reported, never hidden: it counts as wrong
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(str(error).split())[:300]

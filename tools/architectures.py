@@ -39,8 +39,7 @@ def work() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     import torch
     import transformers
-    from architecture_checks import Truth, check_engine, check_trainer, judged
-    from small_models import architectures, small_model
+    from small_models import architectures
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -49,21 +48,36 @@ def work() -> None:
     print(json.dumps(facts | {"torch": torch.__version__}), file=answers)
     for line in sys.stdin:
         name = line.strip()
-        row: dict[str, Any] = {"name": name}
+        for row in architecture_rows(name):
+            print(json.dumps(row), file=answers)
+        print(json.dumps({"done": True}), file=answers)
+
+
+def architecture_rows(name: str) -> Iterator[dict[str, Any]]:
+    """What was found so far of an architecture and of its other forms, after every stage."""
+    from architecture_checks import Truth, check_engine, check_trainer, judged
+    from small_models import other_forms, small_model
+
+    forms: list[dict[str, Any]] = [{}]
+    for form in forms:
+        shown = ", ".join(form.get("layer_types", form))
+        row: dict[str, Any] = {"name": name, "form": shown, "stage": "unbuilt"}
+        yield row
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
             try:
-                row["class"] = type(small_model(name, folder, {})).__name__
+                model = small_model(name, folder, form)
                 truth = Truth(name, folder)
             except Exception as error:  # not ours: the table tells it
                 row["unbuilt"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             else:
-                row["causal"] = truth.causal
-                print(json.dumps({"stage": "trainer", **row}), file=answers)
-                row["trainer"] = judged(lambda: check_trainer(folder, truth))  # noqa: B023
-                print(json.dumps({"stage": "engine", **row}), file=answers)
-                row["engine"] = judged(lambda: check_engine(folder, truth))  # noqa: B023
-        print(json.dumps(row | {"done": True}), file=answers)
+                row |= {"class": type(model).__name__, "causal": truth.causal, "stage": "trainer"}
+                yield row
+                row |= {"trainer": judged(check_trainer, folder, truth), "stage": "engine"}
+                yield row
+                row |= {"engine": judged(check_engine, folder, truth)}
+                forms += [] if form else other_forms(model, truth.causal)
+        yield row | {"stage": ""}
 
 
 class Child:
@@ -92,26 +106,28 @@ class Child:
             held += byte
         return json.loads(held)
 
-    def check(self, name: str) -> dict[str, Any]:
-        """The row of one architecture; if the process dies or hangs, the row says where."""
+    def check(self, name: str) -> list[dict[str, Any]]:
+        """The rows of one architecture; if the process dies or hangs, the last says where."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{name}\n".encode())
         self.process.stdin.flush()
-        row, stage = {"name": name}, "unbuilt"
-        deadline = time.monotonic() + TIMEOUT
-        while True:
-            answer = self._line(deadline)
-            if answer is None:
+        start, rows = time.monotonic(), []
+        while (row := self._line(start + TIMEOUT)) is not None:
+            if row.get("done"):
                 break
-            if answer.pop("done", False):
-                return answer
-            stage = answer.pop("stage")
-            row = answer
-        self.close()
-        code = self.process.returncode
-        late = time.monotonic() > deadline
-        reason = f"no end within {TIMEOUT:.0f} s" if late else f"the process died ({code})"
-        return row | {stage: reason if stage == "unbuilt" else {"kind": "WRONG", "reason": reason}}
+            if not rows or rows[-1]["form"] != row["form"]:
+                rows.append(row)
+            rows[-1] = row
+        else:
+            late = time.monotonic() >= start + TIMEOUT
+            self.close()
+            code = self.process.returncode
+            reason = f"no end within {TIMEOUT:.0f} s" if late else f"the process died ({code})"
+            stage = rows[-1]["stage"]
+            rows[-1][stage] = reason if stage == "unbuilt" else {"kind": "WRONG", "reason": reason}
+        for row in rows:
+            del row["stage"]
+        return rows
 
     def close(self) -> None:
         self.process.kill()
@@ -127,7 +143,7 @@ def sweep(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
             raise SystemExit(f"expected model types of transformers with a head, found {name!r}")
     yield first.facts
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    rows: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    rows: queue.SimpleQueue[list[dict[str, Any]]] = queue.SimpleQueue()
     chosen = names or known
     for name in chosen:
         waiting.put(name)
@@ -140,15 +156,14 @@ def sweep(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
                 break
             if child.process.poll() is not None:
                 child = Child()
-            start = time.monotonic()
-            rows.put(child.check(name) | {"seconds": round(time.monotonic() - start, 1)})
+            rows.put(child.check(name))
         child.close()
 
     for i in range(min(jobs, len(chosen))):
         child = first if i == 0 else Child()
         threading.Thread(target=run, args=(child,), daemon=True).start()
     for _ in chosen:
-        yield rows.get()
+        yield from rows.get()
 
 
 def outcome(row: dict[str, Any]) -> str:
@@ -164,15 +179,16 @@ def outcome(row: dict[str, Any]) -> str:
 def line(row: dict[str, Any]) -> str:
     """One architecture in a line."""
     kind = outcome(row)
+    name = f"{row['name']} ({row['form']})" if row["form"] else row["name"]
     if kind == "unbuilt":
-        return f"unbuilt  {row['name']:26} {row['unbuilt']}"
+        return f"unbuilt  {name:26} {row['unbuilt']}"
     parts = []
     for side in ("trainer", "engine"):
         verdict = row.get(side, {"kind": "not tried", "reason": ""})
         figures = f"{verdict['logprobs']:.1e}" if verdict["kind"] == "right" else verdict["reason"]
         settings = verdict.get("settings") or ""
         parts.append(f"{side}: {verdict['kind']} {settings} {figures}".replace("  ", " "))
-    return f"{kind:8} {row['name']:26} {' | '.join(parts)}"
+    return f"{kind:8} {name:26} {' | '.join(parts)}"
 
 
 def main() -> int:
@@ -191,7 +207,7 @@ def main() -> int:
     for row in found:
         print(line(row), flush=True)
         results["rows"].append(row)
-    results["rows"].sort(key=lambda row: row["name"])
+    results["rows"].sort(key=lambda row: (row["name"], row["form"]))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     kinds = [outcome(row) for row in results["rows"]]

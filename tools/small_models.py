@@ -7,6 +7,7 @@ configuration, and all numbers of one meaning become the same, so that what must
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 WORDS = range(3, 100)  # ids of plain words; a higher one may be an image's or stand for a tool
 VOCABULARY = 128
@@ -82,6 +84,7 @@ class Sizes:
     head_dim: int = 16
     fill: bool = False  # give values to what the default leaves open
     shallow: bool = False  # make only the depth of vision and audio towers small
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the default
 
 
 ATTEMPTS = (
@@ -111,13 +114,15 @@ def auto_class(name: str) -> Any:
 
 
 def small_model(name: str, folder: Path, changes: dict[str, Any]) -> PreTrainedModel:
-    """Save a small model with its tokenizer. Raises ValueError with the reason if none builds."""
+    """Save a small model with its tokenizer. Raises ValueError with the reason if none builds.
+
+    Args:
+        changes: of the default configuration; of `layer_types` the kinds are given.
+    """
     reasons: list[str] = []
     for sizes in ATTEMPTS:
         try:
-            config = small_config(CONFIG_MAPPING[name], sizes)
-            for key, value in changes.items():
-                setattr(config, key, value)
+            config = small_config(CONFIG_MAPPING[name], dataclasses.replace(sizes, changes=changes))
             torch.manual_seed(0)
             model = auto_class(name).from_config(config, dtype=torch.float32).eval()
             shake(model)
@@ -130,10 +135,30 @@ def small_model(name: str, folder: Path, changes: dict[str, Any]) -> PreTrainedM
     raise ValueError(reasons[0])
 
 
+def other_forms(model: PreTrainedModel, causal: bool) -> list[dict[str, Any]]:
+    """Changes of the default configuration under which the same code is another model.
+
+    A decoder, where the default is none; all kinds of layers that the model's source names, where
+    the default leaves some out.
+    """
+    config, forms = model.config, []
+    fields = {field.name for field in dataclasses.fields(config)}
+    if not causal and "is_decoder" in fields and not getattr(config, "is_decoder", True):
+        forms.append({"is_decoder": True})
+    found = getattr(config, "layer_types", None) if "layer_types" in fields else None
+    source = Path(inspect.getfile(type(model))).read_text()
+    kinds = [kind for kind in ALLOWED_LAYER_TYPES if f'"{kind}"' in source]
+    if found and set(kinds) > set(found):
+        window = {"use_sliding_window": True, "sliding_window": WINDOW}
+        forms.append({"layer_types": kinds} | {k: v for k, v in window.items() if k in fields})
+    return forms
+
+
 def small_config(kind: type[PreTrainedConfig], sizes: Sizes) -> PreTrainedConfig:
     """The least deep configuration that keeps one layer of each kind of the default."""
     default, found = kind(), None
-    for depth in (depth for depth in DEPTHS if depth >= sizes.depth):
+    kinds = len(sizes.changes.get("layer_types", ()))
+    for depth in (depth for depth in DEPTHS if depth >= max(sizes.depth, kinds)):
         try:
             config = shrink(default, dataclasses.replace(sizes, depth=depth))
         except Exception:  # too few layers for its pattern
@@ -141,7 +166,7 @@ def small_config(kind: type[PreTrainedConfig], sizes: Sizes) -> PreTrainedConfig
                 raise
             continue
         found = found or config
-        if layer_kinds(config) >= layer_kinds(default):
+        if kinds or layer_kinds(config) >= layer_kinds(default):
             return config
     assert found is not None
     return found
@@ -179,6 +204,10 @@ def shrink(default: PreTrainedConfig, sizes: Sizes, name: str = "") -> PreTraine
         elif value in (None, False) and part in (None, False, {}) and sizes.fill:
             filled = fill(key, default, fields, sizes)
             values |= {} if filled is None else {key: filled}
+        if key in sizes.changes:
+            values[key] = sizes.changes[key]
+    if "layer_types" in sizes.changes:
+        values["layer_types"] = (values["layer_types"] * sizes.depth)[: sizes.depth]
     return type(default)(**values)
 
 
