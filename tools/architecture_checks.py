@@ -98,10 +98,12 @@ def compare(policy: PreTrainedModel, config: PolicyConfig, truth: Truth) -> Verd
     batches, _ = pack(
         truth.forest, credit, prob_threshold=None, tokens_per_batch=4096, packing=config.packing
     )
-    worst, seen = 0.0, 0
+    worst = noise = 0.0
+    seen = 0
     for batch in batches:
         with torch.no_grad():
             found = row_logprobs(policy, batch, TEMPERATURE)
+            noise = max(noise, _worst(found - row_logprobs(policy, batch, TEMPERATURE)))
         assert batch.token_index is not None
         for expected in (truth.low, truth.high):
             worst = max(worst, _worst(found - expected[batch.token_index]))
@@ -111,6 +113,8 @@ def compare(policy: PreTrainedModel, config: PolicyConfig, truth: Truth) -> Verd
     gradient = truth.gradient_error(policy)
     ok = worst <= NATS and gradient <= GRADIENT
     wrong = "" if ok else f"off by {worst:.2g} nats, gradient by {gradient:.2g}"
+    wrong += "" if noise <= NATS else f"; two forwards differ by {noise:.2g} nats"
+    wrong += "" if ok or truth.causal else "; not causal"
     return Verdict("right" if ok else "WRONG", wrong, worst, gradient)
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 TIMEOUT = 150.0  # seconds for one architecture
 MEMORY = 10 << 30  # bytes that one process may allocate
+LARGE = 2 << 30  # bytes after which a process ends, since it does not give them back
 TRAIN = 45  # architectures that must train
 BEGIN, END = "<!-- begin architectures -->", "<!-- end architectures -->"
 
@@ -50,7 +51,8 @@ def work() -> None:
         name = line.strip()
         for row in architecture_rows(name):
             print(json.dumps(row), file=answers)
-        print(json.dumps({"done": True}), file=answers)
+        large = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > LARGE >> 10
+        print(json.dumps({"done": True, "large": large}), file=answers)
 
 
 def architecture_rows(name: str) -> Iterator[dict[str, Any]]:
@@ -114,6 +116,8 @@ class Child:
         start, rows = time.monotonic(), []
         while (row := self._line(start + TIMEOUT)) is not None:
             if row.get("done"):
+                if row["large"]:
+                    self.close()
                 break
             if not rows or rows[-1]["form"] != row["form"]:
                 rows.append(row)
@@ -124,7 +128,8 @@ class Child:
             code = self.process.returncode
             reason = f"no end within {TIMEOUT:.0f} s" if late else f"the process died ({code})"
             stage = rows[-1]["stage"]
-            rows[-1][stage] = reason if stage == "unbuilt" else {"kind": "WRONG", "reason": reason}
+            wrong = {"kind": "WRONG", "reason": reason}
+            rows[-1] |= {stage: reason if stage == "unbuilt" else wrong} if stage else {}
         for row in rows:
             del row["stage"]
         return rows
