@@ -136,6 +136,11 @@ class Truth:
             ).eval()
         except (ValueError, ImportError):  # it has no eager attention
             self.model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+        self.measure()
+
+    def measure(self) -> None:
+        """The logprobs and the gradient of the model as it is now."""
+        self.model.zero_grad()
         forest = make_forest()
         total = forest.token_ids.numel()
         self.low, self.high = torch.full((total,), math.inf), torch.full((total,), -math.inf)

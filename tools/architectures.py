@@ -11,6 +11,7 @@ the rest is WRONG. Exits with 1 if anything is wrong, or if fewer than 45 model 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -112,15 +113,17 @@ class Child:
     def check(self, name: str) -> list[dict[str, Any]]:
         """The rows of one architecture; if the process dies or hangs, the last says where."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{name}\n".encode())
-        self.process.stdin.flush()
-        start, rows = time.monotonic(), []
+        rows: list[dict[str, Any]] = [{"name": name, "form": "", "stage": "unbuilt"}]
+        start = time.monotonic()
+        with contextlib.suppress(BrokenPipeError):  # it died; then no answer comes
+            self.process.stdin.write(f"{name}\n".encode())
+            self.process.stdin.flush()
         while (row := self._line(start + TIMEOUT)) is not None:
             if row.get("done"):
                 if row["large"]:
                     self.close()
                 break
-            if not rows or rows[-1]["form"] != row["form"]:
+            if rows[-1]["form"] != row["form"]:
                 rows.append(row)
             rows[-1] = row
         else:

@@ -59,6 +59,7 @@ MEANINGS: tuple[tuple[str, int], ...] = (
     (r"^moe_k$|top_?k$|experts_per_tok(en)?$", 2),
     (r"n_groups?$|ngroups$|o_groups|num_groups", 2),
     (r"experts$|zero_expert_num", 8),
+    (r"indexer_kv_heads", 1),
     (r"(kv|key_value)_(n_)?heads$|kv_n_heads|query_groups|linear_num_key_heads", KV_HEADS),
     (r"index_n_heads", 32),  # fewer make ties, which break in another way at another length
     (r"heads?$", HEADS),
@@ -92,8 +93,10 @@ ATTEMPTS = (
     Sizes(fill=True),
     Sizes(heads=8),
     Sizes(depth=DEPTHS[2]),
+    Sizes(head_dim=64, fill=True),
     Sizes(heads=2, head_dim=128),
     Sizes(shallow=True),
+    Sizes(shallow=True, fill=True, head_dim=64),
     Sizes(shallow=True, fill=True, heads=2, head_dim=128),
 )
 
@@ -221,7 +224,7 @@ def fill(name: str, default: PreTrainedConfig, fields: dict[str, Any], sizes: Si
     if name == "rope_parameters":
         rope = {"rope_type": "default", "rope_theta": 10000.0}
         return {kind: rope for kind in dict.fromkeys(kinds)} if kinds else None
-    if re.search(r"head_dim$|heads$|experts|budget$|compress_ratio", name):
+    if re.search(r"head_dim$|heads$|experts|budget$|compress_ratio|sliding_window$", name):
         return small_number(name, 1 << 20, fields, sizes)
     return {} if name.endswith("_map") else None
 
