@@ -54,6 +54,7 @@ class Verdict:
     logprobs: float = math.nan  # largest difference, nats
     gradient: float = math.nan  # largest difference, relative
     settings: str = ""  # of the recipe, with which it trains
+    advice: str = ""  # the sentence that named them
 
 
 class Refused(Exception):
@@ -74,6 +75,7 @@ def load(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 def check_trainer(folder: Path, truth: Truth) -> Verdict:
     """Follow the advice of refusals until the policy trains, and compare what it computes."""
     settings: dict[str, str] = {}
+    first = ""
     while True:
         shown = " ".join(f"policy.{k}={v}" for k, v in settings.items())
         config = PolicyConfig(path=str(folder), **settings)  # pyright: ignore
@@ -87,9 +89,10 @@ def check_trainer(folder: Path, truth: Truth) -> Verdict:
                 kind = "WRONG" if settings else "refused"
                 return Verdict(kind, f"advice {shown} fails: " * bool(settings) + sentence)
             settings |= advice
+            first = first or sentence
             continue
         verdict = compare(policy, config, truth)
-        return replace(verdict, settings=shown or "policy.packing=tree")
+        return replace(verdict, settings=shown or "policy.packing=tree", advice=first)
 
 
 def compare(policy: PreTrainedModel, config: PolicyConfig, truth: Truth) -> Verdict:

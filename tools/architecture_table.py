@@ -6,6 +6,7 @@ python tools/architecture_table.py benchmarks/results/architectures.json docs/mo
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,11 +55,16 @@ def render(results: dict[str, Any]) -> str:
     )
     wrong = _grouped([row for row in rows if outcome(row) == "WRONG"], _wrong)
     refused = _grouped([row for row in rows if outcome(row) == "refused"], _reason("trainer"))
+    advised = [row for row in trains if row["trainer"]["advice"]]
     engine = [row for row in trains if row["engine"]["kind"] == "refused"]
     unbuilt = _grouped([row for row in rows if outcome(row) == "unbuilt"], lambda r: r["unbuilt"])
     for heading, text in (
         ("Wrong", wrong),
         ("Refused", refused),
+        (
+            "Trains otherwise than packed by default",
+            _grouped(advised, _reason("trainer", "advice")),
+        ),
         ("Refused by the embedded engine", _grouped(engine, _reason("engine"))),
         ("Not built at small size", unbuilt),
     ):
@@ -75,8 +81,14 @@ def _cells(row: dict[str, Any]) -> str:
     return f"| {title(row)} | {settings} | {measured} | {figure} |\n"
 
 
-def _reason(side: str) -> Callable[[dict[str, Any]], str]:
-    return lambda row: row[side]["reason"].replace("policy.path: the model", "").strip()
+def _reason(side: str, field: str = "reason") -> Callable[[dict[str, Any]], str]:
+    """The sentence without the model's name, and without figures in which alike ones differ."""
+
+    def sentence(row: dict[str, Any]) -> str:
+        text = row[side][field].replace("policy.path: the model", "").strip()
+        return re.sub(r"\d[\d.]*(e[+-]?\d+)?(?= nats)", "…", text)
+
+    return sentence
 
 
 def _wrong(row: dict[str, Any]) -> str:

@@ -111,7 +111,10 @@ class Child:
         return json.loads(held)
 
     def check(self, name: str) -> list[dict[str, Any]]:
-        """The rows of one architecture; if the process dies or hangs, the last says where."""
+        """The rows of one architecture; if the process dies or hangs, the last says where.
+
+        A form that does not build is none.
+        """
         assert self.process.stdin is not None
         rows: list[dict[str, Any]] = [{"name": name, "form": "", "stage": "unbuilt"}]
         start = time.monotonic()
@@ -136,7 +139,7 @@ class Child:
             rows[-1] |= {stage: reason if stage == "unbuilt" else wrong} if stage else {}
         for row in rows:
             del row["stage"]
-        return rows
+        return [row for row in rows if not row["form"] or "unbuilt" not in row]
 
     def close(self) -> None:
         self.process.kill()
