@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.configuration_utils import ALLOWED_LAYER_TYPES
+from transformers.configuration_utils import ALLOWED_ATTN_LAYER_TYPES
 
 WORDS = range(3, 100)  # ids of plain words; a higher one may be an image's or stand for a tool
 VOCABULARY = 128
@@ -83,6 +83,7 @@ class Sizes:
     depth: int = DEPTHS[0]
     heads: int = 4
     head_dim: int = 16
+    width: int = 64
     fill: bool = False  # give values to what the default leaves open
     shallow: bool = False  # make only the depth of vision and audio towers small
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the default
@@ -93,11 +94,11 @@ ATTEMPTS = (
     Sizes(fill=True),
     Sizes(heads=8),
     Sizes(depth=DEPTHS[2]),
-    Sizes(head_dim=64, fill=True),
-    Sizes(heads=2, head_dim=128),
+    Sizes(head_dim=64, width=256, fill=True),
+    Sizes(heads=2, head_dim=128, width=256),
     Sizes(shallow=True),
-    Sizes(shallow=True, fill=True, head_dim=64),
-    Sizes(shallow=True, fill=True, heads=2, head_dim=128),
+    Sizes(shallow=True, fill=True, head_dim=64, width=256),
+    Sizes(shallow=True, fill=True, heads=2, head_dim=128, width=256),
 )
 
 
@@ -150,7 +151,7 @@ def other_forms(model: PreTrainedModel, causal: bool) -> list[dict[str, Any]]:
         forms.append({"is_decoder": True})
     found = getattr(config, "layer_types", None) if "layer_types" in fields else None
     source = Path(inspect.getfile(type(model))).read_text()
-    kinds = [kind for kind in ALLOWED_LAYER_TYPES if f'"{kind}"' in source]
+    kinds = [kind for kind in ALLOWED_ATTN_LAYER_TYPES if f'"{kind}"' in source]
     if found and set(kinds) > set(found):
         window = {"use_sliding_window": True, "sliding_window": WINDOW}
         forms.append({"layer_types": kinds} | {k: v for k, v in window.items() if k in fields})
@@ -216,15 +217,21 @@ def shrink(default: PreTrainedConfig, sizes: Sizes, name: str = "") -> PreTraine
 
 def fill(name: str, default: PreTrainedConfig, fields: dict[str, Any], sizes: Sizes) -> Any:
     """A value for what the default leaves open but its model needs; None to leave it."""
-    kinds = vars(default).get("layer_types")
+    kinds = sizes.changes.get("layer_types") or vars(default).get("layer_types")
     if name == "is_decoder":
         return True
+    if name == "default_language":
+        return vars(default)["languages"][0]
     if name == "layer_types":
         return ["full_attention"] * sizes.depth
+    if name == "mlp_layer_types":
+        return (["dense", "sparse"] * sizes.depth)[: sizes.depth]
     if name == "rope_parameters":
         rope = {"rope_type": "default", "rope_theta": 10000.0}
         return {kind: rope for kind in dict.fromkeys(kinds)} if kinds else None
-    if re.search(r"head_dim$|heads$|experts|budget$|compress_ratio|sliding_window$", name):
+    if re.search(
+        r"head_dim$|heads$|experts|budget$|compress_ratio|^sliding_window$|moe_inter", name
+    ):
         return small_number(name, 1 << 20, fields, sizes)
     return {} if name.endswith("_map") else None
 
@@ -249,7 +256,7 @@ def small_number(name: str, value: int, fields: dict[str, Any], sizes: Sizes) ->
     if size == HEAD_DIM:
         return min(value, sizes.head_dim)
     if size == WIDTH:
-        return max(64, sizes.heads * sizes.head_dim)
+        return sizes.width
     if size == KV_HEADS:
         heads = {v for k, v in fields.items() if isinstance(v, int) and meaning(k) == HEADS}
         return sizes.heads if value in heads else min(value, 2)
