@@ -92,3 +92,12 @@ def check_request(request: Request, max_model_len: int) -> None:
             f"request: prefix of {len(request.prefix_ids)} + {request.max_new_tokens} new tokens "
             f"= {total} exceeds the context of {max_model_len}"
         )
+
+
+def check_vocabulary(size: int | None, present: int | None, running: int) -> None:
+    """Raise ValueError if `running` samples with another `Sampling.vocab_size` are in flight."""
+    if running:
+        raise ValueError(
+            f"request: expected vocab_size={present}, that of the {running} samples in flight, "
+            f"found {size}"
+        )

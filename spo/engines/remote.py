@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spo.engines.protocol import COUNTERS, check_request
+from spo.engines.protocol import COUNTERS, check_request, check_vocabulary
 from spo.records import LENGTH, STOP, Completion, Request, Sampling
 
 GENERATE = "/inference/v1/generate"
@@ -129,6 +129,7 @@ class RemoteEngine:
         self._clients: list[Client] = []  # one per thread
         self._serials = itertools.count()
         self._in_flight = 0
+        self._vocab_size: int | None = None
         self._own: dict[str, float] = {"generated": 0, "step_seconds": 0.0}
         settings = self._connect(dtype)
         self.block_size = settings["block_size"]
@@ -146,6 +147,10 @@ class RemoteEngine:
         check_request(request, self.max_model_len)
         if self._lost is not None:
             raise ConnectionError(self._lost)
+        if (size := request.sampling.vocab_size) != self._vocab_size:
+            check_vocabulary(size, self._vocab_size, self._in_flight)
+            self._rpc("spo_limit_vocabulary", size)
+            self._vocab_size = size
         for index in range(request.n):
             self._work.put((request.priority, next(self._serials), request, index))
         self._in_flight += request.n
@@ -238,6 +243,7 @@ class RemoteEngine:
                     f"found {name}"
                 )
             self._label(self.version)
+            self._rpc("spo_limit_vocabulary", None)  # another trainer may have set one
             self._ask(self._control, "POST", "/resume")  # a trainer may have died during an update
             first = self._sample(self._control, Request(-1, (0,), 1, 1, Sampling(0)), 0)
         except (ConnectionError, Refused) as error:
@@ -310,7 +316,7 @@ class RemoteEngine:
                 raise ConnectionError(str(unhealthy)) from error
             raise
 
-    def _rpc(self, method: str, *args: str) -> Any:
+    def _rpc(self, method: str, *args: Any) -> Any:
         """Call a method of `spo.engines.served` in every worker; returns the first answer."""
         body = {"method": method, "args": args}
         return self._ask(self._control, "POST", "/collective_rpc", body)["results"][0]

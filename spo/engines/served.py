@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from spo.engines.protocol import COUNTERS
-from spo.engines.vllm import count_step, repack_cpu_linears
+from spo.engines.vllm import count_step, limit_vocabulary, repack_cpu_linears
 
 EXTENSION = "spo.engines.served.Served"
 
@@ -52,6 +52,10 @@ class Served:
         self.reload_weights(weights_iterator=iter(load_file(path).items()))
         if self.device.type == "cpu":
             repack_cpu_linears(self.get_model())
+
+    def spo_limit_vocabulary(self, size: int | None) -> None:
+        """Never sample the ids from `size` on; None: every id may be sampled."""
+        limit_vocabulary(self.get_model(), size)
 
     def spo_counters(self) -> dict[str, float]:
         return dict(self._spo_totals)

@@ -7,12 +7,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spo.engines.protocol import COUNTERS, check_request
+from spo.engines.protocol import COUNTERS, check_request, check_vocabulary
 from spo.records import LENGTH, STOP, Completion, Request
 
 QUIET = {
@@ -102,6 +103,7 @@ class VLLMEngine:
         self._params = (SamplingParams, RequestOutputKind.FINAL_ONLY)
         self._requests: dict[str, tuple[Request, int, int, str]] = {}
         self._serial = 0
+        self._vocab_size: int | None = None  # the model's own
         self._counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         client: Any = self.engine.engine_core  # the one of this process holds the engine itself
         self._scheduler = client.engine_core.scheduler
@@ -113,6 +115,10 @@ class VLLMEngine:
 
     def submit(self, request: Request) -> None:
         check_request(request, self.max_model_len)
+        if (size := request.sampling.vocab_size) != self._vocab_size:
+            check_vocabulary(size, self._vocab_size, len(self._requests))
+            self.engine.apply_model(partial(limit_vocabulary, size=size))
+            self._vocab_size = size
         sampling_params, final_only = self._params
         for index in range(request.n):
             name = str(self._serial)
@@ -233,6 +239,25 @@ def count_step(counters: dict[str, float], step) -> None:
     counters["forwarded"] += step.total_num_scheduled_tokens
     counters["prefill"] += step.total_num_scheduled_tokens - decoded
     counters["preempted"] += len(again)
+
+
+def limit_vocabulary(model: torch.nn.Module, size: int | None) -> None:
+    """Take every probability from the ids from `size` on, or give it back (None).
+
+    vLLM computes logits outside its graphs, so this reaches every later step.
+    """
+    vars(model).pop("compute_logits", None)  # back to the method of the class
+    if size is None:
+        return
+    compute_logits: Any = model.compute_logits
+
+    def limited(*args, **kwargs):
+        logits = compute_logits(*args, **kwargs)
+        if logits is not None:  # None where another process gathers them
+            logits[..., size:] = float("-inf")
+        return logits
+
+    vars(model)["compute_logits"] = limited
 
 
 def repack_cpu_linears(model: torch.nn.Module) -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from limits import check_limited
 from sampling import (
     canonical,
     check_seeds_and_stops,
@@ -147,6 +148,10 @@ def test_logprobs_are_those_of_the_policy_at_the_sampling_temperature(engine, pl
 
 def test_seeds_repeat_and_stops_stop(engine):
     check_seeds_and_stops(engine)
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled(engine, plain):
+    check_limited(engine, plain, 40)
 
 
 def test_full_blocks_of_a_prefix_are_computed_once(engine):

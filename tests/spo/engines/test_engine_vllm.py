@@ -7,12 +7,14 @@ import importlib.util
 
 import pytest
 import torch
+from limits import check_limited, favouring
 from sampling import (
     check_first_tokens,
     check_seeds_and_stops,
     check_update_reaches,
     drain,
     plain_logprobs,
+    policy,
     shaken,
     spent_on_a_shared_prefix,
     weights,
@@ -88,6 +90,19 @@ def test_full_blocks_of_a_prefix_are_computed_once(engine):
 
 def test_seeds_repeat_and_stops_stop(engine):
     check_seeds_and_stops(engine)
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled(engine, plain, tiny_model):
+    strong = favouring(policy(tiny_model), 40)
+    engine.load_weights(weights(strong), engine.version + 1)
+    engine.submit(Request(0, (5, 9, 3), 8, 12, Sampling(5)))
+    assert any(token >= 40 for c in drain(engine, 8) for token in c.token_ids)
+    check_limited(engine, strong, 40)
+    engine.submit(Request(0, (5, 9, 3), 1, 12, Sampling(5, vocab_size=40)))
+    with pytest.raises(ValueError, match="vocab_size=40, that of the 1 samples in flight, found"):
+        engine.submit(Request(1, (5, 9, 3), 1, 12, Sampling(5)))
+    drain(engine, 1)
+    engine.load_weights(weights(plain), engine.version + 1)
 
 
 def test_only_the_request_s_tokens_stop(engine):
