@@ -152,7 +152,7 @@ def _eval(arguments) -> None:
             f"{row.max_new_tokens:,}",
             f"{row.samples} at {row.temperature:g}" if row.temperature else "greedy",
             f"{row.pass_at_1:.3f} ± {row.stderr:.3f}",
-            str(row.problems),
+            f"{row.problems}" + (f" ({row.too_long} do not fit)" if row.too_long else ""),
             f"{row.truncated:.1%}",
             f"{row.mean_tokens:.0f}",
         )
@@ -194,7 +194,8 @@ def _rollout(arguments) -> None:
     counted = cost.engine
     console.print(
         f"{cost.trees} trees, {forest.num_nodes} nodes in {cost.seconds:.1f} s; "
-        f"{cost.dropped_prompts} prompts dropped, {cost.truncated} responses cut"
+        f"{cost.dropped_prompts} prompts dropped, {cost.too_long} do not fit, "
+        f"{cost.truncated} responses cut"
     )
     console.print(
         f"{counted['generated']:,.0f} tokens generated, {counted['prefill']:,.0f} prefilled "
@@ -255,7 +256,13 @@ def show(name: str, line: dict) -> None:
         text = f"Pass@1 greedy {line['greedy']:.3f} ± {line['greedy_stderr']:.3f}"
         if "sampled" in line:
             text += f", sampled {line['sampled']:.3f} ± {line['sampled_stderr']:.3f}"
+        if line.get("too_long"):
+            text += f", {line['too_long']} problems do not fit"
         console.print(f"[bold]{head}{text}[/bold]")
+        return
+    if line["stage"] == "skipped":
+        dropped, too_long = line["dropped_prompts"], line["too_long"]
+        console.print(f"{head}skipped: {dropped} prompts dropped, {too_long} do not fit")
         return
     console.print(
         f"{head}reward {line['reward_mean']:.3f}  kept {line['kept_share']:.2f}  "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
@@ -15,7 +16,7 @@ from spo.credit.nodes import check_credit
 from spo.engines.make import require_device
 from spo.engines.protocol import Engine
 from spo.grow.rollout import RolloutStats
-from spo.grow.sampler import Sampler
+from spo.grow.sampler import PROBE_TOKENS, Sampler
 from spo.grow.stream import Stream
 from spo.learn import checkpoint, distributed
 from spo.learn.distributed import Ranks
@@ -88,6 +89,7 @@ def train(
         stream = _stream(recipe, sampler, ranks, state)
         sync(learner, sampler, tests[0], state.version)
         check_engine(learner, sampler)
+        empty = 0  # iterations in a row from which nothing survived
         while not _finished(recipe, state):
             every = recipe.eval.every
             if state.iteration == 0 or (every and state.iteration % every == 0):
@@ -96,33 +98,38 @@ def train(
             stream.rollout.shape = sampler.shape(response_limit(recipe, state))
             forest, costs = _grow(recipe, stream, ranks)
             grown = time.perf_counter()
-            sampler.engine.sleep()
-            credit = recipe.credit.assign(forest, learner)
-            check_credit(forest, credit)
-            _save_forest(recipe, forest, state, ranks)
-            chosen, kept, buffer = replay.merge(
-                forest,
-                credit,
-                buffer,
-                version=state.version,
-                nodes_per_prompt=settings.replay_nodes,
-                max_age=settings.replay_age,
-                seed=settings.seed * 1_000_003 + state.iteration,
-                max_nodes=settings.replay_samples,
-            )
-            line = {"stage": "train"} | credit.figures | learner.train(chosen, kept, state)
-            trained = time.perf_counter()
-            state.version += 1
-            line["probe_difference"] = sync(learner, sampler, tests[0], state.version)
-            synced = time.perf_counter()
+            if state.iteration == 0:
+                _warn_if_none_stopped(costs, sampler)
+            line = {"stage": "skipped"}
+            empty = 0 if forest.prompts else empty + 1
+            if forest.prompts:
+                sampler.engine.sleep()
+                credit = recipe.credit.assign(forest, learner)
+                check_credit(forest, credit)
+                _save_forest(recipe, forest, state, ranks)
+                chosen, kept, buffer = replay.merge(
+                    forest,
+                    credit,
+                    buffer,
+                    version=state.version,
+                    nodes_per_prompt=settings.replay_nodes,
+                    max_age=settings.replay_age,
+                    seed=settings.seed * 1_000_003 + state.iteration,
+                    max_nodes=settings.replay_samples,
+                )
+                line = {"stage": "train"} | credit.figures | learner.train(chosen, kept, state)
+                trained = time.perf_counter()
+                state.version += 1
+                line["probe_difference"] = sync(learner, sampler, tests[0], state.version)
+                line |= {"time_train": trained - grown, "time_sync": time.perf_counter() - trained}
             generated, taken = forest.num_generated, grown - start
-            line |= {"time_rollout": taken, "time_train": trained - grown}
-            line |= {"time_sync": synced - trained} | _costs(generated, costs, taken)
+            line |= {"time_rollout": taken} | _costs(generated, costs, taken)
             line["replay_trees"] = len(buffer.forest.prompts) if buffer.forest is not None else 0
             state.generated_tokens += generated
-            state.prompt_cursor += sum(cost.trees + cost.dropped_prompts for cost in costs)
-            state.seconds += synced - start
+            state.prompt_cursor += sum(c.trees + c.dropped_prompts + c.too_long for c in costs)
+            state.seconds += time.perf_counter() - start
             write(line)
+            _check_skipped(recipe, line, empty)
             state.iteration += 1
             if state.iteration % settings.checkpoint_every == 0 or _finished(recipe, state):
                 learner.save(tokenizer, state, buffer)
@@ -136,13 +143,14 @@ def evaluate(sampler: Sampler, tests: Sequence[Prompt], ranks: Ranks) -> dict:
     if not ranks.main:
         return {}
     recipe = sampler.recipe
-    line: dict = {"stage": "eval", "problems": len(tests)}
+    line: dict = {"stage": "eval"}
     kinds = {"greedy": 0.0}
     if recipe.eval.sampled:
         kinds["sampled"] = recipe.sampling.temperature
     for kind, temperature in kinds.items():
         (accuracy,) = sampler.accuracies(tests, temperature=temperature)
         line |= {kind: accuracy.pass_at_1, f"{kind}_stderr": accuracy.stderr}
+        line |= {"problems": len(tests) - accuracy.too_long, "too_long": accuracy.too_long}
     return line
 
 
@@ -154,7 +162,7 @@ def sync(learner: Learner, sampler: Sampler, prompt: Prompt, version: int) -> fl
     """
     recipe = sampler.recipe
     sampler.engine.load_weights(learner.weights(), version)
-    prefix = list(prompt.prompt_ids)
+    prefix = list(prompt.prompt_ids)[: max(1, sampler.engine.max_model_len - PROBE_TOKENS)]
     sample = sampler.sample_one(prefix)
     trainer = sequence_logprobs(
         learner.model, prefix, list(sample.token_ids), recipe.sampling.temperature
@@ -200,6 +208,33 @@ def response_limit(recipe: Recipe, state: checkpoint.State) -> int:
     return limits[0] if limits else recipe.sampling.max_new_tokens
 
 
+def _check_skipped(recipe: Recipe, line: dict, empty: int) -> None:
+    """Raise RuntimeError if nothing survived from `empty` iterations in a row, too many."""
+    if empty and empty >= recipe.train.max_skipped:
+        raise RuntimeError(
+            f"no response of the last {empty} iterations has a reward, expected fewer such "
+            f"iterations than train.max_skipped; of the last one's prompts "
+            f"{line['dropped_prompts']} were dropped and {line['too_long']} did not fit"
+        )
+
+
+def _warn_if_none_stopped(costs: Sequence[RolloutStats], sampler: Sampler) -> None:
+    """Warn if every response was cut by the limit: the policy may end its turns otherwise."""
+    cut = sum(cost.truncated for cost in costs)
+    if not cut or any(cost.gradings for cost in costs):  # what ends is graded
+        return
+    sampling = sampler.sampling
+    tokens = sampler.tokenizer.convert_ids_to_tokens(sampling.stop_token_ids)
+    waited = [f"{i} {name!r}" for i, name in zip(sampling.stop_token_ids, tokens, strict=True)]
+    warnings.warn(
+        f"all {cut} responses of the first iteration were cut at the limit "
+        f"of tokens; they end with one of {', '.join([*waited, *map(repr, sampling.stop)])}: "
+        "raise sampling.max_new_tokens, or name another end in sampling.stop_token_ids or "
+        "sampling.stop",
+        stacklevel=2,
+    )
+
+
 def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
     """Raise ValueError if the recipe cannot run on these ranks."""
     if recipe.train.prompts < ranks.world:
@@ -236,7 +271,10 @@ def _stream(recipe: Recipe, sampler: Sampler, ranks: Ranks, state: checkpoint.St
 
 
 def _grow(recipe: Recipe, stream: Stream, ranks: Ranks) -> tuple[Forest, list[RolloutStats]]:
-    """The forest of all ranks, each of which grows its share, and the cost on each."""
+    """The forest of all ranks, each of which grows its share, and the cost on each.
+
+    A rank without survivors adds no tree.
+    """
     grown = distributed.gather(ranks, next(stream, None))
     if None in grown:
         raise ValueError(f"data.train: no training prompts of task {recipe.task} are left")
@@ -259,6 +297,7 @@ def _costs(generated: int, costs: Sequence[RolloutStats], seconds: float) -> dic
         "tokens_per_s": generated / seconds,
         "trees_per_s": sum(cost.trees for cost in costs) / seconds,
         "dropped_prompts": sum(cost.dropped_prompts for cost in costs),
+        "too_long": sum(cost.too_long for cost in costs),
         "retried": sum(cost.retried for cost in costs),
         "truncated": sum(cost.truncated for cost in costs),
         "invalid_gradings": sum(cost.invalid_gradings for cost in costs),

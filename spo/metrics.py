@@ -1,8 +1,8 @@
 """The metrics of a run: one JSON object per line of `metrics.jsonl`, appended during the run.
 
 Every line holds `iteration`, `seconds` (since the run began), `generated_tokens` (so far) and
-`stage` ("train" or "eval"); all other keys are free. JSON has no NaN and no infinity: both are
-written as null, and null is read as NaN.
+`stage` ("train", "eval" or "skipped"); all other keys are free. JSON has no NaN and no
+infinity: both are written as null, and null is read as NaN.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import SupportsFloat
 
-STAGES = ("train", "eval")
+STAGES = ("train", "eval", "skipped")
 
 
 class MetricsWriter:

@@ -60,7 +60,8 @@ class TrainConfig:
     replay_age: PositiveInt = 8
     """Nodes that are this many iterations old are dropped from the buffer."""
     max_skipped: NotNegativeInt = 3
-    """Stop after this many steps in a row whose loss or gradient is not finite."""
+    """Stop after this many steps in a row whose loss or gradient is not finite, and after this many
+    iterations in a row from which no response has a reward."""
     probe_tolerance: NotNegative = 0.05
     """Maximum difference between the trainer's and the engine's logprobs of a fixed prompt after a
     weight update; the run stops if it is exceeded."""

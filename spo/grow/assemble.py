@@ -32,7 +32,7 @@ def leave_out_unrewarded(tree: Tree) -> None:
 
 
 def assemble(trees: Sequence[Tree], temperature: float) -> Forest:
-    """Flatten trees into one Forest."""
+    """Flatten trees, if any, into one Forest."""
     nodes = [node for tree in trees for node in tree.nodes]
     offsets = np.cumsum([0] + [len(tree.nodes) for tree in trees])
     parent = [
@@ -43,12 +43,12 @@ def assemble(trees: Sequence[Tree], temperature: float) -> Forest:
     sizes = torch.tensor([0] + [len(node.token_ids) for node in nodes])
     return Forest(
         token_ids=torch.tensor([t for n in nodes for t in n.token_ids], dtype=torch.int32),
-        rollout_logprobs=torch.tensor([x for n in nodes for x in n.logprobs]),
+        rollout_logprobs=torch.tensor([x for n in nodes for x in n.logprobs], dtype=torch.float32),
         cu_tokens=sizes.cumsum(0),
         parent=torch.tensor(parent, dtype=torch.int32),
         rewards=torch.tensor([n.reward for n in nodes], dtype=torch.float32),
-        in_value=torch.tensor([n.in_value for n in nodes]),
-        trained=torch.tensor([n.trained for n in nodes]),
+        in_value=torch.tensor([n.in_value for n in nodes], dtype=torch.bool),
+        trained=torch.tensor([n.trained for n in nodes], dtype=torch.bool),
         finish=torch.tensor([n.finish for n in nodes], dtype=torch.int8),
         weight=torch.tensor([n.weight for n in nodes], dtype=torch.int32),
         prompt=torch.tensor(

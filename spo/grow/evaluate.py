@@ -29,6 +29,7 @@ class Accuracy:
     temperature: float  # 0 is greedy
     truncated: float  # share of the responses that the limit cut
     mean_tokens: float  # of a response, cut ones included
+    too_long: int = 0  # problems left out, as a response may not fit the context
 
 
 def accuracies(
@@ -43,10 +44,11 @@ def accuracies(
     """Pass@1 under every limit on the response, from one rollout with the largest limit.
 
     A response does not depend on the limit until it reaches it, so shorter limits need no extra
-    rollout. A truncated response counts as wrong. A failed grading is left out, never a zero.
+    rollout. A truncated response counts as wrong. A failed grading is left out, never a zero, and
+    so is a problem whose prompt does not fit the context with the largest limit.
     """
     options = dataclasses.replace(options, truncated="zero")
-    forest, _ = grow(prompts, engine, star(samples, max(limits)), grader, decode, options)
+    forest, stats = grow(prompts, engine, star(samples, max(limits)), grader, decode, options)
     responses = forest.parent >= 0
     sizes, rewards = forest.cu_tokens.diff()[responses], forest.rewards[responses]
     stopped, trees = forest.finish[responses] == STOP, forest.prompt[responses].tolist()
@@ -62,7 +64,7 @@ def accuracies(
         results.append(
             Accuracy(
                 limit, mean, stderr, len(scores), samples, options.sampling.temperature, float(cut),
-                float(tokens),
+                float(tokens), stats.too_long,
             )
         )  # fmt: skip
     return results

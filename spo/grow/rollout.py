@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -32,6 +33,7 @@ class RolloutStats:
     idle_seconds: float = 0.0  # of these, only waiting for the grader
     trees: int = 0
     dropped_prompts: int = 0
+    too_long: int = 0  # prompts left out, as a response may not fit the context
     retried: int = 0
     truncated: int = 0
     invalid_gradings: int = 0
@@ -97,23 +99,33 @@ class Rollout:
         self._keys, self._serials = count(), count()
 
     def admit(self, prompt: Prompt, index: int, iteration: int) -> Tree:
-        """Start the tree of `prompt`, the one with this `index` in its iteration."""
+        """Start the tree of `prompt`, the one with this `index` in its iteration.
+
+        If a response may not fit the context, the tree is `too_long` and nothing grows.
+        """
         start = time.perf_counter()
-        self.check(prompt)
         tree = Tree(index, prompt, self.shape, iteration, next(self._serials))
+        if not self.fits(prompt):
+            tree.dropped = tree.too_long = True
+            warnings.warn(f"prompts are left out: they are {self.too_long}", stacklevel=2)
+            return tree
         for growth in self.shape.start(tree):
             self._submit(tree, growth)
         self.stats.seconds += time.perf_counter() - start
         return tree
 
-    def check(self, prompt: Prompt) -> None:
-        """Raise ValueError if a response to `prompt` may not fit the context."""
-        size, limit = len(prompt.prompt_ids), self.engine.max_model_len
-        if size + self.shape.max_new_tokens > limit:
-            raise ValueError(
-                f"prompt of {size} tokens + max_new_tokens={self.shape.max_new_tokens} exceeds "
-                f"the context of {limit}; raise engine.max_model_len"
-            )
+    def fits(self, prompt: Prompt) -> bool:
+        """Whether every response to `prompt` fits the context."""
+        return len(prompt.prompt_ids) + self.shape.max_new_tokens <= self.engine.max_model_len
+
+    @property
+    def too_long(self) -> str:
+        """What is wrong with a prompt that does not fit."""
+        new, limit = self.shape.max_new_tokens, self.engine.max_model_len
+        return (
+            f"longer than {limit - new} tokens and exceed the context of {limit} with "
+            f"max_new_tokens={new}; raise engine.max_model_len"
+        )
 
     def step(self) -> list[Tree]:
         """Run one engine step and take the finished gradings.

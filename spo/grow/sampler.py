@@ -14,13 +14,15 @@ from spo.engines.protocol import Engine
 from spo.grow.evaluate import Accuracy, accuracies
 from spo.grow.rollout import Rollout, RolloutOptions, RolloutStats
 from spo.grow.shapes import Shape
-from spo.grow.stream import Stream, grow
+from spo.grow.stream import Stream, grow, require_fitting
 from spo.models.tokenizer import load_tokenizer, response_text, sampling_of
 from spo.records import Completion, Forest, Prompt, Request
 from spo.tasks import prompts_of, task_of
 from spo.tasks.grading import Grader
 
+PROBE_TOKENS = 16  # maximum length of `sample_one`
 EVALUATION = -1  # the iteration in the seeds of evaluations
+ALL_TOO_LONG = 4096  # so many prompts that do not fit mean that none fits
 
 
 class Sampler:
@@ -108,12 +110,14 @@ class Sampler:
     def stream(self, prompts: Iterable[Prompt], size: int, iteration: int) -> Stream:
         """Forests of `size` prompts each, from `iteration` on.
 
-        Their samples stay in flight while the probe and evaluations use the engine.
+        Their samples stay in flight while the probe and evaluations use the engine. Raises
+        ValueError if none of the first `ALL_TOO_LONG` prompts fits the engine's context.
         """
         rollout = Rollout(
             self.engine.new_lane(), self.shape(), self.grader, self.decode, self.options(iteration)
         )
-        return Stream(prompts, size, rollout, self.recipe.train.stream_depth)
+        fitting = require_fitting(prompts, rollout, ALL_TOO_LONG)
+        return Stream(fitting, size, rollout, self.recipe.train.stream_depth)
 
     def accuracies(
         self,
@@ -136,7 +140,7 @@ class Sampler:
 
     def sample_one(self, prefix: Sequence[int]) -> Completion:
         """One short sample of an idle engine. Raises RuntimeError if the engine fails."""
-        size = min(16, self.engine.max_model_len - len(prefix))
+        size = min(PROBE_TOKENS, self.engine.max_model_len - len(prefix))
         self.engine.submit(Request(-1, tuple(prefix), 1, size, self.sampling))
         while not (done := self.engine.poll()):
             pass

@@ -44,6 +44,7 @@ class Tree:
     serial: int = 0  # index among all trees of a rollout
     open: int = 0  # samples and gradings it still waits for
     dropped: bool = False  # a sample failed in every retry
+    too_long: bool = False  # a response may not fit the context, so nothing grows
     nodes: list[Node] = field(default_factory=list)
     trajectories: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # chains only
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 
 from spo.engines.protocol import Engine
 from spo.grow.assemble import assemble
@@ -59,7 +60,7 @@ class Stream:
     def __next__(self) -> tuple[Forest, RolloutStats]:
         """The next iteration's forest, with trees in the order of the prompts, and its stats.
 
-        Raises StopIteration if no prompt is left, RuntimeError if every tree was dropped.
+        A forest has no tree if every prompt was dropped. Raises StopIteration if no prompt is left.
         """
         trees = sorted(self.trees(), key=lambda tree: tree.index)
         self._ended |= {tree.serial for tree in self.rollout.settle()}
@@ -70,15 +71,13 @@ class Stream:
         self.iteration += 1
         self._next = max(self._next, self.iteration)
         stats = self.rollout.take_stats()
-        if not trees:
-            raise RuntimeError(
-                f"all {len(admitted)} prompts were dropped: no response of theirs has a reward"
-            )
-        stats.trees, stats.dropped_prompts = len(trees), len(admitted) - len(trees)
+        stats.trees, stats.too_long = len(trees), sum(tree.too_long for tree in admitted)
+        stats.dropped_prompts = len(admitted) - stats.trees - stats.too_long
         version = self.rollout.engine.version
         ages = [(version - n.born, len(n.token_ids)) for t in trees for n in t.nodes[1:]]
-        stats.max_age = max(age for age, _ in ages)
-        stats.mean_age = sum(age * size for age, size in ages) / sum(size for _, size in ages)
+        if ages:
+            stats.max_age = max(age for age, _ in ages)
+            stats.mean_age = sum(age * size for age, size in ages) / sum(size for _, size in ages)
         return assemble(trees, self.rollout.options.sampling.temperature), stats
 
     def _admit(self) -> bool:
@@ -87,7 +86,10 @@ class Stream:
         if prompt is None:
             return False
         trees = self._admitted.setdefault(self._next, [])
-        trees.append(self.rollout.admit(prompt, len(trees), self._next))
+        tree = self.rollout.admit(prompt, len(trees), self._next)
+        trees.append(tree)
+        if tree.open == 0:  # nothing grows
+            self._ended.add(tree.serial)
         self._next += len(trees) == self.size
         return True
 
@@ -102,12 +104,29 @@ def grow(
 ) -> tuple[Forest, RolloutStats]:
     """Grow a tree for every prompt; the forest's trees are in the order of `prompts`.
 
-    Raises ValueError if a prompt cannot fit the engine's context, RuntimeError if every tree was
-    dropped or more than half the gradings failed.
+    Prompts that do not fit the engine's context are left out. Raises ValueError if none fits,
+    RuntimeError if every tree was dropped or more than half the gradings failed.
     """
     if not prompts:
         raise ValueError("prompts: expected at least one, found none")
     rollout = Rollout(engine, shape, grader, decode, options)
-    for prompt in prompts:
-        rollout.check(prompt)  # before the engine samples anything
-    return next(Stream(prompts, len(prompts), rollout))
+    fitting = require_fitting(prompts, rollout, len(prompts))
+    forest, stats = next(Stream(fitting, len(prompts), rollout))
+    if not forest.prompts:
+        raise RuntimeError(
+            f"all {stats.dropped_prompts} prompts were dropped: no response of theirs has a reward"
+        )
+    return forest, stats
+
+
+def require_fitting(prompts: Iterable[Prompt], rollout: Rollout, most: int) -> Iterator[Prompt]:
+    """The same prompts. Raises ValueError if none of the first `most` fits the context."""
+    prompts, first = iter(prompts), []
+    for prompt in islice(prompts, most):
+        first.append(prompt)
+        if rollout.fits(prompt):
+            break
+    else:
+        if first:
+            raise ValueError(f"all of the first {len(first)} prompts are {rollout.too_long}")
+    return chain(first, prompts)

@@ -50,7 +50,7 @@ def run(*arguments):
         (["policy.path=/no/such/model"], ["policy.path", "/no/such/model"]),
         (["policy.path=nobody/nothing"], ["policy.path", "nobody/nothing"]),
         (["task=chess"], ["task", "chess", "arithmetic"]),
-        (["engine.max_model_len=40"], ["prompt of", "context of 40"]),
+        (["engine.max_model_len=40"], ["longer than 8 tokens", "context of 40"]),
     ],
 )
 def test_bad_input_is_one_sentence_and_an_exit_code(recipe, tmp_path, capsys, overrides, words):

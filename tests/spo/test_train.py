@@ -276,6 +276,60 @@ def test_non_finite_gradients_never_reach_the_weights(tmp_path, monkeypatch):
         train(config(tmp_path / "b", "train.max_skipped=2"))
 
 
+MIXED = """
+from dataclasses import dataclass
+
+from spo.tasks import Problem
+
+LENGTHS = 3, 90, 90, 90, 3, 3, 90, 3  # of the prompts, in tokens; 96 - 40 fit
+
+
+@dataclass(frozen=True)
+class Mixed:
+    def problems(self, split, seed):
+        while True:
+            for size in LENGTHS if split == "train" else (3, 90):
+                yield Problem(" ".join(["7"] * size), 7)
+
+    def grade(self, text, answer):
+        return len(text) % 2 == 0
+"""
+
+
+def left_out(lines):
+    trains = [line for line in lines if line["stage"] != "eval"]
+    assert all(line["problems"] == line["too_long"] == 4 for line in lines if "greedy" in line)
+    return [(line["stage"], line["too_long"]) for line in trains]
+
+
+@pytest.mark.filterwarnings("ignore:prompts are left out", "ignore:all 6 responses")
+def test_a_prompt_that_does_not_fit_is_left_out_and_an_iteration_without_any_is_skipped(tmp_path):
+    (tmp_path / "mixed.py").write_text(MIXED)
+    settings = [f"task={tmp_path}/mixed.py:Mixed", "train.prompts=2", "train.iterations=4"]
+    whole = train(config(tmp_path / "whole", *settings))
+    assert left_out(whole) == [("train", 1), ("skipped", 2), ("train", 0), ("train", 1)]
+    state = load_state(latest_checkpoint(tmp_path / "whole"))
+    assert (state.iteration, state.prompt_cursor, state.version) == (4, 8, 3)
+    parts = [
+        train(config(tmp_path / "parts", *settings, f"train.iterations={end}"), resume=True)
+        for end in (2, 4)
+    ]
+    assert [row for lines in parts for row in left_out(lines)] == left_out(whole)
+    assert forest_bytes(tmp_path / "parts") == forest_bytes(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="the last 1 iterations has a reward, .* 2 did not fit"):
+        train(config(tmp_path / "strict", *settings, "train.max_skipped=1"))
+
+
+def test_responses_that_never_stop_end_the_run_in_a_sentence(tmp_path):
+    lines = []
+    cut = ["sampling={max_new_tokens: 10, truncated: drop}", "eval.every=0"]
+    with pytest.warns(UserWarning, match=r"all 24 responses .* end with one of 1 '<eos>': raise"):
+        with pytest.raises(RuntimeError, match="last 3 iterations .* 4 were dropped and 0 did not"):
+            train(config(tmp_path, *cut), report=lines.append)
+    assert [line["stage"] for line in lines] == ["eval", "skipped", "skipped", "skipped"]
+    assert [line["dropped_prompts"] for line in lines[1:]] == [4, 4, 4]
+
+
 def test_a_constant_norm_divides_by_what_no_sample_decides(tmp_path):
     lines, shared = {}, ["train.iterations=1", "train.minibatches=1", "eval.every=0"]
     for norm in ("tokens", "constant"):

@@ -10,7 +10,7 @@ from spo.engines.hf import HFEngine
 from spo.grow.evaluate import accuracies
 from spo.grow.rollout import RolloutOptions
 from spo.models.tokenizer import load_tokenizer
-from spo.records import LENGTH, STOP, Completion, Sampling
+from spo.records import LENGTH, STOP, Completion, Prompt, Sampling
 from spo.tasks import prompts
 from spo.tasks.problem import tag
 
@@ -88,3 +88,14 @@ def test_by_hand(tokenizer, grader):
     assert (whole.truncated, short.truncated) == pytest.approx((1 / 6, 4 / 6))
     assert (whole.mean_tokens, short.mean_tokens) == pytest.approx((18 / 6, 12 / 6))
     assert (whole.problems, whole.samples, whole.temperature) == (3, 2, 0.5)
+
+
+def test_problems_that_do_not_fit_are_left_out_and_counted(grader, tiny_model):
+    engine = HFEngine(tiny_model, max_num_seqs=8)
+    problems = [Prompt(ids, 7, "arithmetic") for ids in ((5, 9), (5,) * 110, (5, 9, 3))]
+    options = RolloutOptions(Sampling(3))
+    with pytest.warns(UserWarning, match="exceed the context of 128 with"):
+        short, long = accuracies(problems, engine, grader, str, options, (8, 20))
+    assert (short.too_long, short.problems, long.problems) == (1, 2, 2)
+    (all_fit,) = accuracies(problems, engine, grader, str, options, (8,))
+    assert (all_fit.too_long, all_fit.problems) == (0, 3)

@@ -214,7 +214,7 @@ def test_truncated(tiny_model, grader):
 
 def test_bad_input(engine, grader):
     long = [Prompt(tuple([5] * 120), 7, "arithmetic")]
-    with pytest.raises(ValueError, match="prompt of 120 tokens .* exceeds the context of 128"):
+    with pytest.raises(ValueError, match="all of the first 1 prompts are longer than 116 tok"):
         run(engine, grader, TREE, prompts=long)
     with pytest.raises(ValueError, match="task: expected one of .* found 'no such task'"):
         run(engine, grader, star(4, 12), prompts=[Prompt((5, 9, 3), 7, "no such task")])

@@ -19,8 +19,8 @@ from spo.engines.lanes import Lane
 from spo.engines.pool import EnginePool
 from spo.grow.rollout import Rollout, RolloutOptions
 from spo.grow.shapes import TreeShape, star
-from spo.grow.stream import Stream, grow
-from spo.records import Prompt, Request, Sampling
+from spo.grow.stream import Stream, grow, require_fitting
+from spo.records import Prompt, Request, Sampling, concat
 
 PROMPTS = [Prompt((5, 9, 3 + i), 7, "arithmetic") for i in range(12)]
 OPTIONS = RolloutOptions(Sampling(3, stop_token_ids=(1, 2, 3, 4, 5, 6)))
@@ -152,6 +152,33 @@ def test_the_shape_may_change_between_prompts(engine, grader):
     options = dataclasses.replace(OPTIONS, iteration=1)
     alone, _ = grow(PROMPTS[3:6], engine, TREE, grader, rewarded, options)
     assert canonical(second) == canonical(alone)
+
+
+LONG = Prompt((5,) * 120, 7, "arithmetic")
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_prompts_that_do_not_fit_are_left_out_and_counted(engine, grader, depth):
+    """They keep their places, so that the other trees grow as beside prompts that fit."""
+    mixed = [*PROMPTS[:2], LONG, LONG, *PROMPTS[4:6], LONG, LONG, LONG]
+    stream = Stream(mixed, 3, Rollout(engine, TREE, grader, rewarded, OPTIONS), depth)
+    with pytest.warns(UserWarning, match="left out: they are longer than 88 tokens and exceed"):
+        grown = list(stream)
+    plain = list(Stream(PROMPTS[:6], 3, Rollout(engine, TREE, grader, rewarded, OPTIONS)))
+    assert [stats.too_long for _, stats in grown] == [1, 1, 3]
+    assert [(stats.trees, stats.dropped_prompts) for _, stats in grown] == [(2, 0), (2, 0), (0, 0)]
+    for (forest, _), (other, _), kept in zip(grown, plain, ((0, 1), (1, 2)), strict=False):
+        rows = [(kept.index(tree), *row) for tree, *row in canonical(other) if tree in kept]
+        assert canonical(forest) == rows
+    empty, first = grown[2][0], grown[0][0]
+    assert empty.num_nodes == 0 and empty.prompts == ()
+    for joined in (concat([empty, first]), concat([first, empty])):
+        assert joined.prompts == first.prompts and canonical(joined) == canonical(first)
+        assert joined.in_value.dtype == torch.bool == joined.trained.dtype
+    stream = require_fitting([LONG, LONG, PROMPTS[0]], stream.rollout, 3)
+    assert list(stream) == [LONG, LONG, PROMPTS[0]]
+    with pytest.raises(ValueError, match="all of the first 2 prompts are .*max_new_tokens=40"):
+        require_fitting([LONG, LONG, PROMPTS[0]], Rollout(engine, TREE, grader, str, OPTIONS), 2)
 
 
 def test_bad_settings(engine, grader):

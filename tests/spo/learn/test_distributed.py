@@ -7,6 +7,7 @@ import pytest
 import torch
 from ranks import distance, torchrun
 from safetensors.torch import load_file
+from test_train import MIXED
 
 from spo.config.policy import PolicyConfig
 from spo.config.recipe import load_recipe
@@ -149,6 +150,17 @@ def test_a_sharded_checkpoint_trains_on_in_one_process(one_iteration, tmp_path):
     config = json.loads((latest_checkpoint(out) / "policy" / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"]
     assert load_policy(PolicyConfig(path=str(latest_checkpoint(out) / "policy")))
+
+
+@pytest.mark.slow
+def test_a_rank_without_survivors_adds_no_tree_and_all_ranks_skip_together(tmp_path):
+    (tmp_path / "mixed.py").write_text(MIXED)
+    small = ["train.prompts=2", "train.replay_nodes=0", "engine.max_model_len=80"]
+    run(tmp_path, "ddp", 3, *small, f"task={tmp_path}/mixed.py:Mixed", "sampling.max_new_tokens=30")
+    lines = [m for m in read_metrics(tmp_path / "metrics.jsonl") if m["stage"] != "eval"]
+    found = [(line["stage"], line["too_long"]) for line in lines]
+    assert found == [("train", 1), ("skipped", 2), ("train", 0)]
+    assert load_state(latest_checkpoint(tmp_path)).prompt_cursor == 6
 
 
 def test_bad_launches_get_a_sentence(tmp_path, monkeypatch):
