@@ -7,6 +7,7 @@ EXTRA_OF = {
     "cloudpickle": "train",
     "datasets": "train",
     "huggingface_hub": "train",
+    "jinja2": "train",
     "pyarrow": "train",
     "pydantic": "train",
     "rich": "train",

@@ -15,6 +15,7 @@ from spo.grow.evaluate import Accuracy, accuracies
 from spo.grow.rollout import Rollout, RolloutOptions, RolloutStats
 from spo.grow.shapes import Shape
 from spo.grow.stream import Stream, grow, require_fitting
+from spo.models.chat import warn_about_turn_end
 from spo.models.tokenizer import load_tokenizer, response_text, sampling_of
 from spo.records import Completion, Forest, Prompt, Request
 from spo.tasks import prompts_of, task_of
@@ -48,6 +49,7 @@ class Sampler:
         self._rescore = rescore
         self._shapes: dict[int, Shape] = {}  # by their limit
         self.sampling = sampling_of(recipe, self.tokenizer)
+        warn_about_turn_end(recipe.data, self.tokenizer, self.sampling.stop_token_ids)
         self.grader = Grader({recipe.task: task_of(recipe)})
         self._own = engine is None
         try:

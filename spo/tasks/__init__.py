@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Problem", "Task", "get_task", "prompts", "prompts_of", "source_of", "task_of"]
 
-PLACE = "{problem}"  # stands for the problem in a template; other braces are kept
 ALL_TOO_LONG = 20_000  # so many too long prompts in a row mean that all are too long
 OPTIONS = "data.options"  # where a recipe sets the fields of its task
 
@@ -56,18 +55,30 @@ def source_of(recipe: Recipe, task: Task, split: str) -> str | None:
 def prompts_of(
     recipe: Recipe, split: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0
 ) -> Iterator[Prompt]:
-    """The prompts of a recipe: its problems in its template, each tokenised once.
+    """The prompts of a recipe: its problems in its template or chat, each tokenised once.
 
     Training problems longer than `data.max_prompt_tokens` are left out; test problems never are.
-    Raises ValueError for an unknown task or split, for options that the task does not have, and if
-    the data cannot be read.
+    Raises ValueError for an unknown task or split, for options that the task does not have, for a
+    chat that the tokenizer's template refuses, and if the data cannot be read.
     """
+    from spo.models import chat  # imports transformers, which the grading worker does not need
+
     data, task = recipe.data, task_of(recipe)
     limit = data.max_prompt_tokens if split == "train" else None
     source = source_of(recipe, task, split)
     options: dict[str, Any] = {} if source is None else {"source": source}
     problems = _problems(recipe.task, partial(task.problems, split, seed, **options))
-    return _prompts(recipe.task, problems, tokenizer, data.template, limit)
+    write = chat.prompt_writer(data, tokenizer)
+    found = _prompts(recipe.task, problems, tokenizer, write, limit)
+    return _looked_at(found, partial(chat.warn_about_prompt, data, tokenizer))
+
+
+def _looked_at(found: Iterator[Prompt], look: Callable[[Sequence[int]], None]) -> Iterator[Prompt]:
+    """The same prompts, of which the first is looked at."""
+    for index, prompt in enumerate(found):
+        if index == 0:
+            look(prompt.prompt_ids)
+        yield prompt
 
 
 def _problems(task: str, draw: Callable[[], Iterable[Problem]]) -> Iterator[Problem]:
@@ -100,17 +111,19 @@ def _prompts(
     task: str,
     problems: Iterable[Problem],
     tokenizer: PreTrainedTokenizerBase,
-    template: str = PLACE,
+    write: Callable[[str], str] = str,
     limit: int | None = None,
 ) -> Iterator[Prompt]:
     from spo.records import Prompt  # imports torch, which the grading worker does not need
 
     too_long = 0
     for problem in problems:
-        text = template.replace(PLACE, problem.text)
-        # A template spells out its special tokens, so the tokenizer adds none.
+        text = write(problem.text)
+        # The text spells out its special tokens, so the tokenizer adds none.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        unknown = tokenizer.unk_token_id
+        # Some tokenizers end a text with it, so a prompt may spell it out.
+        if unknown is not None and unknown in ids and str(tokenizer.unk_token) not in text:
             raise ValueError(
                 f"policy.path: the tokenizer's vocabulary does not cover the {task} problem "
                 f"{problem.text!r}"

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from spo.config.data import DataConfig
+from spo.config.data import PROBLEM, DataConfig
 from spo.config.policy import PolicyConfig
 from spo.config.recipe import Recipe, load_recipe
 from spo.config.shape import Cost
 from spo.plan import cost_of_iteration, describe, parameters
-from spo.tasks import PLACE
 
 PAPER = sorted((Path(__file__).parents[2] / "spo" / "recipes" / "paper").glob("*.yaml"))
 
@@ -114,7 +113,7 @@ def test_sources_are_told_apart(tmp_path):
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
 def test_paper_recipes_describe_themselves(path):
     config = load_recipe(path)
-    assert config.name == path.stem and config.data.template.count(PLACE) == 1
+    assert config.name == path.stem and config.data.template.count(PROBLEM) == 1
     assert config.sampling.temperature == 0.6 and config.train.learning_rate == 1e-6
     room = (config.data.max_prompt_tokens or 0) + config.sampling.max_new_tokens
     assert room <= config.engine.max_model_len

@@ -1,0 +1,102 @@
+"""Prompts as the policy's tokenizer writes them: plain templates, and chats in its own template."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from spo.config.data import PROBLEM, DataConfig
+
+MARK = "spo-mark"  # stands for a response
+
+
+def prompt_writer(data: DataConfig, tokenizer: Any) -> Callable[[str], str]:
+    """Problem -> the text of its prompt, special tokens spelled out.
+
+    Raises ValueError with one sentence if the settings do not fit the tokenizer's chat template.
+    """
+    if not data.chat:
+        return lambda problem: data.template.replace(PROBLEM, problem)
+    write = _renderer(data, tokenizer)
+
+    def written(problem: str) -> str:
+        return write(
+            [m | {"content": m["content"].replace(PROBLEM, problem)} for m in data.chat], True
+        )
+
+    return written
+
+
+def warn_about_prompt(data: DataConfig, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
+    """Warn of a prompt without the start token or the chat that the model was trained with."""
+    if getattr(tokenizer, "chat_template", None) and not data.chat:
+        if not set(prompt_ids) & set(tokenizer.added_tokens_decoder):
+            warnings.warn(
+                "data.template: the model has a chat template, and prompts hold none of its "
+                "special tokens: set data.system or data.messages, if a chat is meant",
+                stacklevel=2,
+            )
+    bare, whole = (tokenizer("1", add_special_tokens=add)["input_ids"] for add in (False, True))
+    start = whole[: whole.index(bare[0])] if bare[0] in whole else []
+    if start and list(prompt_ids[: len(start)]) != start:
+        text = tokenizer.decode(start)
+        where = "the chat template does not" if data.chat else "data.template can"
+        warnings.warn(
+            f"prompts do not begin with {text!r}, which the tokenizer puts in front of a text; "
+            f"{where} write it",
+            stacklevel=2,
+        )
+
+
+def warn_about_turn_end(data: DataConfig, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
+    """Warn if the chat template ends a response with a token that does not stop one."""
+    if not data.chat:
+        return
+    turn = {"role": "assistant", "content": MARK}
+    rest = _renderer(data, tokenizer)([*data.chat, turn], False).rpartition(MARK)[2]
+    tokens = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if str(t) in rest}
+    if not tokens:
+        return
+    first = min(tokens, key=lambda text: (rest.index(text), -len(text)))
+    if tokens[first] not in stop_token_ids:
+        warnings.warn(
+            f"the chat template ends a response with {first!r} ({tokens[first]}), which is none of "
+            f"the ids {list(stop_token_ids)} that end one: add it to sampling.stop_token_ids",
+            stacklevel=2,
+        )
+
+
+def _renderer(data: DataConfig, tokenizer: Any) -> Callable[[list[dict[str, str]], bool], str]:
+    """(messages, whether a response follows) -> text, by the tokenizer's chat template."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise ValueError(
+            "data.system or data.messages: expected a tokenizer with a chat template, found none; "
+            "write the prompt in data.template"
+        )
+    options = dict(data.chat_options)
+    if data.thinking is not None:
+        options["enable_thinking"] = data.thinking
+    for name in options:
+        if not re.search(rf"\b{re.escape(name)}\b", str(template)):
+            setting = "data.thinking" if name not in data.chat_options else "data.chat_options"
+            raise ValueError(f"{setting}: the chat template has no variable {name}")
+    fixed = {"tokenize": False, "strftime_now": data.date.strftime}  # in place of today
+
+    def render(messages: list[dict[str, str]], open_turn: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                messages, **options | fixed | {"add_generation_prompt": open_turn}
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"data.messages: the chat template refuses the roles {roles} ({reason})"
+            ) from error
+
+    return render
