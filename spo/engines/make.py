@@ -43,8 +43,9 @@ def make_engine(name: str, model: str, *, addresses: Sequence[str] = (), **optio
     """Make the engine `name` for the model folder `model`.
 
     With `addresses` it is a pool of the vLLM servers there, which have their own model, device and
-    memory. Of `options` they use the dtype, which is checked, and limits below their own. Under
-    torchrun every rank takes its share of the servers.
+    memory; the tokenizer of `model` finds stop texts in what they sample. Of `options` they use the
+    dtype, which is checked, and limits below their own. Under torchrun every rank takes its share
+    of the servers.
 
     Raises ValueError for an unknown name, a server that does not answer, or if vLLM is asked for
     but not installed.
@@ -57,7 +58,8 @@ def make_engine(name: str, model: str, *, addresses: Sequence[str] = (), **optio
 
         taken = ("dtype", "max_num_seqs", "max_model_len")
         limits: dict[str, Any] = {key: options.get(key) for key in taken}
-        return EnginePool([RemoteEngine(address, **limits) for address in _share(addresses)])
+        share = _share(addresses)
+        return EnginePool([RemoteEngine(address, model=model, **limits) for address in share])
     if name == "hf":
         from spo.engines.hf import HFEngine
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spo.engines.protocol import COUNTERS, check_request, check_vocabulary
+from spo.engines.stops import StopTexts, drawn_before, stop_texts
 from spo.records import LENGTH, STOP, Completion, Request, Sampling
 
 GENERATE = "/inference/v1/generate"
@@ -106,6 +107,8 @@ class RemoteEngine:
 
     Args:
         address: http://host:port
+        model: folder or hub id whose tokenizer finds stop texts. The server has none: it draws a
+            sample to its limit, and what follows a stop text is dropped here.
         dtype: expected dtype of the server's weights; None accepts any.
         max_num_seqs: maximum of samples in flight, at most the server's own; others wait here.
         max_model_len: maximum of prefix + completion, at most the server's own.
@@ -116,6 +119,7 @@ class RemoteEngine:
         self,
         address: str,
         *,
+        model: str | None = None,
         dtype: torch.dtype | None = None,
         max_num_seqs: int | None = None,
         max_model_len: int | None = None,
@@ -130,6 +134,8 @@ class RemoteEngine:
         self._serials = itertools.count()
         self._in_flight = 0
         self._vocab_size: int | None = None
+        self._model = model
+        self._stops: StopTexts | None = None  # made when the first request has stop texts
         self._own: dict[str, float] = {"generated": 0, "step_seconds": 0.0}
         settings = self._connect(dtype)
         self.block_size = settings["block_size"]
@@ -151,6 +157,10 @@ class RemoteEngine:
             check_vocabulary(size, self._vocab_size, self._in_flight)
             self._rpc("spo_limit_vocabulary", size)
             self._vocab_size = size
+        if request.sampling.stop and self._stops is None:
+            if self._model is None:
+                raise ValueError("model: expected one, as the request has stop texts, found none")
+            self._stops = stop_texts(self._model)
         for index in range(request.n):
             self._work.put((request.priority, next(self._serials), request, index))
         self._in_flight += request.n
@@ -292,16 +302,27 @@ class RemoteEngine:
             raise ConnectionError(  # it shuts down, or somebody else uses it
                 f"{self.address} ended a sample with {choice['finish_reason']!r}"
             )
-        spans = choice["weight_versions"]
+        ids, stop = tuple(choice["token_ids"]), request.sampling.stop
+        end = self._end_of_text(ids, request) if stop else None
+        size = len(ids) if end is None else end
+        stopped = end is not None or choice["finish_reason"] == "stop"
+        spans = [span for span in choice["weight_versions"] if span["start"] < size]
         return Completion(
             key=request.key,
             index=index,
-            token_ids=tuple(choice["token_ids"]),
-            logprobs=tuple(token["logprob"] for token in choice["logprobs"]["content"]),
-            finish=STOP if choice["finish_reason"] == "stop" else LENGTH,
+            token_ids=ids[:size],
+            logprobs=tuple(token["logprob"] for token in choice["logprobs"]["content"][:size]),
+            finish=STOP if stopped else LENGTH,
             first_version=int(spans[0]["version"]),
             last_version=int(spans[-1]["version"]),
         )
+
+    def _end_of_text(self, ids: tuple[int, ...], request: Request) -> int | None:
+        """Number of tokens up to the one that completes a stop text; None if none does."""
+        assert self._stops is not None  # `submit` has made it
+        stop, before = request.sampling.stop, drawn_before(request)
+        ends = (n for n in range(1, len(ids) + 1) if self._stops.completed(stop, ids[:n], before))
+        return next(ends, None)
 
     def _ask(self, client: Client, method: str, path: str, body: dict | None = None) -> Any:
         """`Client.ask`. A server whose engine has died still answers: it counts as lost too."""

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+
+from spo.config.policy import PolicyConfig
+from spo.models.tokenizer import exact_text, load_tokenizer
+from spo.records import Request
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 
@@ -49,3 +54,13 @@ class StopTexts:
         if token not in self._pieces:
             self._pieces[token] = self.decode([token])
         return self._pieces[token]
+
+
+def stop_texts(model: str) -> StopTexts:
+    """With the tokenizer of a model, by folder or hub id. Raises ValueError if it has none."""
+    return StopTexts(partial(exact_text, load_tokenizer(PolicyConfig(path=model))))
+
+
+def drawn_before(request: Request) -> tuple[int, ...]:
+    """The part of the response that earlier samples drew: the end of the request's prefix."""
+    return () if request.prompt_size is None else request.prefix_ids[request.prompt_size :]

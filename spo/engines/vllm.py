@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spo.engines.protocol import COUNTERS, check_request, check_vocabulary
+from spo.engines.stops import StopTexts, drawn_before, stop_texts
 from spo.records import LENGTH, STOP, Completion, Request
 
 QUIET = {
@@ -104,6 +105,8 @@ class VLLMEngine:
         self._requests: dict[str, tuple[Request, int, int, str]] = {}
         self._serial = 0
         self._vocab_size: int | None = None  # the model's own
+        self._model = model
+        self._stops: StopTexts | None = None  # made when the first request has stop texts
         self._counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         client: Any = self.engine.engine_core  # the one of this process holds the engine itself
         self._scheduler = client.engine_core.scheduler
@@ -119,6 +122,8 @@ class VLLMEngine:
             check_vocabulary(size, self._vocab_size, len(self._requests))
             self.engine.apply_model(partial(limit_vocabulary, size=size))
             self._vocab_size = size
+        if request.sampling.stop and self._stops is None:
+            self._stops = stop_texts(self._model)
         sampling_params, final_only = self._params
         for index in range(request.n):
             name = str(self._serial)
@@ -138,6 +143,8 @@ class VLLMEngine:
             prompt: Any = {"prompt_token_ids": list(request.prefix_ids)}
             inside = self.engine.add_request(name, prompt, params, priority=request.priority)
             self._requests[name] = (request, index, self.version, inside)
+            if request.sampling.stop and self._stops is not None:
+                self._stop_at_texts(request, inside, self._stops)
 
     def poll(self) -> list[Completion]:
         if not self._requests:
@@ -194,6 +201,23 @@ class VLLMEngine:
     def close(self) -> None:
         self.engine.engine_core.shutdown()
         del self.engine
+
+    def _stop_at_texts(self, request: Request, inside: str, stops: StopTexts) -> None:
+        """Let the object that vLLM asks for stop texts find those of the request.
+
+        vLLM's own search needs its tokenizer, and misses a text that begins in an earlier segment.
+        """
+        detokenizer: Any = self.engine.output_processor.request_states[inside].detokenizer
+        stop, before = request.sampling.stop, drawn_before(request)
+        update = detokenizer.update
+
+        def updated(new_token_ids: list[int], stop_terminated: bool) -> str | None:
+            update(new_token_ids, stop_terminated)
+            ids = detokenizer.token_ids
+            found = not stop_terminated and stops.completed(stop, ids, before)
+            return stop[0] if found else None  # which one does not matter
+
+        detokenizer.update = updated
 
     def _counted(self, schedule):
         """vLLM's `schedule`, which also adds each step to the counters."""

@@ -190,6 +190,7 @@ class Rollout:
                 max_new_tokens=growth.max_new_tokens,
                 sampling=replace(options.sampling, seed=seed),
                 priority=priority,
+                prompt_size=len(tree.prompt.prompt_ids),
             )
         )
 
