@@ -60,7 +60,7 @@ def compare(folder: str, prefix: int, branches: int, vocabulary: int, seconds: f
         raise RuntimeError(f"logprobs differ by {difference:.2g} between the two ways")
     timings = measure({w: e.poll for w, e in engines.items()}, seconds=seconds, warmup=0)
     config = engines["in place"].model.config
-    token = engines["in place"].slots.kv[:, :, 0, :, 0].nbytes  # of all layers
+    token = sum(kv[:, 0, :, 0].nbytes for kv in engines["in place"].slots.kv)  # of all layers
     records = []
     for way, timing in timings.items():
         reads = branches if way == "per branch" else 1

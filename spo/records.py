@@ -54,8 +54,7 @@ class Request:
     max_new_tokens: int
     sampling: Sampling
     priority: int = 0  # lower is served first
-    prompt_size: int | None = None  # tokens of the prefix before the response, for stop texts that
-    # begin in the prefix; None: all of it
+    prompt_size: int | None = None  # tokens of the prefix before the response; None: all of them
 
 
 @dataclass(frozen=True)

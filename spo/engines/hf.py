@@ -10,21 +10,26 @@ import heapq
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from spo.config.policy import PolicyConfig
+from spo.engines.agreement import check_logprobs
+from spo.engines.attention_calls import prepare
+from spo.engines.draw import draw
 from spo.engines.protocol import COUNTERS, check_request
-from spo.engines.slot_attention import SharedSpan, SlotView
-from spo.engines.slots import Slots, own_view
+from spo.engines.slot_attention import SharedSpan, reading
+from spo.engines.slots import Slots
+from spo.engines.stops import StopTexts
+from spo.models.tokenizer import load_tokenizer
 from spo.records import LENGTH, STOP, Completion, Request
 
 PREFILL_TOKENS = 8192  # maximum of one prefill forward, padding included
-SAMPLE_BLOCK = 128  # probabilities summed at once when a token is drawn
 
 
 @dataclass
@@ -42,6 +47,12 @@ class Sequence:
     def prefix_ids(self) -> tuple[int, ...]:
         """Tokens that the next one depends on; all but the last must be in the cache."""
         return (*self.request.prefix_ids, *self.token_ids)
+
+    @cached_property
+    def before(self) -> tuple[int, ...]:
+        """The part of the response that earlier samples drew."""
+        size = self.request.prompt_size
+        return () if size is None else self.request.prefix_ids[size:]
 
 
 class HFEngine:
@@ -71,34 +82,32 @@ class HFEngine:
         num_cached: int | None = None,
         min_shared: int | None = 256,
     ):
-        self.model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="spo_slots", local_files_only=True
-        )
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
         self.model.to(device)  # pyright: ignore[reportArgumentType]  # its wrapper hides the self
         self.model.eval().requires_grad_(False)
-        config = self.model.config
-        window = getattr(config, "sliding_window", None)
-        if window and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-            raise ValueError(
-                f"policy.path: engine.name=hf cannot run sliding-window layers ({window}); use vllm"
-            )
-        limit = config.max_position_embeddings
-        self.max_model_len = min(max_model_len or limit, limit)
+        self.name = model
         self.max_num_seqs = max_num_seqs
         self.version = 0
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        self.slots = Slots(
-            (config.num_hidden_layers, config.num_key_value_heads, head_dim),
-            rows=max_num_seqs,
-            cached=2 * max_num_seqs if num_cached is None else num_cached,
-            max_len=self.max_model_len,
-            min_shared=min_shared,
-            dtype=dtype,
-            device=device,
-        )
         self.running: list[Sequence] = []
         self.waiting: list[tuple[int, int, Sequence]] = []  # heap by priority, then arrival
+        self._stops: StopTexts | None = None  # made when the first request has stop texts
+        try:
+            calls, self.max_model_len = prepare(self.model, max_model_len)
+            self._reset(Slots(calls, 4, 8, self.max_model_len, min_shared=4, device=device))
+            check_logprobs(self, HFEngine.submit, HFEngine.poll)
+        except Exception as error:  # of the model's own code, too
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            reason = kind + " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"policy.path: engine.name=hf cannot run {model}: {reason}; use vllm"
+            ) from error
+        cached = 2 * max_num_seqs if num_cached is None else num_cached
+        limits = (max_num_seqs, cached, self.max_model_len)
+        self._reset(Slots(calls, *limits, min_shared=min_shared, device=device))
+
+    def _reset(self, slots: Slots) -> None:
+        """Start from empty slots, with counters of zero."""
+        self.slots = slots
         self._arrivals = 0
         self._counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
 
@@ -108,6 +117,10 @@ class HFEngine:
 
     def submit(self, request: Request) -> None:
         check_request(request, self.max_model_len)
+        if request.sampling.stop and self._stops is None:
+            tokenizer = load_tokenizer(PolicyConfig(path=self.name))
+            self._stops = StopTexts(partial(tokenizer.decode, skip_special_tokens=False))
+        self.slots.reserve(len(request.prefix_ids) + request.max_new_tokens)
         for index in range(request.n):
             self._queue(Sequence(request, index, self._arrivals, self.version))
             self._arrivals += 1
@@ -120,11 +133,15 @@ class HFEngine:
             return []
         rows, slots = len(self.running), self.slots
         last = slots.tokens[np.arange(rows), slots.lens[:rows]].astype(np.int64)
-        hidden = self._forward(
-            last[:, None], slots.lens[:rows, None], slice(0, rows), slots.spans(rows)
+        out = self._forward(
+            self.model, last[:, None], slots.lens[:rows, None], slice(0, rows), slots.spans(rows)
         )
-        head: Any = self.model.get_output_embeddings()
-        token_ids, logprobs = self._sample(head(hidden[:, -1]))
+        token_ids, logprobs = draw(
+            out.logits[:, -1],
+            [s.request.sampling for s in self.running],
+            np.array([s.request.sampling.seed + s.index for s in self.running], dtype=np.uint64),
+            np.array([len(s.token_ids) for s in self.running], dtype=np.uint64),
+        )
         slots.lens[:rows] += 1
         slots.tokens[np.arange(rows), slots.lens[:rows]] = token_ids
         for sequence, token, logprob in zip(
@@ -174,46 +191,37 @@ class HFEngine:
 
     def _forward(
         self,
+        module: Any,  # the model, or what it has before its head
         token_ids: np.ndarray,  # (R, C) int64
         positions: np.ndarray,  # (R, C) int64
         rows: slice,
-        spans: Iterable[SharedSpan] = (),
-    ) -> Tensor:  # (R, C, D)
-        """Hidden states of tokens at positions of their rows, which read `spans` in place."""
-        device = self.slots.kv.device
-        indices, length, mask = own_view(self.slots, rows, positions)
-        view = SlotView(self.slots.kv, rows, indices, length, mask, tuple(spans))
-        out = self.model.base_model(
-            input_ids=torch.from_numpy(token_ids).to(device),
-            position_ids=torch.from_numpy(positions.copy()).to(device),
-            use_cache=False,
-            slots=view,
-        )
-        return out.last_hidden_state
+        spans: list[SharedSpan] | None = None,
+    ) -> Any:
+        """The output for tokens at positions of their rows, which read `spans` in place."""
+        device = self.slots.device
+        within = np.minimum(positions, self.max_model_len - 1)  # of padding, too
+        with reading(self.slots.view(rows, positions, spans or [])):
+            return module(
+                input_ids=torch.from_numpy(token_ids).to(device),
+                position_ids=torch.from_numpy(within).to(device),
+                use_cache=False,
+            )
 
-    def _sample(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """One token per running row by inverse CDF; the noise depends only on (seed, depth)."""
-        requests = [s.request for s in self.running]
-        temperature = np.array([r.sampling.temperature for r in requests])
-        divisor = np.where(temperature > 0, temperature, 1.0).astype(np.float32)
-        logits = logits.float() / torch.from_numpy(divisor).to(logits.device)[:, None]
-        logprobs = torch.log_softmax(logits, -1)
-        seeds = np.array([s.request.sampling.seed + s.index for s in self.running], dtype=np.uint64)
-        depth = np.array([len(s.token_ids) for s in self.running], dtype=np.uint64)
-        noise = torch.from_numpy(uniform(seeds, depth)).to(logits.device)
-        token_ids = inverse_cdf(logprobs.exp(), noise)
-        if (temperature <= 0).any():
-            greedy = torch.from_numpy(temperature <= 0).to(logits.device)
-            token_ids = torch.where(greedy, logits.argmax(-1), token_ids)
-        chosen = logprobs.gather(-1, token_ids[:, None])[:, 0]
-        return token_ids.cpu().numpy(), chosen.cpu().numpy()
+    def _ended(self, sequence: Sequence) -> bool:
+        """Whether its last token is a stop token or completes a stop text."""
+        request = sequence.request
+        if sequence.token_ids[-1] in request.sampling.stop_token_ids:
+            return True
+        if not request.sampling.stop or self._stops is None:
+            return False
+        return self._stops.completed(request.sampling.stop, sequence.token_ids, sequence.before)
 
     def _finish(self) -> list[Completion]:
         done = []
         for row in range(len(self.running) - 1, -1, -1):  # the last row fills a hole
             sequence = self.running[row]
             request = sequence.request
-            stopped = sequence.token_ids[-1] in request.sampling.stop_token_ids
+            stopped = self._ended(sequence)
             if not stopped and len(sequence.token_ids) < request.max_new_tokens:
                 continue
             done.append(
@@ -290,9 +298,9 @@ class HFEngine:
             rows = slice(first + start, first + stop)
             if width:
                 columns = slots.lens[rows, None] + np.arange(width)
-                columns = np.minimum(columns, self.max_model_len)
+                columns = np.minimum(columns, slots.length)
                 ids = np.take_along_axis(slots.tokens[rows], columns, 1).clip(min=0)
-                self._forward(ids.astype(np.int64), columns, rows)
+                self._forward(self.model.base_model, ids.astype(np.int64), columns, rows)
             slots.lens[rows] = [size - 1 for size in sizes[start:stop]]
             start = stop
 
@@ -300,36 +308,3 @@ class HFEngine:
 def branches(group: list[Sequence]) -> bool:
     """Whether several samples continue this prefix, now or when slots are free."""
     return len(group) > 1 or group[0].request.n > 1
-
-
-def inverse_cdf(
-    probs: Tensor,  # (R, V) fp32
-    noise: Tensor,  # (R,) fp64, uniform in [0, 1)
-) -> Tensor:  # (R,) int64
-    """The token at which the running sum of `probs`, as a share of its total, exceeds the noise.
-
-    It finds the block of tokens first, then the token in it: a running sum in fp64 over the whole
-    vocabulary costs as much as a layer.
-    """
-    rows, vocabulary = probs.shape
-    padded = F.pad(probs, (0, -vocabulary % SAMPLE_BLOCK)).view(rows, -1, SAMPLE_BLOCK)
-    blocks = padded.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = noise * blocks[:, -1]
-    block = torch.searchsorted(blocks, target[:, None], right=True)[:, 0]
-    block = block.clamp(max=blocks.shape[1] - 1)
-    every = torch.arange(rows, device=probs.device)
-    inside = padded[every, block].double().cumsum(-1)
-    rest = target - blocks[every, block] + inside[:, -1]
-    token = torch.searchsorted(inside, rest[:, None], right=True)[:, 0]
-    last = (padded[every, block] > 0).long().cumsum(-1).argmax(-1)  # rounding must not step past
-    return block * SAMPLE_BLOCK + torch.minimum(token, last)
-
-
-def uniform(seed: np.ndarray, counter: np.ndarray) -> np.ndarray:
-    """Uniform [0, 1) noise (R,) fp64 from two (R,) uint64 counters: the splitmix64 finaliser."""
-    with np.errstate(over="ignore"):
-        x = seed * np.uint64(0x9E3779B97F4A7C15) + counter * np.uint64(0xD1B54A32D192ED03)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-        x = x ^ (x >> np.uint64(31))
-    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -4,17 +4,25 @@ A slot stores the keys and values of a sequence from position `base` on. The pos
 are in other slots, which the slot's chain of spans lists. The first slots hold the running rows, so
 that a decode step reads plain views. The slots after them hold finished sequences. A slot that
 others read is pinned, so leaves are forgotten before the segments that they continue.
+
+Memory grows with what is asked for, up to the limits: the slots' length when a longer request
+comes, the number of finished sequences when all slots hold one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spo.engines.slot_attention import SharedSpan
+from spo.engines.attention_calls import AttentionCall, MaskFunction
+from spo.engines.memory import free_bytes, gigabytes
+from spo.engines.slot_attention import SharedSpan, SlotView, Visible
+
+LENGTH = 64  # tokens of a slot at first
 
 
 @dataclass(frozen=True)
@@ -27,37 +35,91 @@ class Span:
 
 
 class Slots:
-    """Keys and values of `rows` running sequences and `cached` finished ones.
+    """Keys and values of `rows` running sequences and of up to `cached` finished ones.
 
     Args:
+        calls: what the model's attention is called with, in the order of a forward.
+        max_len: maximum length of a sequence, in tokens.
         min_shared: branches read a segment of at least this many tokens in place; a shorter one is
             copied to each branch. None always copies.
     """
 
     def __init__(
         self,
-        shape: tuple[int, int, int],  # layers, key-value heads, head dimension
-        *,
+        calls: Sequence[AttentionCall],
         rows: int,
         cached: int,
         max_len: int,
+        *,
         min_shared: int | None,
-        dtype: torch.dtype,
         device: str,
     ):
-        layers, heads, width = shape
-        count = rows + cached
-        self.kv = torch.zeros(
-            (layers, 2, count, heads, max_len + 1, width), dtype=dtype, device=device
-        )
-        self.rows, self.min_shared = rows, min_shared
-        self.tokens = np.full((count, max_len + 1), -1, dtype=np.int32)  # whole sequences
-        self.lens = np.zeros(count, dtype=np.int64)  # tokens with keys and values, from position 0
-        self.base = np.zeros(count, dtype=np.int64)  # first position that the slot itself holds
-        self.used = np.zeros(count, dtype=np.int64)  # step of last use, for eviction
-        self.pins = np.zeros(count, dtype=np.int64)  # number of chains that list the slot
-        self.chains: list[tuple[Span, ...]] = [()] * count  # positions 0:base
+        self.rows, self.min_shared, self.device = rows, min_shared, torch.device(device)
+        self.limit = rows + cached  # maximum number of slots
+        self.max_len = max_len
+        self.shapes = [shape for call in calls for shape in (call.key, call.value)]
+        self.patterns = list(dict.fromkeys(call.pattern for call in calls))
+        self._pattern_of = [self.patterns.index(call.pattern) for call in calls]
+        # One tensor for each shape of keys or values, so that most models copy a slot at once.
+        self.kv: list[Tensor] = []  # (planes, slots, KVH, length + 1, hd)
+        self.tokens = np.full((0, 0), -1, dtype=np.int32)  # (slots, length + 1), whole sequences
+        # of each slot:
+        self.lens = np.zeros(0, dtype=np.int64)  # tokens with keys and values, from position 0
+        self.base = np.zeros(0, dtype=np.int64)  # first position that the slot itself holds
+        self.used = np.zeros(0, dtype=np.int64)  # step of last use, for eviction
+        self.pins = np.zeros(0, dtype=np.int64)  # number of chains that list the slot
+        self.chains: list[tuple[Span, ...]] = []  # positions 0:base
         self._plan: list[SharedSpan] | None = None
+        self._resize(min(2 * rows, self.limit), min(LENGTH, max_len))
+
+    @property
+    def length(self) -> int:
+        """Tokens that a slot can hold now."""
+        return self.tokens.shape[1] - 1
+
+    def reserve(self, length: int) -> None:
+        """Make room for sequences of `length` tokens. Raises ValueError if the memory lacks."""
+        if length <= self.length:
+            return
+        count = len(self.chains)
+        double = min(2 * self.length, self.max_len)
+        needed, free = self._bytes(count, length), free_bytes(self.device)
+        if needed > free:
+            raise ValueError(
+                f"engine.max_num_seqs: {count} slots for {length} tokens need {gigabytes(needed)} "
+                f"of memory, and {gigabytes(free)} are free; lower engine.max_num_seqs (now "
+                f"{self.rows}), engine.max_model_len or sampling.max_new_tokens"
+            )
+        fits = self._bytes(count, double) <= free
+        self._resize(count, max(length, double) if fits else length)
+
+    def _bytes(self, count: int, length: int) -> int:
+        token = sum(heads * width * dtype.itemsize for heads, width, dtype in self.shapes)
+        return count * (length + 1) * token
+
+    def _resize(self, count: int, length: int) -> None:
+        """Allocate `count` slots of `length` tokens and keep what is cached."""
+        more = count - len(self.chains)
+        held = (self.lens - self.base).tolist()
+        planes: dict[int, Tensor] = {}  # each key and value tensor, by its place in `shapes`
+        for group, shape in enumerate(dict.fromkeys(self.shapes)):
+            heads, width, dtype = shape
+            members = [i for i, other in enumerate(self.shapes) if other == shape]
+            size = (len(members), count, heads, length + 1, width)
+            new = torch.zeros(size, dtype=dtype, device=self.device)
+            if group < len(self.kv):
+                for slot, n in enumerate(held):
+                    new[:, slot, :, :n] = self.kv[group][:, slot, :, :n]
+                self.kv[group] = new
+            else:
+                self.kv.append(new)
+            planes |= dict(zip(members, new, strict=True))
+        self.calls = [(planes[i], planes[i + 1]) for i in range(0, len(self.shapes), 2)]
+        wider = ((0, more), (0, length + 1 - self.tokens.shape[1]))
+        self.tokens = np.pad(self.tokens, wider, constant_values=-1)
+        for name in ("lens", "base", "used", "pins"):
+            setattr(self, name, np.pad(getattr(self, name), (0, more)))
+        self.chains += [()] * more
 
     def longest_prefix(self, ids: np.ndarray) -> tuple[int, int]:
         """The slot with the longest common prefix with `ids`, and the length of that prefix."""
@@ -87,7 +149,8 @@ class Slots:
         for piece in pieces[keep:]:
             size = piece.stop - piece.start
             at = piece.start - start
-            self.kv[:, :, row, :, at : at + size] = self.kv[:, :, piece.slot, :, :size]
+            for kv in self.kv:
+                kv[:, row, :, at : at + size] = kv[:, piece.slot, :, :size]
         self.base[row], self.lens[row] = start, length
 
     def share(self, row: int, step: int) -> None:
@@ -102,10 +165,13 @@ class Slots:
 
     def retain(self, row: int, step: int) -> int | None:
         """Keep a sequence in the least recently used free slot; None if all slots are pinned."""
-        free = np.flatnonzero(self.pins[self.rows :] == 0)
+        free = self.rows + np.flatnonzero(self.pins[self.rows :] == 0)
+        new = len(self.chains)
+        if self.used[free].min(initial=1) > 0 and self._add_cached():
+            free = np.array([new])  # never used, so the least recently used one
         if free.size == 0:
             return None
-        slot = self.rows + int(free[self.used[self.rows + free].argmin()])
+        slot = int(free[self.used[free].argmin()])
         self._move(row, slot)
         self.used[slot] = step
         return slot
@@ -124,6 +190,18 @@ class Slots:
             array[:] = 0
         self._plan = None
 
+    def _add_cached(self) -> bool:
+        """Allocate more slots for finished sequences, if limit and memory allow it."""
+        count = len(self.chains)
+        if count == self.limit:
+            return False
+        more = min(2 * count, self.limit)
+        if self._bytes(more, self.length) > free_bytes(self.device):
+            self.limit = count
+            return False
+        self._resize(more, self.length)
+        return True
+
     def spans(self, running: int) -> list[SharedSpan]:
         """The shared spans of rows 0:running."""
         if self._plan is None:
@@ -135,14 +213,14 @@ class Slots:
         return self._plan
 
     def _span(self, slot: int, reads: list[tuple[int, int]], running: int) -> SharedSpan:
-        device = self.kv.device
-        rows, sizes = (torch.tensor(x, device=device) for x in zip(*reads, strict=True))
+        rows, sizes = (torch.tensor(x, device=self.device) for x in zip(*reads, strict=True))
         length = int(sizes.max())
         visible = None
         if int(sizes.min()) < length:
-            visible = torch.arange(length, device=device) < sizes[:, None, None]
+            visible = torch.arange(length, device=self.device) < sizes[:, None, None]
         every = None if len(reads) == running else rows  # a row lists a slot at most once
-        return SharedSpan(slot, length, every, len(self.chains[slot]), visible)
+        depth, start = len(self.chains[slot]), int(self.base[slot])
+        return SharedSpan(slot, start, length, every, depth, visible)
 
     def _in_place(self, span: Span, share: bool) -> bool:
         return (
@@ -154,7 +232,8 @@ class Slots:
 
     def _move(self, source: int, target: int) -> None:
         held = int(self.lens[source] - self.base[source])
-        self.kv[:, :, target, :, :held] = self.kv[:, :, source, :, :held]
+        for kv in self.kv:
+            kv[:, target, :, :held] = kv[:, source, :, :held]
         self._link(target, self.chains[source])
         self.tokens[target] = self.tokens[source]
         self.base[target], self.lens[target] = self.base[source], self.lens[source]
@@ -167,12 +246,27 @@ class Slots:
         self.chains[slot] = chain
         self._plan = None
 
+    def view(self, rows: slice, positions: np.ndarray, spans: Sequence[SharedSpan]) -> SlotView:
+        """A forward of tokens at `positions` (R, C) of `rows`, which read `spans` in place."""
+        indices = torch.from_numpy(positions - self.base[rows, None]).to(self.device)
+        length = int(indices.max()) + 1
+        within = torch.arange(length, device=self.device)
+        masks = []
+        for pattern in self.patterns:
+            if pattern is None:
+                own = within <= indices[:, None, :, None]
+                masks.append(Visible(own, [span.visible for span in spans]))
+                continue
+            queries = torch.from_numpy(positions).to(self.device)[:, None, :, None]
+            keys = torch.from_numpy(self.base[rows]).to(self.device)[:, None, None, None] + within
+            own = pattern(queries, keys)
+            masks.append(Visible(own, [_spanned(pattern, queries[:, 0], span) for span in spans]))
+        visible = [masks[i] for i in self._pattern_of]
+        return SlotView(self.calls, rows, indices, length, visible, spans)
 
-def own_view(slots: Slots, rows: slice, positions: np.ndarray) -> tuple[Tensor, int, Tensor]:
-    """Indices (R, C) of `positions` in the rows' own slots, the length that is read there, and the
-    mask (R, 1, C, length) of what each token may read.
-    """
-    indices = torch.from_numpy(positions - slots.base[rows, None]).to(slots.kv.device)
-    length = int(indices.max()) + 1
-    mask = torch.arange(length, device=indices.device) <= indices[:, None, :, None]
-    return indices, length, mask
+
+def _spanned(pattern: MaskFunction, queries: Tensor, span: SharedSpan) -> Tensor:
+    """(n, 1, length) bool, what the rows at positions `queries` (R, 1, 1) read of a shared span."""
+    keys = torch.arange(span.start, span.start + span.length, device=queries.device)
+    seen = pattern(queries if span.rows is None else queries[span.rows], keys)
+    return seen if span.visible is None else seen & span.visible

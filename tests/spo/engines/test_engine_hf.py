@@ -7,7 +7,8 @@ import pytest
 import torch
 from sampling import assert_frequencies, drain, plain_logprobs, shaken, weights
 
-from spo.engines.hf import HFEngine, uniform
+from spo.engines.draw import uniform
+from spo.engines.hf import HFEngine
 from spo.engines.make import make_engine
 from spo.records import LENGTH, STOP, Request, Sampling
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from sampling import drain, plain_logprobs, shaken, weights, worst_error
 
+from spo.engines.attention_calls import AttentionCall
 from spo.engines.hf import HFEngine
-from spo.engines.slot_attention import SlotView, merge, partial_attention, slot_attention
+from spo.engines.slot_attention import merge, partial_attention, reading, slot_attention
 from spo.engines.slots import Slots
 from spo.records import Request, Sampling
 
@@ -59,7 +60,8 @@ def test_a_shared_prefix_is_stored_and_read_once(tiny_model):
     assert (span.length, span.rows, span.visible) == (9, None, None)
     assert (engine.slots.base[:6] == 9).all() and (engine.slots.lens[:6] == 10).all()
     assert engine.slots.pins[span.slot] == 6
-    engine.slots.kv[:, :, span.slot] = 0  # what the branches read is here and nowhere else
+    (kv,) = engine.slots.kv
+    kv[:, span.slot] = 0  # what the branches read is here and nowhere else
     broken = drain(engine, 6)
     other = HFEngine(tiny_model, max_num_seqs=8, min_shared=4)
     other.submit(Request(0, PROMPT, 6, 4, Sampling(1)))
@@ -117,13 +119,13 @@ def test_attention_over_nested_spans(dtype, heads):
     torch.manual_seed(0)
     query_heads, kv_heads = heads
     rows, width, scaling = 5, 16, 0.7
-    slots = Slots(
-        (1, kv_heads, width), rows=5, cached=3, max_len=40, min_shared=1, dtype=dtype, device="cpu"
-    )
-    slots.kv.fill_(float("nan"))  # whatever is not written must not be read
+    call = AttentionCall((kv_heads, width, dtype), (kv_heads, width, dtype))
+    slots = Slots([call], 5, 3, 40, min_shared=1, device="cpu")
+    (kv,) = slots.kv
+    kv.fill_(float("nan"))  # whatever is not written must not be read
     slots.lens[5:7], slots.base[6] = (20, 33), 20
-    slots.kv[:, :, 5, :, :20] = torch.randn(1, 2, kv_heads, 20, width)
-    slots.kv[:, :, 6, :, :13] = torch.randn(1, 2, kv_heads, 13, width)
+    kv[:, 5, :, :20] = torch.randn(2, kv_heads, 20, width)
+    kv[:, 6, :, :13] = torch.randn(2, kv_heads, 13, width)
     slots.attach(0, 5, 12, share=True)
     slots.attach(3, 5, 20, share=True)
     slots.attach(6, 5, 20, share=True)
@@ -132,22 +134,18 @@ def test_attention_over_nested_spans(dtype, heads):
         slots.attach(row, 6, 33, share=True)
     own = [3, 1, 6, 2, 4]
     for row, size in enumerate(own):
-        slots.kv[:, :, row, :, :6] = torch.randn(1, 2, kv_heads, 6, width)
+        kv[:, row, :, :6] = torch.randn(2, kv_heads, 6, width)
         slots.lens[row] = slots.base[row] + size - 1
-    places = torch.tensor(own)[:, None] - 1
-    mask = torch.arange(6) <= places[:, None, :, None]
-    view = SlotView(slots.kv, slice(0, rows), places, 6, mask, slots.spans(rows))
+    view = slots.view(slice(0, rows), slots.lens[:rows, None], slots.spans(rows))
+    assert (view.indices[:, 0] + 1).tolist() == own
     query = torch.randn(rows, query_heads, 1, width).to(dtype)
     key, value = torch.randn(2, rows, kv_heads, 1, width).to(dtype)
-
-    class Module:
-        layer_idx = 0
-
-    out = slot_attention(Module, query, key, value, None, scaling, slots=view)[0]
+    with reading(view):
+        out = slot_attention(None, query, key, value, None, scaling)[0]
     assert out.shape == (rows, 1, query_heads, width) and out.dtype == dtype
     for row in range(rows):
-        pieces = [slots.kv[0, :, s.slot, :, : s.stop - s.start] for s in slots.chains[row]] + [
-            slots.kv[0, :, row, :, : own[row]]
+        pieces = [kv[:, s.slot, :, : s.stop - s.start] for s in slots.chains[row]] + [
+            kv[:, row, :, : own[row]]
         ]
         keys, values = torch.cat(pieces, 2)
         expected = reference(query[row, :, 0], keys, values, scaling)

@@ -1,0 +1,204 @@
+"""What a model hands to its attention, learned from one short forward.
+
+Head counts, widths and masks are read off the calls themselves: configurations name them in many
+ways, and layers may differ.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from spo.engines.slot_attention import IMPLEMENTATION
+
+RECORDING = "spo_recording"  # name of the recording attention in transformers' interface
+TOKENS = 6  # of the recorded forward
+UNLIMITED = 1 << 20  # maximum length where the model names none
+
+Shape = tuple[int, int, torch.dtype]  # key-value heads, width of a head, type
+MaskFunction = Callable[[Tensor, Tensor], Tensor]
+"""(positions of queries, positions of keys) -> bool, what is read."""
+Pattern = MaskFunction | None
+"""None: a query reads itself and everything before."""
+
+HARMLESS = {  # options that change nothing here
+    "dropout",  # 0 outside of training
+    "sliding_window",  # the mask holds it
+    "position_ids",  # some kernels of transformers find packed sequences by them
+    "deterministic",  # chooses a kernel
+}
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Keys and values of one call of the attention in a forward."""
+
+    key: Shape
+    value: Shape
+    pattern: Pattern = None
+
+
+@dataclass
+class _Recorder:
+    limit: int  # maximum length of a sequence
+    calls: list[AttentionCall] = field(default_factory=list)
+    patterns: dict[int, tuple[Tensor, Pattern]] = field(default_factory=dict)  # by id of the mask
+
+
+_RECORDER: ContextVar[_Recorder] = ContextVar("what records the present forward")
+
+
+def prepare(model: PreTrainedModel, max_model_len: int | None) -> tuple[list[AttentionCall], int]:
+    """Give the model the attention of slots; its calls in a forward, and the maximum length.
+
+    Raises ValueError that says what the model does if slots cannot run it.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or UNLIMITED
+    limit = min(max_model_len or limit, limit)
+    calls = attention_calls(model, limit)
+    steady = steady_length(model, limit)
+    if max_model_len is not None and steady < limit:
+        raise ValueError(
+            f"it changes the positions of all sequences of a batch when one has more than {steady} "
+            f"tokens (engine.max_model_len: expected at most that, found {max_model_len})"
+        )
+    return calls, steady
+
+
+@torch.inference_mode()
+def attention_calls(model: PreTrainedModel, limit: int) -> list[AttentionCall]:
+    """The calls of the model's attention in a forward, in order.
+
+    Leaves the model with the attention of slots. Raises ValueError that says what the model does if
+    slots cannot run it.
+    """
+    config = model.config.get_text_config()
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise ValueError("it takes no position_ids")
+    model.set_attn_implementation(RECORDING)
+    ids = torch.arange(TOKENS, device=model.device)[None] + config.vocab_size // 2
+    recorder = _Recorder(limit)
+    token = _RECORDER.set(recorder)
+    try:
+        model.base_model(
+            input_ids=ids,
+            position_ids=torch.arange(TOKENS, device=model.device)[None],
+            use_cache=False,
+        )
+    finally:
+        _RECORDER.reset(token)
+        model.set_attn_implementation(IMPLEMENTATION)
+    layers, found = config.num_hidden_layers, len(recorder.calls)
+    if found < layers:
+        kinds = ", ".join(sorted(set(getattr(config, "layer_types", None) or ())))
+        raise ValueError(
+            f"it calls transformers' attention interface in {found} of its {layers} layers"
+            + (f" ({kinds})" if kinds else "")
+        )
+    return recorder.calls
+
+
+def _record(module, query, key, value, attention_mask, scaling=None, **options):
+    """Attention that records how it is called; registered with transformers' interface."""
+    recorder = _RECORDER.get()
+    heads, tokens = query.shape[1:3]
+    if not (tokens == key.shape[2] == value.shape[2] and heads % key.shape[1] == 0):
+        raise ValueError(
+            f"it attends with queries of shape {tuple(query.shape)} to keys of {tuple(key.shape)}"
+        )
+    if options.pop("is_causal", None) is False:
+        raise ValueError("it attends in both directions")
+    sinks = options.pop("s_aux", None)
+    if sinks is not None and sinks.numel() != heads:
+        raise ValueError(f"it has {sinks.numel()} attention sinks for {heads} heads")
+    options.pop("softcap", None)
+    for name, value_ in options.items():
+        if name not in HARMLESS and value_ is not None and value_ is not False:
+            raise ValueError(f"it hands {name} to its attention")
+    keys, values = ((x.shape[1], x.shape[3], x.dtype) for x in (key, value))
+    recorder.calls.append(AttentionCall(keys, values, _pattern_of(attention_mask, recorder)))
+    causal = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+    )
+    return causal.transpose(1, 2), None
+
+
+def _record_mask(*, mask_function, **options) -> Tensor:
+    """A mask as `sdpa` gets it, of which the recorder knows by which function it was made."""
+    recorder = _RECORDER.get()
+    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    mask = sdpa_mask(mask_function=mask_function, **options)
+    assert mask is not None  # nothing is skipped
+    zero = torch.zeros((), dtype=torch.int64, device=mask.device)
+
+    def pattern(queries: Tensor, keys: Tensor) -> Tensor:
+        return mask_function(zero, zero, queries, keys)
+
+    every = torch.arange(recorder.limit, device=mask.device)
+    if pattern(every, every + 1).any():
+        raise ValueError("it attends in both directions")
+    plain = bool(pattern(every, torch.zeros_like(every)).all())  # the first token is always read
+    recorder.patterns[id(mask)] = (mask, None if plain else pattern)
+    return mask
+
+
+def _pattern_of(mask: Tensor | None, recorder: _Recorder) -> Pattern:
+    if mask is None:  # the attention of transformers is causal then
+        return None
+    if id(mask) in recorder.patterns:
+        return recorder.patterns[id(mask)][1]
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if not torch.equal(seen, torch.ones_like(seen).tril()):
+        raise ValueError("it makes an attention mask of its own")
+    return None
+
+
+AttentionInterface.register(RECORDING, _record)
+AttentionMaskInterface.register(RECORDING, _record_mask)
+
+
+@torch.inference_mode()
+def steady_length(model: PreTrainedModel, limit: int) -> int:
+    """Maximum length of a sequence up to which the model treats every other in its batch the same.
+
+    Some position embeddings (dynamic and long RoPE) choose their frequencies by the longest
+    sequence of a batch, also for the shorter ones and for what is cached. They keep them in
+    buffers, which are compared before and after a forward at a late position.
+    """
+
+    def buffers_after(position: int) -> list[Tensor]:
+        ids = torch.full((1, 2), model.config.get_text_config().vocab_size // 2)
+        positions = torch.tensor([[position - 1, position]])
+        model.base_model(
+            input_ids=ids.to(model.device), position_ids=positions.to(model.device), use_cache=False
+        )
+        return list(model.buffers())
+
+    implementation = model.config._attn_implementation or ""
+    model.set_attn_implementation("eager")
+    first = buffers_after(1)
+
+    def same(length: int) -> bool:
+        after = buffers_after(length - 1)
+        return len(after) == len(first) and all(
+            a is b or torch.equal(a, b) for a, b in zip(first, after, strict=True)
+        )
+
+    low, high = 2, limit
+    if same(limit):
+        low = limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if same(middle) else (low, middle)
+    buffers_after(1)  # they are those of short sequences again
+    model.set_attn_implementation(implementation)
+    return low

@@ -1,0 +1,34 @@
+"""How much memory a device has left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+CONTAINER = Path("/sys/fs/cgroup")  # of a container with a limit
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process can still allocate on `device`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        pool = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + pool
+    try:  # unlike free pages, it counts what the system caches of files
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = int((CONTAINER / "memory.max").read_text())
+        used = int((CONTAINER / "memory.current").read_text())
+        stat = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+        return min(free, limit - used + int(stat["file"]))
+    except (OSError, KeyError, ValueError):  # no container, or no limit
+        return free
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"
