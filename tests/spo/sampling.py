@@ -32,8 +32,8 @@ def tiny_policy(folder, kind, **more):
     return str(folder)
 
 
-def policy(folder, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+def policy(folder, dtype=torch.float32, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
 
 
 def shaken(folder, scale, seed=1, part=""):

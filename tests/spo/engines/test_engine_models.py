@@ -1,0 +1,115 @@
+"""The embedded engine on many kinds of models, against their own forward."""
+
+import pytest
+import torch
+from sampling import drain, policy, tiny_policy, worst_error
+
+from spo.engines.hf import HFEngine
+from spo.records import Request, Sampling
+
+WINDOW = 12
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT = {  # keys of 24, values of 16
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 16,
+    "long_factor": [4.0] * 16,
+    "partial_rotary_factor": 1.0,
+}
+MODELS = {  # kind -> settings of its configuration
+    "llama": {},
+    "qwen3": {},
+    "gpt2": {},
+    "gpt_neox": {},
+    "gpt_bigcode": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 64},
+    "phi": {"num_key_value_heads": 2},
+    "cohere": {"logit_scale": 0.5},
+    "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3},
+    "mistral": {"sliding_window": WINDOW},
+    "gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gemma4_text": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "global_head_dim": 64,  # keys of 32 and of 64
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 48,
+    },
+    "gpt_oss": MOE | {"sliding_window": WINDOW},
+    "llama4_text": MOE | {"attention_chunk_size": WINDOW, "intermediate_size_mlp": 64},
+    "phi3": {"rope_parameters": LONG_ROPE, "num_key_value_heads": 2},
+    "deepseek_v3": LATENT | {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+    },
+    "minicpm3": LATENT,
+    "diffllama": {"num_key_value_heads": 2},  # attends twice in a layer
+}  # fmt: skip
+REFUSED = {  # kind -> settings, what the sentence says
+    "mamba": ({}, "takes no position_ids"),
+    "mpt": ({}, "takes no position_ids"),
+    "recurrent_gemma": ({"lru_width": 64}, "in 0 of its 2 layers"),
+    "jamba": ({"attn_layer_period": 2, "attn_layer_offset": 1}, "transformers' attention interface in 1 of its 2 layers"),
+    "gptj": ({"rotary_dim": 8}, "in 0 of its 2 layers"),
+    "doge": ({}, "makes an attention mask of its own"),
+    "bert": ({}, "attends in both directions"),
+    "falcon_h1": ({"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+                  r"its logprobs differ by up to \S+ nats"),
+}  # fmt: skip
+
+
+def prompt(size, key=0):
+    return tuple(3 + (7 * i * i + 5 * key) % 45 for i in range(size))
+
+
+def grow(engine):
+    """(prefix, completion) pairs: short and long siblings side by side, then branches of both."""
+    pairs, asked = [], [prompt(5), prompt(2 * WINDOW, 1), prompt(3, 2)]
+    for seed in range(2):
+        for key, prefix in enumerate(asked):
+            engine.submit(Request(key, prefix, 3, 8, Sampling(10 * seed + key)))
+        done = drain(engine, 3 * len(asked))
+        pairs += [(asked[c.key], c) for c in done]
+        asked = [(*asked[c.key], *c.token_ids) for c in done if c.index == 1]
+        asked += [asked[1][:-3]]  # from inside a segment
+    return pairs
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_samples_have_the_logprobs_of_the_model_s_own_forward(kind, tmp_path):
+    folder = tiny_policy(tmp_path, kind, **MODELS[kind])
+    engine = HFEngine(folder, max_num_seqs=8, min_shared=3)
+    windows = WINDOW in MODELS[kind].values()
+    assert any(pattern is not None for pattern in engine.slots.patterns) == windows
+    pairs = grow(engine)
+    assert worst_error(pairs, policy(folder, attn_implementation="eager")) < 1e-5
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_model_that_slots_cannot_run_is_refused_in_a_sentence(kind, tmp_path):
+    settings, reason = REFUSED[kind]
+    folder = tiny_policy(tmp_path, kind, **settings)
+    with pytest.raises(
+        ValueError, match=f"engine.name=hf cannot run {folder}: .*{reason}.*"
+    ) as error:
+        HFEngine(folder)
+    assert str(error.value).endswith("; use vllm") and "\n" not in str(error.value)
