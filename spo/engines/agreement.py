@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
+from spo.models.check import SHORT, agree, own_logprobs, probe_ids, traits
 from spo.records import Completion, Request, Sampling
 
-FP32_TOLERANCE = 1e-4  # nats
-ROUNDINGS = 64  # tolerance of shorter types, in steps of their rounding at 1
-LONG = 4096  # tokens; a longer window is not tried to its end
-WORK = 4e12  # parameters * tokens of the long sequence on a CPU, some seconds
+DRAWN = 2  # tokens of each sample
+WORK = 4e12  # parameters * tokens of the long sequence on a CPU, for some seconds at most
 
 
 @torch.inference_mode()
@@ -26,65 +22,35 @@ def check_logprobs(
 ) -> None:
     """Raise ValueError if the engine's logprobs differ from those of the model's own forward.
 
-    Two short samples run beside two long ones, past the sliding window where there is one. Then two
-    branches continue a short sample, and two a long one, from what is cached.
+    Two siblings behind a short prefix run beside two behind a long one, past the windows of the
+    model's attention where its context reaches so far. Two branches then continue the first sibling
+    of each from what is cached.
     """
-    model, limit = engine.model, engine.max_model_len
-    vocabulary = model.config.get_text_config().vocab_size
-    sizes = [min(9, limit - 4), long_size(model, limit) - 4]
-    prefixes = [[(vocabulary // 3 + 7 * i * i) % vocabulary for i in range(n)] for n in sizes]
-    cases = ["a short sequence", "a long sequence"]
+    model, room = engine.model, engine.max_model_len - 2 * DRAWN
+    ids = probe_ids(model)[:room]
+    if model.device.type == "cpu":
+        ids = ids[: max(SHORT, int(WORK / model.num_parameters()))]
+    prefixes = [ids[:SHORT], ids]
+    names = ["short", f"long one of {len(ids)} tokens"]
     for again in (False, True):
         for key, prefix in enumerate(prefixes):
-            submit(engine, Request(key, tuple(prefix), 2, 2, Sampling(key)))
+            submit(engine, Request(key, tuple(prefix), 2, DRAWN, Sampling(key)))
         done: list[Completion] = []
         while len(done) < 4:
             done += poll(engine)
-        for key, prefix in enumerate(prefixes):
-            samples = sorted((c for c in done if c.key == key), key=lambda c: c.index)
-            what = f"a branch of {cases[key]}" if again else cases[key]
-            _compare(engine, prefix, samples, f"{what} ({len(prefix) + 2} tokens)")
-            prefix += samples[0].token_ids
+        for sample in sorted(done, key=lambda c: (c.key, c.index)):
+            prefix = prefixes[sample.key]
+            own = own_logprobs(model, [*prefix, *sample.token_ids], DRAWN)
+            found = torch.tensor(sample.logprobs)
+            if not agree(found, own, model.dtype):
+                worst = float((found - own.cpu()).abs().max())
+                what = "a cached branch behind" if again else "a sample behind"
+                raise ValueError(
+                    f"{what} a {names[sample.key]} prefix has logprobs that are {worst:.2g} nats "
+                    f"from the model's own; {traits(model)}"
+                )
+        prefixes = [[*p, *s.token_ids] for p, s in zip(prefixes, first_siblings(done), strict=True)]
 
 
-def long_size(model: PreTrainedModel, limit: int) -> int:
-    """Tokens of the long sequence of the check: past the sliding window where there is one."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", 0)
-    size = min((window or 0) + 32, LONG)
-    if model.device.type == "cpu":
-        size = min(size, int(WORK / model.num_parameters()))
-    return min(max(size, 64), limit)
-
-
-def _compare(engine: Any, prefix: Sequence[int], samples: Sequence[Completion], what: str) -> None:
-    own = own_logprobs(engine.model, prefix, [s.token_ids for s in samples])
-    worst = float((own - torch.tensor([s.logprobs for s in samples])).abs().max())
-    dtype = engine.model.dtype
-    allowed = FP32_TOLERANCE if dtype == torch.float32 else ROUNDINGS * torch.finfo(dtype).eps
-    if not worst <= allowed:
-        raise ValueError(
-            f"on {what} its logprobs differ by up to {worst:.2g} nats from those of the model's "
-            "own forward: its layers keep more than keys and values, or read them in another way"
-        )
-
-
-def own_logprobs(
-    model: PreTrainedModel,
-    prefix: Sequence[int],
-    samples: Sequence[Sequence[int]],  # of one length
-) -> Tensor:  # (n, length) fp32
-    """Logprobs of samples behind a prefix, by the model's own forward with its eager attention."""
-    ids = torch.tensor([[*prefix, *s] for s in samples], device=model.device)
-    size = len(samples[0])
-    few: dict[str, Any] = {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        few = {"logits_to_keep": size + 1}
-    implementation = model.config._attn_implementation or ""
-    model.set_attn_implementation("eager")  # the only one with soft caps and sinks
-    try:
-        logits = model(input_ids=ids, use_cache=False, **few).logits[:, -size - 1 : -1]
-    finally:
-        model.set_attn_implementation(implementation)
-    logprobs = torch.log_softmax(logits.float(), -1)
-    return logprobs.gather(-1, ids[:, -size:, None])[..., 0].cpu()
+def first_siblings(done: list[Completion]) -> list[Completion]:
+    return sorted((c for c in done if c.index == 0), key=lambda c: c.key)

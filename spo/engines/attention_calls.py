@@ -18,10 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from spo.engines.slot_attention import IMPLEMENTATION
+from spo.models.load import body, text_config
 
 RECORDING = "spo_recording"  # name of the recording attention in transformers' interface
 TOKENS = 6  # of the recorded forward
-UNLIMITED = 1 << 20  # maximum length where the model names none
 
 Shape = tuple[int, int, torch.dtype]  # key-value heads, width of a head, type
 MaskFunction = Callable[[Tensor, Tensor], Tensor]
@@ -56,24 +56,6 @@ class _Recorder:
 _RECORDER: ContextVar[_Recorder] = ContextVar("what records the present forward")
 
 
-def prepare(model: PreTrainedModel, max_model_len: int | None) -> tuple[list[AttentionCall], int]:
-    """Give the model the attention of slots; its calls in a forward, and the maximum length.
-
-    Raises ValueError that says what the model does if slots cannot run it.
-    """
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or UNLIMITED
-    limit = min(max_model_len or limit, limit)
-    calls = attention_calls(model, limit)
-    steady = steady_length(model, limit)
-    if max_model_len is not None and steady < limit:
-        raise ValueError(
-            f"it changes the positions of all sequences of a batch when one has more than {steady} "
-            f"tokens (engine.max_model_len: expected at most that, found {max_model_len})"
-        )
-    return calls, steady
-
-
 @torch.inference_mode()
 def attention_calls(model: PreTrainedModel, limit: int) -> list[AttentionCall]:
     """The calls of the model's attention in a forward, in order.
@@ -81,15 +63,15 @@ def attention_calls(model: PreTrainedModel, limit: int) -> list[AttentionCall]:
     Leaves the model with the attention of slots. Raises ValueError that says what the model does if
     slots cannot run it.
     """
-    config = model.config.get_text_config()
-    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+    config, inner = text_config(model), body(model)
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
         raise ValueError("it takes no position_ids")
     model.set_attn_implementation(RECORDING)
     ids = torch.arange(TOKENS, device=model.device)[None] + config.vocab_size // 2
     recorder = _Recorder(limit)
     token = _RECORDER.set(recorder)
     try:
-        model.base_model(
+        inner(
             input_ids=ids,
             position_ids=torch.arange(TOKENS, device=model.device)[None],
             use_cache=False,
@@ -164,41 +146,3 @@ def _pattern_of(mask: Tensor | None, recorder: _Recorder) -> Pattern:
 
 AttentionInterface.register(RECORDING, _record)
 AttentionMaskInterface.register(RECORDING, _record_mask)
-
-
-@torch.inference_mode()
-def steady_length(model: PreTrainedModel, limit: int) -> int:
-    """Maximum length of a sequence up to which the model treats every other in its batch the same.
-
-    Some position embeddings (dynamic and long RoPE) choose their frequencies by the longest
-    sequence of a batch, also for the shorter ones and for what is cached. They keep them in
-    buffers, which are compared before and after a forward at a late position.
-    """
-
-    def buffers_after(position: int) -> list[Tensor]:
-        ids = torch.full((1, 2), model.config.get_text_config().vocab_size // 2)
-        positions = torch.tensor([[position - 1, position]])
-        model.base_model(
-            input_ids=ids.to(model.device), position_ids=positions.to(model.device), use_cache=False
-        )
-        return list(model.buffers())
-
-    implementation = model.config._attn_implementation or ""
-    model.set_attn_implementation("eager")
-    first = buffers_after(1)
-
-    def same(length: int) -> bool:
-        after = buffers_after(length - 1)
-        return len(after) == len(first) and all(
-            a is b or torch.equal(a, b) for a, b in zip(first, after, strict=True)
-        )
-
-    low, high = 2, limit
-    if same(limit):
-        low = limit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if same(middle) else (low, middle)
-    buffers_after(1)  # they are those of short sequences again
-    model.set_attn_implementation(implementation)
-    return low

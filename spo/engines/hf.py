@@ -16,20 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from spo.config.policy import PolicyConfig
 from spo.engines.agreement import check_logprobs
-from spo.engines.attention_calls import prepare
+from spo.engines.attention_calls import attention_calls
 from spo.engines.draw import draw
 from spo.engines.protocol import COUNTERS, check_request
 from spo.engines.slot_attention import SharedSpan, reading
 from spo.engines.slots import Slots
 from spo.engines.stops import StopTexts
-from spo.models.tokenizer import load_tokenizer
+from spo.models.load import body, load_causal, longest
+from spo.models.tokenizer import exact_text, load_tokenizer
 from spo.records import LENGTH, STOP, Completion, Request
 
 PREFILL_TOKENS = 8192  # maximum of one prefill forward, padding included
+UNLIMITED = 1 << 20  # maximum length of a model that names none
 
 
 @dataclass
@@ -82,9 +83,11 @@ class HFEngine:
         num_cached: int | None = None,
         min_shared: int | None = 256,
     ):
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
-        self.model.to(device)  # pyright: ignore[reportArgumentType]  # its wrapper hides the self
-        self.model.eval().requires_grad_(False)
+        self.model = load_causal(model, dtype=dtype, device=device, limit=max_model_len)
+        self.model.requires_grad_(False)
+        self._body = body(self.model)
+        limit = longest(self.model) or UNLIMITED
+        self.max_model_len = min(max_model_len or limit, limit)
         self.name = model
         self.max_num_seqs = max_num_seqs
         self.version = 0
@@ -92,7 +95,7 @@ class HFEngine:
         self.waiting: list[tuple[int, int, Sequence]] = []  # heap by priority, then arrival
         self._stops: StopTexts | None = None  # made when the first request has stop texts
         try:
-            calls, self.max_model_len = prepare(self.model, max_model_len)
+            calls = attention_calls(self.model, self.max_model_len)
             self._reset(Slots(calls, 4, 8, self.max_model_len, min_shared=4, device=device))
             check_logprobs(self, HFEngine.submit, HFEngine.poll)
         except Exception as error:  # of the model's own code, too
@@ -119,7 +122,7 @@ class HFEngine:
         check_request(request, self.max_model_len)
         if request.sampling.stop and self._stops is None:
             tokenizer = load_tokenizer(PolicyConfig(path=self.name))
-            self._stops = StopTexts(partial(tokenizer.decode, skip_special_tokens=False))
+            self._stops = StopTexts(partial(exact_text, tokenizer))
         self.slots.reserve(len(request.prefix_ids) + request.max_new_tokens)
         for index in range(request.n):
             self._queue(Sequence(request, index, self._arrivals, self.version))
@@ -184,7 +187,7 @@ class HFEngine:
 
     def close(self) -> None:
         self.running, self.waiting = [], []
-        del self.model, self.slots
+        del self.model, self._body, self.slots
 
     def _queue(self, sequence: Sequence) -> None:
         heapq.heappush(self.waiting, (sequence.request.priority, sequence.arrival, sequence))
@@ -300,7 +303,7 @@ class HFEngine:
                 columns = slots.lens[rows, None] + np.arange(width)
                 columns = np.minimum(columns, slots.length)
                 ids = np.take_along_axis(slots.tokens[rows], columns, 1).clip(min=0)
-                self._forward(self.model.base_model, ids.astype(np.int64), columns, rows)
+                self._forward(self._body, ids.astype(np.int64), columns, rows)
             slots.lens[rows] = [size - 1 for size in sizes[start:stop]]
             start = stop
 
