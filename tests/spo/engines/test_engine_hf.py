@@ -7,9 +7,11 @@ import pytest
 import torch
 from sampling import assert_frequencies, drain, plain_logprobs, shaken, weights
 
+from spo.config.policy import EMBEDDED, PolicyConfig
 from spo.engines.draw import uniform
 from spo.engines.hf import HFEngine
 from spo.engines.make import make_engine
+from spo.models.tokenizer import load_tokenizer
 from spo.records import LENGTH, STOP, Request, Sampling
 
 
@@ -127,6 +129,79 @@ def test_noise_is_uniform_and_depends_on_both_counters():
     assert abs(histogram - 1000).max() < 5 * 1000**0.5
     lag = np.corrcoef(noise.reshape(100, 200)[:-1].ravel(), noise.reshape(100, 200)[1:].ravel())
     assert abs(lag[0, 1]) < 0.03
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_sampled(tiny_model, plain):
+    """Rows of one batch may have other limits; logprobs are of the ids below them."""
+    engine = HFEngine(tiny_model, max_num_seqs=64)
+    for limits in ((30, None, 41), (30, 30)):
+        for key, size in enumerate(limits):
+            for greedy in (0, 1):
+                sampling = Sampling(key, 1.0 - greedy, vocab_size=size)
+                engine.submit(Request(2 * key + greedy, (5, 9, 3), 4, 16, sampling))
+        drawn = 0
+        for done in drain(engine, 8 * len(limits)):
+            size, prefix = limits[done.key // 2], [5, 9, 3]
+            for token, logprob in zip(done.token_ids, done.logprobs, strict=True):
+                with torch.no_grad():
+                    logits = plain(torch.tensor([prefix])).logits[0, -1]
+                assert token < (size or 48)
+                assert done.key % 2 == 0 or token == int(logits[:size].argmax())
+                expected = float(logits[:size].log_softmax(-1)[token])
+                assert logprob == pytest.approx(expected, abs=2e-5)
+                prefix.append(token)
+                drawn += size is None and token >= 41
+        assert drawn > 0 or None not in limits  # else it could not fail
+
+
+def test_a_stop_text_ends_a_sample_with_the_token_that_completes_it():
+    tokenizer = load_tokenizer(PolicyConfig())
+    engine = HFEngine(str(EMBEDDED), max_num_seqs=16)
+    prompt = tuple(tokenizer.encode("arithmetic 14 + 3 ="))
+
+    def samples(prefix, stop, size=None):
+        sampling = Sampling(4, 2.0, (1,), stop)
+        engine.submit(Request(0, prefix, 16, 24, sampling, prompt_size=size))
+        return drain(engine, 16)
+
+    free = samples(prompt, ())
+    text = tokenizer.decode(free[0].token_ids)
+    stop = ("never found", text[5:8])
+    for whole, cut in zip(free, samples(prompt, stop), strict=True):
+        texts = [tokenizer.decode(whole.token_ids[: i + 1]) for i in range(len(whole.token_ids))]
+        size = next((i + 1 for i, t in enumerate(texts) if stop[1] in t), len(texts))
+        assert cut.token_ids == whole.token_ids[:size]
+        assert cut.logprobs == pytest.approx(whole.logprobs[:size], abs=1e-5)
+        assert cut.finish == (STOP if stop[1] in texts[size - 1] else whole.finish)
+    assert stop[1] in text and len(text) > 8  # so that the first sample was cut
+
+
+def test_a_stop_text_may_begin_in_the_segment_before():
+    tokenizer = load_tokenizer(PolicyConfig())
+    engine = HFEngine(str(EMBEDDED), max_num_seqs=16)
+    prompt = tuple(tokenizer.encode("arithmetic 14 + 3 ="))
+    engine.submit(Request(0, prompt, 1, 8, Sampling(4, 0.0)))
+    (done,) = drain(engine, 1)
+    before, token = done.token_ids[:6], done.token_ids[6]
+    stop = (tokenizer.decode(done.token_ids[:7])[-3:],)
+    ends = {}
+    for size in (len(prompt), len(prompt) + 6, None):  # the response has six tokens, or none yet
+        engine.submit(Request(0, (*prompt, *before), 1, 2, Sampling(4, 0.0, (), stop), 0, size))
+        (done,) = drain(engine, 1)
+        ends[size] = done.finish
+        assert done.token_ids[0] == token
+    assert ends == {len(prompt): STOP, len(prompt) + 6: LENGTH, None: LENGTH}
+    within = (tokenizer.decode(before)[-2:],)  # has ended nothing before, and does not now
+    engine.submit(
+        Request(0, (*prompt, *before), 1, 1, Sampling(4, 0.0, (), within), 0, len(prompt))
+    )
+    assert drain(engine, 1)[0].finish == LENGTH
+
+
+def test_a_stop_text_needs_a_tokenizer(tiny_model):
+    engine = HFEngine(tiny_model)
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        engine.submit(Request(0, (3,), 1, 8, Sampling(0, stop=("\n",))))
 
 
 def test_bad_requests_and_names_get_a_sentence(tiny_model):

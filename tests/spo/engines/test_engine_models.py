@@ -1,9 +1,11 @@
 """The embedded engine on many kinds of models, against their own forward."""
 
 import pytest
-from sampling import drain, policy, tiny_policy, worst_error
+import torch
+from sampling import drain, tiny_policy, worst_error
 
 from spo.engines.hf import HFEngine
+from spo.models.load import load_causal
 from spo.records import Request, Sampling
 
 WINDOW = 12
@@ -20,7 +22,6 @@ LATENT = {  # keys of 24, values of 16
 LONG_ROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
-    "original_max_position_embeddings": 64,
     "short_factor": [1.0] * 16,
     "long_factor": [4.0] * 16,
     "partial_rotary_factor": 1.0,
@@ -51,7 +52,7 @@ MODELS = {  # kind -> settings of its configuration
     },
     "gpt_oss": MOE | {"sliding_window": WINDOW},
     "llama4_text": MOE | {"attention_chunk_size": WINDOW, "intermediate_size_mlp": 64},
-    "phi3": {"rope_parameters": LONG_ROPE, "num_key_value_heads": 2},
+    "phi3": {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64},
     "deepseek_v3": LATENT | {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -93,6 +94,12 @@ def grow(engine):
     return pairs
 
 
+def own(folder, limit=None):
+    model = load_causal(folder, dtype=torch.float32, limit=limit)
+    model.set_attn_implementation("eager")
+    return model
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_samples_have_the_logprobs_of_the_model_s_own_forward(kind, tmp_path):
     folder = tiny_policy(tmp_path, kind, **MODELS[kind])
@@ -100,7 +107,7 @@ def test_samples_have_the_logprobs_of_the_model_s_own_forward(kind, tmp_path):
     windows = WINDOW in MODELS[kind].values()
     assert any(pattern is not None for pattern in engine.slots.patterns) == windows
     pairs = grow(engine)
-    assert worst_error(pairs, policy(folder, attn_implementation="eager")) < 1e-5
+    assert worst_error(pairs, own(folder)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -112,3 +119,20 @@ def test_a_model_that_slots_cannot_run_is_refused_in_a_sentence(kind, tmp_path):
     ) as error:
         HFEngine(folder)
     assert str(error.value).endswith("; use vllm") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("limit", [64, 128])  # frequencies are others in runs beyond 64 tokens
+def test_a_long_neighbour_changes_nothing_under_long_rope(limit, tmp_path):
+    folder = tiny_policy(tmp_path, "phi3", **MODELS["phi3"])
+    drawn = []
+    for sizes in ((6,), (6, limit - 12), (6, 58)):
+        engine = HFEngine(folder, max_num_seqs=8, max_model_len=limit)
+        for key, size in enumerate(sizes):
+            engine.submit(Request(key, prompt(size, key), 2, min(12, limit - size), Sampling(key)))
+        done = drain(engine, 2 * len(sizes))
+        pairs = [(prompt(sizes[c.key], c.key), c) for c in done]
+        assert worst_error(pairs, own(folder, limit)) < 1e-5
+        drawn.append([c.token_ids for c in done if c.key == 0])
+    assert drawn[0] == drawn[1] == drawn[2]
+    other = worst_error(pairs, own(folder, 64 if limit > 64 else 128))
+    assert other > 1e-2
