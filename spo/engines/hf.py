@@ -67,6 +67,8 @@ class HFEngine:
         num_cached: number of finished sequences whose keys and values are kept for branches.
         min_shared: branches read a common segment of at least this many tokens in place, once per
             step for all of them; None copies it to each branch.
+        response_len: longest response of the run, if known, so that the first request of a prompt
+            makes the slots long enough for its whole tree.
     """
 
     block_size = 1  # every token of a prefix is shared, not only full blocks
@@ -82,6 +84,7 @@ class HFEngine:
         max_model_len: int | None = None,
         num_cached: int | None = None,
         min_shared: int | None = 256,
+        response_len: int = 0,
     ):
         self.model = load_causal(model, dtype=dtype, device=device, limit=max_model_len)
         self.model.requires_grad_(False)
@@ -89,7 +92,7 @@ class HFEngine:
         limit = longest(self.model) or UNLIMITED
         self.max_model_len = min(max_model_len or limit, limit)
         self.name = model
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs, self.response_len = max_num_seqs, 0
         self.version = 0
         self.running: list[Sequence] = []
         self.waiting: list[tuple[int, int, Sequence]] = []  # heap by priority, then arrival
@@ -107,6 +110,7 @@ class HFEngine:
         cached = 2 * max_num_seqs if num_cached is None else num_cached
         limits = (max_num_seqs, cached, self.max_model_len)
         self._reset(Slots(calls, *limits, min_shared=min_shared, device=device))
+        self.response_len = response_len
 
     def _reset(self, slots: Slots) -> None:
         """Start from empty slots, with counters of zero."""
@@ -123,7 +127,10 @@ class HFEngine:
         if request.sampling.stop and self._stops is None:
             tokenizer = load_tokenizer(PolicyConfig(path=self.name))
             self._stops = StopTexts(partial(exact_text, tokenizer))
-        self.slots.reserve(len(request.prefix_ids) + request.max_new_tokens)
+        size = len(request.prefix_ids)
+        whole = self.response_len + (size if request.prompt_size is None else request.prompt_size)
+        whole = min(whole, self.max_model_len)
+        self.slots.reserve(max(whole, size + request.max_new_tokens))
         for index in range(request.n):
             self._queue(Sequence(request, index, self._arrivals, self.version))
             self._arrivals += 1

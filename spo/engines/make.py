@@ -18,7 +18,9 @@ def engine_of(recipe: Recipe) -> Engine:
     """The recipe's engine with the weights of its start policy."""
     require_device(recipe.policy.device)
     engine = recipe.engine
-    card = {"memory_fraction": engine.memory_fraction, "sleep_mode": engine.sleep_mode}
+    own: dict[str, Any] = {"response_len": recipe.sampling.max_new_tokens}
+    if engine.name == "vllm":
+        own = {"memory_fraction": engine.memory_fraction, "sleep_mode": engine.sleep_mode}
     return make_engine(
         engine.name,
         recipe.policy.source,
@@ -27,7 +29,7 @@ def engine_of(recipe: Recipe) -> Engine:
         device=recipe.policy.device,
         max_num_seqs=engine.max_num_seqs,
         max_model_len=engine.max_model_len,
-        **(card if engine.name == "vllm" else {}),
+        **own,
     )
 
 

@@ -22,7 +22,9 @@ from spo.engines.attention_calls import AttentionCall, MaskFunction
 from spo.engines.memory import free_bytes, gigabytes
 from spo.engines.slot_attention import SharedSpan, SlotView, Visible
 
-LENGTH = 64  # tokens of a slot at first
+LENGTH, CACHED = 64, 16  # tokens of a slot, and number of slots for finished sequences, at first
+SPARE = 3  # more such slots are made only where so many times their memory is free: room to double
+# their length later, and for the trainer
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Slots:
         self.pins = np.zeros(0, dtype=np.int64)  # number of chains that list the slot
         self.chains: list[tuple[Span, ...]] = []  # positions 0:base
         self._plan: list[SharedSpan] | None = None
-        self._resize(min(2 * rows, self.limit), min(LENGTH, max_len))
+        self.reserve(min(LENGTH, max_len))
 
     @property
     def length(self) -> int:
@@ -81,7 +83,7 @@ class Slots:
         """Make room for sequences of `length` tokens. Raises ValueError if the memory lacks."""
         if length <= self.length:
             return
-        count = len(self.chains)
+        count = len(self.chains) or min(self.rows + CACHED, self.limit)
         double = min(2 * self.length, self.max_len)
         needed, free = self._bytes(count, length), free_bytes(self.device)
         if needed > free:
@@ -191,12 +193,12 @@ class Slots:
         self._plan = None
 
     def _add_cached(self) -> bool:
-        """Allocate more slots for finished sequences, if limit and memory allow it."""
+        """Make more slots for finished sequences, if limit and memory allow it."""
         count = len(self.chains)
         if count == self.limit:
             return False
         more = min(2 * count, self.limit)
-        if self._bytes(more, self.length) > free_bytes(self.device):
+        if SPARE * self._bytes(more, self.length) > free_bytes(self.device):
             self.limit = count
             return False
         self._resize(more, self.length)

@@ -1,0 +1,66 @@
+"""The embedded engine's memory: it grows with what is asked for, and says so where it cannot."""
+
+import pytest
+import torch
+from sampling import drain
+
+from spo.engines.attention_calls import AttentionCall
+from spo.engines.hf import HFEngine
+from spo.engines.slots import Slots
+from spo.records import Request, Sampling
+
+
+def grow(engine, after=lambda: None):
+    """Longer and longer branches, each of what was sampled before; every sample."""
+    out, prefix = [], (5, 9, 3, 8)
+    for level in range(5):
+        for key in range(6):
+            engine.submit(Request(key, (*prefix, 7 + key), 2, 20, Sampling(100 * level + key)))
+        done = drain(engine, 12)
+        out += [(c.token_ids, c.logprobs) for c in done]
+        prefix = (*prefix, 7, *done[0].token_ids)
+        after()
+    return out
+
+
+@pytest.mark.parametrize("min_shared", [3, None])
+def test_slots_that_grow_hold_what_large_ones_do_bit_for_bit(tiny_model, min_shared):
+    options = {"max_num_seqs": 5, "num_cached": 90, "min_shared": min_shared}
+    small, large = HFEngine(tiny_model, **options), HFEngine(tiny_model, **options)
+    large.slots.reserve(128)
+    while large.slots._add_cached():
+        pass
+    sizes = []
+    grown = grow(small, lambda: sizes.append((len(small.slots.chains), small.slots.length)))
+    assert grown == grow(large)
+    assert sizes[0] == (21, 64) and sizes[-1] == (84, 128)
+    assert large.slots.kv[0].shape[1] == 95 and large.slots.length == 128
+    same = set(small.counters()) - {"step_seconds"}
+    assert {k: small.counters()[k] for k in same} == {k: large.counters()[k] for k in same}
+
+
+def test_a_tree_s_first_request_makes_slots_that_hold_its_longest_response(tiny_model):
+    engine = HFEngine(tiny_model, response_len=90)
+    engine.submit(Request(0, (5, 9, 3), 1, 8, Sampling(0), prompt_size=3))
+    assert engine.slots.length == 128
+    length = HFEngine(tiny_model, response_len=40).slots.length
+    assert length == 64  # at first
+
+
+def test_memory_that_lacks_is_named_with_what_lowers_the_need():
+    layer = AttentionCall((8, 128, torch.float32), (8, 128, torch.float32))
+    slots = Slots([layer] * 32, 4, 0, 10**9, min_shared=None, device="cpu")
+    with pytest.raises(ValueError, match="engine.max_num_seqs: 4 slots for 100000000 tokens need "
+                       r"1.05e\+05 GB of memory, and .* GB are free; lower engine.max_num_seqs "
+                       r"\(now 4\), engine.max_model_len or sampling.max_new_tokens"):  # fmt: skip
+        slots.reserve(10**8)
+    slots.reserve(100)  # it goes on
+    assert slots.length == 128
+
+
+def test_a_context_of_a_million_tokens_needs_no_memory_before_it_is_used(tiny_model, tmp_path):
+    slots = Slots(
+        [AttentionCall((8, 128, torch.float32), (8, 128, torch.float32))] * 32,
+        128, 256, 1 << 20, min_shared=256, device="cpu",
+    )  # fmt: skip
+    assert sum(kv.nbytes for kv in slots.kv) < 3e9
