@@ -1,13 +1,16 @@
 """Re-create a small policy and its tokenizer: `python tools/warmup.py --out DIR [--plan NAME]`.
 
-A small Qwen2 model learns to imitate the worked solutions of some tasks, imperfect habits included,
-so that reinforcement learning starts from a policy that is right about half of the time. Everything
-follows from the seed; training is in fp32, the weights are stored in bf16.
+A small model learns to imitate the worked solutions of some tasks, imperfect habits included, so
+that reinforcement learning starts from a policy that is right about half of the time. Everything
+follows from the seed; training is in fp32, the weights are stored in bf16. The model is Qwen2 in
+all but its type: seed_oss has no tokenizer class of its own, so AutoTokenizer reads tokenizer.json
+unchanged.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +21,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, SeedOssConfig, SeedOssForCausalLM
 
 from spo.config.policy import EMBEDDED
 from spo.tasks import arithmetic, countdown, get_task, knights_knaves, prompts
@@ -93,14 +96,26 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save its files, with the name of its class that transformers 4 knows as well as 5."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    del settings["backend"]
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> SeedOssForCausalLM:
     """An untrained policy in fp32, 1.9 million parameters, drawn from torch's global seed."""
-    config = Qwen2Config(
+    config = SeedOssConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
         num_hidden_layers=4,
         num_attention_heads=3,
         num_key_value_heads=3,
+        head_dim=64,
+        attention_dropout=0.0,
+        residual_dropout=0.0,
         intermediate_size=512,
         max_position_embeddings=CONTEXT,
         initializer_range=0.06,  # near 1 / sqrt(hidden size); 0.02 learns much more slowly
@@ -110,7 +125,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
         attn_implementation="eager",  # its backward is the fastest on a CPU at this size
     )
-    return Qwen2ForCausalLM(config)
+    return SeedOssForCausalLM(config)
 
 
 def examples(
@@ -153,8 +168,8 @@ def warm_up(
     lr: float,
     seed: int,
     plan: Plan = PLANS["embedded"],
-    model: Qwen2ForCausalLM | None = None,
-) -> Qwen2ForCausalLM:
+    model: SeedOssForCausalLM | None = None,
+) -> SeedOssForCausalLM:
     """Imitate worked solutions for `steps` AdamW steps; loss on the solutions' tokens only.
 
     `model` goes on from where it stands; by default a new one is drawn.
@@ -192,7 +207,7 @@ def warm_up(
 
 @torch.no_grad()
 def pass_at_1(
-    model: Qwen2ForCausalLM,
+    model: SeedOssForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     task: str,
     *,
@@ -229,9 +244,9 @@ def pass_at_1(
     return right / count
 
 
-def stored(folder: Path | str) -> Qwen2ForCausalLM:
+def stored(folder: Path | str) -> SeedOssForCausalLM:
     """The policy of a folder in fp32."""
-    return Qwen2ForCausalLM.from_pretrained(
+    return SeedOssForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
 
@@ -251,7 +266,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     plan = PLANS[args.plan]
     tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(args.out)
+    save_tokenizer(tokenizer, args.out)
     model = stored(plan.start) if plan.start else None
     for cycle, (steps, lr) in enumerate(plan.cycles):
         model = warm_up(

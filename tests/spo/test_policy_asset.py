@@ -1,5 +1,6 @@
 """The embedded policy: its files, its tokenizer, how good it is, and how it is re-created."""
 
+import json
 import random
 import sys
 from itertools import islice
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import spo
 from spo.config.policy import PolicyConfig
@@ -15,7 +18,9 @@ from spo.models.tokenizer import load_tokenizer
 from spo.tasks import countdown, get_task, prompts
 
 POLICY = Path(spo.__file__).parent / "assets" / "policy"
-sys.path.append(str(Path(__file__).parents[2] / "tools"))
+ROOT = Path(__file__).parents[2]
+POLICIES = {"embedded": POLICY, "long": ROOT / "benchmarks" / "policies" / "long-arithmetic"}
+sys.path.append(str(ROOT / "tools"))
 import warmup  # noqa: E402
 
 EMBEDDED = ["arithmetic", "countdown", "knights_knaves"]
@@ -66,6 +71,44 @@ def test_every_text_survives_the_tokenizer(tokenizer, task):
             assert tokenizer(problem.text + solution)["input_ids"] == pieces[0] + pieces[1]
 
 
+def texts():
+    """Prompts, solutions and both together, of every task that the policies know."""
+    rng = random.Random(0)
+    for task in EMBEDDED:
+        for problem in islice(get_task(task).problems("test", 0), 100):
+            solution = warmup.IMITATED[task].solution(problem, rng)
+            yield from (problem.text, solution, problem.text + solution)
+
+
+@pytest.mark.parametrize("reader", ["transformers", "vllm"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_others_read_our_ids_and_our_text(name, reader):
+    folder = str(POLICIES[name])
+    if reader == "vllm":
+        theirs = pytest.importorskip("vllm.tokenizers").get_tokenizer(folder)
+    else:
+        theirs = AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    for text in texts():
+        ids = ours.encode(text).ids
+        assert theirs.encode(text) == ids
+        assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_model_is_qwen2_under_another_name(name):
+    """The results in docs/paper.md were measured with this class and these weights."""
+    model = AutoModelForCausalLM.from_pretrained(POLICIES[name], dtype=torch.float32).eval()
+    kept = model.config.to_dict()
+    for key in ("model_type", "architectures"):
+        kept.pop(key)
+    qwen = Qwen2ForCausalLM(Qwen2Config(**kept)).eval()
+    qwen.load_state_dict(model.state_dict())
+    token_ids = torch.randint(138, (4, 96), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert float((model(token_ids).logits - qwen(token_ids).logits).abs().max()) < 1e-6
+
+
 @pytest.mark.parametrize("task", EMBEDDED)
 def test_the_first_token_tells_the_task(tokenizer, task):
     firsts = {p.prompt_ids[0] for p in islice(prompts(task, "train", 0, tokenizer), 50)}
@@ -109,11 +152,16 @@ def test_the_policy_is_neither_hopeless_nor_done(tokenizer, model, task):
 def test_the_shipped_tokenizer_and_model_are_what_the_code_builds(tokenizer, model, tmp_path):
     built = warmup.build_tokenizer()
     assert built.get_vocab() == tokenizer.get_vocab()
-    built.save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / name).read_text() == (POLICY / name).read_text()
-    shapes = {name: p.shape for name, p in warmup.build_model(built).state_dict().items()}
-    assert shapes == {name: p.shape for name, p in model.state_dict().items()}
+    warmup.save_tokenizer(built, tmp_path)
+    warmup.build_model(built).to(torch.bfloat16).save_pretrained(tmp_path)
+    for path in POLICY.glob("*.json"):
+        ours, shipped = (json.loads((x / path.name).read_text()) for x in (tmp_path, POLICY))
+        for content in (ours, shipped):
+            content.pop("transformers_version", None)
+        assert ours == shipped
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        shapes = {name: file.get_tensor(name).shape for name in file.keys()}  # noqa: SIM118
+    assert shapes == {n: p.shape for n, p in model.state_dict().items() if n != "lm_head.weight"}
 
 
 def test_batches_mark_solutions_only(tokenizer):
