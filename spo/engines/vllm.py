@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spo.engines.protocol import COUNTERS, check_request, check_vocabulary
 from spo.engines.stops import StopTexts, drawn_before, stop_texts
+from spo.engines.vllm_classes import build_apart
 from spo.records import LENGTH, STOP, Completion, Request
 
 QUIET = {
@@ -72,7 +73,8 @@ class VLLMEngine:
             raise ValueError("engine.sleep_mode: expected false on the CPU, found true")
         self.block_size = block_size or (32 if on_cpu else 16)
         name = str(dtype).removeprefix("torch.")
-        self.engine = LLMEngine.from_engine_args(
+        self.engine = build_apart(
+            LLMEngine.from_engine_args,
             EngineArgs(
                 model=model,
                 skip_tokenizer_init=True,
@@ -93,7 +95,7 @@ class VLLMEngine:
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
                 seed=seed,
-            )
+            ),
         )
         torch.set_num_threads = set_num_threads  # vLLM on CPU replaces it for the whole process
         self.max_model_len = self.engine.model_config.max_model_len
