@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,7 +13,7 @@ from spo.learn.attention import PREFIX
 from spo.learn.model import row_logprobs, scored_batch, to_device
 from spo.models.check import SHORT, agree, own_logprobs, probe_ids, traits
 from spo.models.head import find_head
-from spo.models.load import attention, load_causal, set_attention
+from spo.models.load import attention, body, load_causal, set_attention
 from spo.models.tokenizer import load_tokenizer, vocab_size
 from spo.records import Batch
 
@@ -74,7 +76,6 @@ def complete_attention(model: PreTrainedModel) -> str:
     return vars(model)["own_attention"]
 
 
-@torch.no_grad()
 def check_policy(model: PreTrainedModel, config: PolicyConfig, known: int | None = None) -> None:
     """Raise ValueError if the trainer's logprobs are not those of the model's own forward.
 
@@ -125,8 +126,13 @@ def _difference(model: PreTrainedModel, config: PolicyConfig, known: int | None)
         return NOT_CAUSAL
     packed = _packs(model)
     batch = _tree(prompt, paths, scored) if packed else _chains(paths, scored)
+    first: Any = body(model).get_input_embeddings()
     try:
-        found = row_logprobs(model, to_device(batch, own[0].device), 1.0)
+        with torch.no_grad():
+            found = row_logprobs(model, to_device(batch, own[0].device), 1.0)
+        # A backward of a few tokens: the one of the whole pack would need a step's memory.
+        alone = to_device(_chains([short], [SHORT // 2]), own[0].device)
+        torch.autograd.grad(row_logprobs(model, alone, 1.0).sum(), first.weight)
     except Exception as error:
         return f"cannot be {'packed' if packed else 'trained in rows'} ({_first_line(error)})"
     for name, a, b in zip(("short", "long", "second"), found.split(scored), own, strict=True):

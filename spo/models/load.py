@@ -12,10 +12,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     PreTrainedModel,
 )
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+POLICIES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 ALIGNMENT = 64  # bytes, as PyTorch allocates on the CPU
 RECOMPUTED = ("dynamic", "longrope")  # rope types whose frequencies follow the longest position
 
@@ -155,7 +157,7 @@ def _auto_class(name: str, trusted: dict[str, Any]) -> type[_BaseAutoModelClass]
     remote = getattr(config, "auto_map", None) or {}
     saved = (config.architectures or [""])[0]
     found = {}
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    for auto in POLICIES:
         if auto.__name__ in remote:
             return auto
         if type(config) in auto._model_mapping:
@@ -179,7 +181,7 @@ def _load(auto: Any, name: str, options: dict[str, Any]) -> Any:
 
 def _heads(auto: Any, model: PreTrainedModel) -> list[str]:
     """Weights that a policy lacks and the loaded class adds: the head of a critic."""
-    if auto.__name__ in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+    if auto in POLICIES:
         return []
     inside = {f"{model.base_model_prefix}.{key}" for key, _ in model.base_model.named_parameters()}
     return [key for key, _ in model.named_parameters() if key not in inside]

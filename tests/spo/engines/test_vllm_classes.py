@@ -8,7 +8,7 @@ from sampling import policy, tiny_policy, worst_difference
 
 from spo.config.policy import PolicyConfig
 from spo.engines.make import make_engine
-from spo.learn.model import load_policy, sequence_logprobs
+from spo.learn.policy import load_policy, sequence_logprobs
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"
