@@ -8,7 +8,8 @@ from sampling import policy, tiny_policy, worst_difference
 
 from spo.config.policy import PolicyConfig
 from spo.engines.make import make_engine
-from spo.learn.policy import load_policy, sequence_logprobs
+from spo.learn.model import sequence_logprobs
+from spo.learn.policy import load_policy
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"
