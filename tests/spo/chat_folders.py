@@ -182,12 +182,12 @@ FAMILIES = {
         settings={
             "num_key_value_heads": 2,
             "q_lora_rank": 32,
-            "kv_lora_rank": 32,
-            "qk_rope_head_dim": 16,
-            "qk_nope_head_dim": 16,
+            "kv_lora_rank": 512,  # with 64 the only size that vLLM knows
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 32,
             "v_head_dim": 32,
             "first_k_dense_replace": 2,
-            "head_dim": None,
+            "head_dim": 64,  # of the rotated part
         },
     ),
     "gpt-oss": Family(
@@ -207,7 +207,15 @@ FAMILIES = {
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "sliding_window": 64,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "rope_parameters": {  # vLLM reads nothing else
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 32.0,
+                "original_max_position_embeddings": 16,  # 512 / 32
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
         },
     ),
 }

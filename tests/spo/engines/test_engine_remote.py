@@ -154,6 +154,23 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(engine, plain):
     check_limited(engine, plain, 40)
 
 
+def test_a_stop_text_ends_a_sample(servers):
+    remote = RemoteEngine(servers[1].address, model=POLICY)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(POLICY)
+    prefix = tuple(tokenizer("arithmetic 3 + 4\n", add_special_tokens=False)["input_ids"])
+    drawn = []
+    for stop in ((), ("answer>",)):
+        remote.submit(Request(0, prefix, 8, 40, Sampling(1, 1.0, (EOS,), stop), prompt_size=8))
+        drawn.append(drain(remote, 8))
+    for plain, short in zip(*drawn, strict=True):
+        text = tokenizer.decode(plain.token_ids)
+        assert plain.token_ids[: len(short.token_ids)] == short.token_ids
+        cut = tokenizer.decode(short.token_ids)
+        assert cut == (text[: text.index("answer>") + 7] if "answer>" in text else text)
+    assert any(len(a.token_ids) > len(b.token_ids) for a, b in zip(*drawn, strict=True))
+    remote.close()
+
+
 def test_full_blocks_of_a_prefix_are_computed_once(engine):
     spent = spent_on_a_shared_prefix(engine)
     assert spent["prefill"] == 65 + 3 and spent["cached"] == 3 * 64

@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from sampling import drain
 
+from spo.config.policy import EMBEDDED, PolicyConfig
 from spo.config.recipe import load_recipe
 from spo.engines.make import make_engine
 from spo.engines.pool import EnginePool
 from spo.engines.remote import GENERATE, RemoteEngine
-from spo.records import Request, Sampling
+from spo.models.tokenizer import load_tokenizer
+from spo.records import STOP, Request, Sampling
 
 EOS = 1
 
@@ -178,6 +180,50 @@ def test_an_idle_connection_that_the_server_closed_is_opened_again(fake):
     for key in range(5):
         engine.submit(request(key, seed=key))
         assert [c.token_ids for c in drain(engine, 1)] == [(key,)]
+    engine.close()
+
+
+def test_what_a_server_draws_behind_a_stop_text_is_dropped(fake):
+    """The server has no tokenizer. The versions are those of the tokens that are left."""
+    tokenizer = load_tokenizer(PolicyConfig())
+    one, plus, two, end = tokenizer.convert_tokens_to_ids(["1", "+", "2", "<eos>"])
+    versions = [{"version": str(v), "start": v, "end": v + 1} for v in range(4)]
+    drawn = {
+        "token_ids": [one, plus, two, end],
+        "logprobs": {"content": [{"logprob": -0.5 * i} for i in range(4)]},
+        "weight_versions": versions,
+    }
+    fake.generate = lambda body: (200, sample(0, "stop", **drawn))
+    engine = RemoteEngine(fake.address, model=str(EMBEDDED))
+    text = tokenizer.decode([one, plus])
+    for stop, before, left in (
+        (("zz", text), (), 2),
+        (("zz",), (), 4),
+        ((text,), (one,), 2),
+        ((tokenizer.decode([two, one]),), (two,), 1),  # it begins in an earlier segment
+        ((tokenizer.decode([two, one]),), (), 4),
+    ):
+        sampling = Sampling(0, stop_token_ids=(end,), stop=stop)
+        engine.submit(Request(0, (5, *before), 1, 4, sampling, prompt_size=1))
+        (done,) = drain(engine, 1)
+        assert done.token_ids == (one, plus, two, end)[:left] and done.finish == STOP
+        assert done.logprobs == (0, -0.5, -1, -1.5)[:left]
+        assert (done.first_version, done.last_version) == (0, left - 1)
+    engine.close()
+    nameless = RemoteEngine(fake.address)
+    with pytest.raises(ValueError, match="model: expected one, as the request has stop texts"):
+        nameless.submit(Request(0, (5,), 1, 4, Sampling(0, stop=("a",))))
+    nameless.close()
+
+
+def test_the_limit_of_ids_is_set_in_the_server(fake):
+    engine = RemoteEngine(fake.address)
+    for key, size in enumerate((None, 40, 40, None)):
+        engine.submit(Request(key, (5,), 1, 4, Sampling(0, vocab_size=size)))
+        drain(engine, 1)
+    calls = [b for path, b in fake.asked if path == "/collective_rpc"]
+    limits = [b["args"] for b in calls if b["method"] == "spo_limit_vocabulary"]
+    assert limits == [[None], [40], [None]]  # the first: another trainer may have set one
     engine.close()
 
 

@@ -1,14 +1,17 @@
 """Prompts, ends and texts of chat models, in the layout of each family's folder."""
 
 import json
+import re
 import shutil
 import warnings
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_folders import FAMILIES, chat_folder, write
 
+from spo import train
 from spo.config.recipe import load_recipe
 from spo.grow.sampler import Sampler
 from spo.models.chat import warn_about_turn_end
@@ -214,3 +217,31 @@ def test_a_response_reads_as_its_tokens_spell_it(folders, name):
     if family.pad and family.pad not in family.ends:
         assert response_text(tokenizer, [*ids, tokenizer.pad_token_id, stops[0]], stops) == text
     assert response_text(tokenizer, [], stops) == ""
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "prompts.md"
+SMALL = [
+    "engine={name: hf, max_num_seqs: 32, max_model_len: 256}",
+    "sampling.max_new_tokens=40",
+    "shape={widths: [2, 2], segment_tokens: [8]}",
+    "train={iterations: 1, prompts: 8, minibatches: 1}",
+    "eval={every: 0, problems: 4}",
+]
+
+
+def test_the_recipes_of_the_page_train_and_write_their_prompts(folders, tmp_path):
+    chat, plain = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "chat.yaml").write_text(chat)
+    (tmp_path / "plain.yaml").write_text(plain)
+    settings = [*SMALL, f"policy.path={folders['qwen3']}", f"out={tmp_path / 'run'}"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        lines = train(tmp_path / "chat.yaml", settings)
+    (trained,) = (line for line in lines if line["stage"] == "train")
+    assert trained["too_long"] == 0 and trained["probe_difference"] < 1e-3
+    starts = {"chat": "<|im_start|>system\nReason", "plain": "<bos>Problem: arithmetic"}
+    for name, family in (("chat", "qwen3"), ("plain", "gemma3")):
+        config = load_recipe(tmp_path / f"{name}.yaml", [f"policy.path={folders[family]}"])
+        tokenizer = load_tokenizer(config.policy)
+        first = next(prompts_of(config, "train", tokenizer))
+        assert exact_text(tokenizer, first.prompt_ids).startswith(starts[name])
