@@ -10,23 +10,21 @@ import heapq
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spo.config.policy import PolicyConfig
 from spo.engines.agreement import check_logprobs
 from spo.engines.attention_calls import attention_calls
 from spo.engines.draw import draw
 from spo.engines.protocol import COUNTERS, check_request
 from spo.engines.slot_attention import SharedSpan, reading
 from spo.engines.slots import Slots
-from spo.engines.stops import StopTexts
+from spo.engines.stops import StopTexts, drawn_before, stop_texts
 from spo.models.load import body, load_causal, longest
-from spo.models.tokenizer import exact_text, load_tokenizer
 from spo.records import LENGTH, STOP, Completion, Request
 
 PREFILL_TOKENS = 8192  # maximum of one prefill forward, padding included
@@ -52,8 +50,7 @@ class Sequence:
     @cached_property
     def before(self) -> tuple[int, ...]:
         """The part of the response that earlier samples drew."""
-        size = self.request.prompt_size
-        return () if size is None else self.request.prefix_ids[size:]
+        return drawn_before(self.request)
 
 
 class HFEngine:
@@ -69,6 +66,10 @@ class HFEngine:
             step for all of them; None copies it to each branch.
         response_len: longest response of the run, if known, so that the first request of a prompt
             makes the slots long enough for its whole tree.
+        trust_remote_code: run code that comes with the model folder.
+
+    Raises ValueError with one sentence if the model cannot be loaded, if slots cannot run it, or if
+    the engine's logprobs differ from those of the model's own forward.
     """
 
     block_size = 1  # every token of a prefix is shared, not only full blocks
@@ -85,13 +86,20 @@ class HFEngine:
         num_cached: int | None = None,
         min_shared: int | None = 256,
         response_len: int = 0,
+        trust_remote_code: bool = False,
     ):
-        self.model = load_causal(model, dtype=dtype, device=device, limit=max_model_len)
+        self._source = (model, trust_remote_code)
+        self.model = load_causal(
+            model,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            limit=max_model_len,
+        )
         self.model.requires_grad_(False)
         self._body = body(self.model)
         limit = longest(self.model) or UNLIMITED
         self.max_model_len = min(max_model_len or limit, limit)
-        self.name = model
         self.max_num_seqs, self.response_len = max_num_seqs, 0
         self.version = 0
         self.running: list[Sequence] = []
@@ -125,8 +133,7 @@ class HFEngine:
     def submit(self, request: Request) -> None:
         check_request(request, self.max_model_len)
         if request.sampling.stop and self._stops is None:
-            tokenizer = load_tokenizer(PolicyConfig(path=self.name))
-            self._stops = StopTexts(partial(exact_text, tokenizer))
+            self._stops = stop_texts(*self._source)
         size = len(request.prefix_ids)
         whole = self.response_len + (size if request.prompt_size is None else request.prompt_size)
         whole = min(whole, self.max_model_len)

@@ -56,9 +56,10 @@ class StopTexts:
         return self._pieces[token]
 
 
-def stop_texts(model: str) -> StopTexts:
+def stop_texts(model: str, trust_remote_code: bool = False) -> StopTexts:
     """With the tokenizer of a model, by folder or hub id. Raises ValueError if it has none."""
-    return StopTexts(partial(exact_text, load_tokenizer(PolicyConfig(path=model))))
+    source = PolicyConfig(path=model, trust_remote_code=trust_remote_code)
+    return StopTexts(partial(exact_text, load_tokenizer(source)))
 
 
 def drawn_before(request: Request) -> tuple[int, ...]:
