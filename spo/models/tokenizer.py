@@ -13,19 +13,22 @@ from transformers.utils.hub import cached_file
 
 from spo.config.policy import PolicyConfig
 from spo.config.recipe import Recipe
+from spo.models.same_ids import warn_of_other_ids
 from spo.records import Sampling
 
 
 def load_tokenizer(config: PolicyConfig) -> Any:
     """The policy's tokenizer. Raises ValueError with one sentence if it cannot be loaded.
 
-    A tokenizer.json is read unchanged: AutoTokenizer silently replaces its pre-tokenizer for some
-    model types (transformers 5.19: qwen2).
+    A tokenizer.json is read unchanged. AutoTokenizer replaces parts of it for some model types
+    (transformers 5.19: qwen2); it warns where that gives other ids.
     """
     try:
         tokenizer = load_pretrained(PreTrainedTokenizerFast, config)
     except ValueError:
         tokenizer = load_pretrained(AutoTokenizer, config)  # no tokenizer.json
+    else:
+        warn_of_other_ids(config.source, config.trust_remote_code)
     if len(tokenizer) <= len(tokenizer.all_special_ids) or tokenizer.eos_token_id is None:
         raise ValueError(f"policy.path: {config.path} holds no tokenizer with an end token")
     return tokenizer
