@@ -132,7 +132,7 @@ def train(
             _check_skipped(recipe, line, empty)
             state.iteration += 1
             if state.iteration % settings.checkpoint_every == 0 or _finished(recipe, state):
-                learner.save(tokenizer, state, buffer)
+                learner.save(state, buffer)
         sampler.engine.abort()  # samples of later iterations
         write(evaluate(sampler, tests, ranks))
     return lines

@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from spo.config.recipe import Recipe, load_recipe, save_recipe
+from spo.learn.distributed import Whole
+from spo.learn.policy_folder import save_policy
 from spo.records import Forest, Replay
 
 FIXED = (  # settings that a resumed run must keep
@@ -33,6 +34,10 @@ FIXED = (  # settings that a resumed run must keep
     "credit_type",
     "train.seed",
 )
+
+
+EXACT = "weights.safetensors"
+"""The weights in training precision, where the policy's folder holds fewer bits of them."""
 
 
 @dataclass
@@ -50,28 +55,14 @@ class State:
     policy: str = ""  # content of the start policy, see `PolicyConfig.content`
 
 
-class Savable(Protocol):
-    """A model, a `distributed.Whole` instead of one, or a tokenizer."""
-
-    def save_pretrained(self, save_directory: Path, /) -> object: ...
-
-
-class Stateful(Protocol):
-    """An optimiser, or a `distributed.Whole` instead of one."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-
 def save_checkpoint(
     out_dir: Path,
     recipe: Recipe,
-    model: Savable,
-    optimizer: Stateful,
+    policy: Whole,
     *,
-    tokenizer: Savable,
     state: State,
     replay: Replay,
-    critic: tuple[Savable, Stateful] | None = None,
+    critic: Whole | None = None,
 ) -> Path:
     """Write `out_dir/checkpoints/iter-NNNNNN` and remove the earlier ones.
 
@@ -84,13 +75,14 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        model.save_pretrained(temporary / "policy")
-        tokenizer.save_pretrained(temporary / "policy")
+        exact = save_policy(temporary / "policy", recipe.policy, policy.model, policy.weights)
+        if exact:
+            save_file(exact, temporary / EXACT)
         rng = {"torch": torch.get_rng_state()}
-        torch.save({"optimizer": optimizer.state_dict(), "rng": rng}, temporary / "optimizer.pt")
+        torch.save({"optimizer": policy.optimizer, "rng": rng}, temporary / "optimizer.pt")
         if critic is not None:
-            critic[0].save_pretrained(temporary / "critic")
-            torch.save({"optimizer": critic[1].state_dict()}, temporary / "critic" / "optimizer.pt")
+            critic.model.save_pretrained(temporary / "critic", state_dict=dict(critic.weights))
+            torch.save({"optimizer": critic.optimizer}, temporary / "critic" / "optimizer.pt")
         if replay.forest is not None:
             replay.forest.save(temporary / "replay.safetensors")
             assert replay.credit is not None
@@ -173,6 +165,21 @@ def check_resumed(path: Path, recipe: Recipe) -> None:
             "policy.path: expected the model that the run to resume began with, found another in "
             f"{recipe.policy.path}; choose another folder for another run"
         )
+
+
+def load_weights(path: Path, model: torch.nn.Module) -> None:
+    """Give the policy loaded from a checkpoint the weights that were trained, if these are wider.
+
+    Raises ValueError with the checkpoint's name if they are damaged.
+    """
+    if not (path / EXACT).exists():
+        return
+    loaded = model.state_dict()
+    try:
+        for name, tensor in load_file(path / EXACT).items():
+            loaded[name].copy_(tensor)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"checkpoint {path}: {EXACT} is damaged ({error})") from error
 
 
 def load_training(path: Path, optimizer: torch.optim.Optimizer) -> Replay:

@@ -11,7 +11,6 @@ import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -147,26 +146,30 @@ def full(tensor: Tensor) -> Tensor:
 
 
 class Whole:
-    """A sharded model and its optimiser as one process would save them; all ranks make it."""
+    """A model, its weights and its optimiser's state as one process saves them.
+
+    All ranks make it if the model is sharded.
+
+    Attributes:
+        weights: parameters and saved buffers by name; tied ones once.
+    """
 
     def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer):
-        assert isinstance(model, FSDPModule)
-        model.reshard()  # a forward without a backward leaves the root's weights gathered
-        self._model = model
-        tensors = dict(model.named_parameters())
+        sharded = isinstance(model, FSDPModule)
+        if isinstance(model, FSDPModule):
+            model.reshard()  # a forward without a backward leaves the root's weights gathered
+
+        def whole(value: Any) -> Any:
+            return full(value).cpu() if sharded and isinstance(value, Tensor) else value
+
         kept = model.state_dict()
+        tensors: dict[str, Tensor] = dict(model.named_parameters())
         tensors |= {name: kept[name] for name, _ in model.named_buffers() if name in kept}
-        self._tensors = {name: full(t.detach()).cpu() for name, t in tensors.items()}
         saved = optimizer.state_dict()
-        self._optimizer = saved | {
+        self.model = model
+        self.weights: dict[str, Tensor] = {n: whole(t.detach()) for n, t in tensors.items()}
+        self.optimizer: dict[str, Any] = saved | {
             "state": {
-                i: {k: full(v).cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
-                for i, state in saved["state"].items()
+                i: {k: whole(v) for k, v in state.items()} for i, state in saved["state"].items()
             }
         }
-
-    def save_pretrained(self, path: Path) -> None:
-        self._model.save_pretrained(path, state_dict=self._tensors)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._optimizer

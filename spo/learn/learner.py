@@ -37,6 +37,8 @@ class Learner:
         policy, critic = recipe.policy, recipe.credit.critic
         self.recipe, self.ranks = recipe, ranks
         self.model = self._load(str(saved / "policy") if saved else None)
+        if saved:
+            checkpoint.load_weights(saved, self.model)
         self.optimizer = _adamw(self.model, recipe, recipe.train.learning_rate)
         self.models = {"policy": self.model}
         self.optimizers = {"policy": self.optimizer}
@@ -174,19 +176,19 @@ class Learner:
             return 1.0
         return max(total - step, 0) / max(total - warmup, 1)
 
-    def save(self, tokenizer, state: checkpoint.State, buffer: Replay) -> None:
+    def save(self, state: checkpoint.State, buffer: Replay) -> None:
         """Rank 0 writes a checkpoint; the other ranks help to gather sharded weights."""
-        parts: dict[str, tuple] = {
-            name: (self.models[name], optimizer) for name, optimizer in self.optimizers.items()
+        if not (self.ranks.main or self.ranks.sharded):
+            return
+        parts = {
+            name: distributed.Whole(self.models[name], optimizer)
+            for name, optimizer in self.optimizers.items()
         }
-        if self.ranks.sharded:
-            parts = {name: (distributed.Whole(*part),) * 2 for name, part in parts.items()}
         if self.ranks.main:
             checkpoint.save_checkpoint(
                 self.recipe.out_dir,
                 self.recipe,
-                *parts["policy"],
-                tokenizer=tokenizer,
+                parts["policy"],
                 state=state,
                 replay=buffer,
                 critic=parts.get("critic"),

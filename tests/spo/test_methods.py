@@ -10,11 +10,12 @@ import pytest
 import torch
 from ranks import distance, torchrun
 from safetensors.torch import load_file
+from trained import trained_weights
 
 from spo.config.policy import EMBEDDED
 from spo.config.recipe import load_recipe
 from spo.credit.nodes import of_nodes
-from spo.learn.checkpoint import State, latest_checkpoint
+from spo.learn.checkpoint import State
 from spo.loop import response_limit, train
 from spo.records import LENGTH, Forest
 
@@ -62,9 +63,8 @@ def trained(tmp_path_factory):
 
 
 def digest(out, name="policy"):
-    path = latest_checkpoint(Path(out)) / name / "model.safetensors"
     found = hashlib.sha256()
-    for key, tensor in sorted(load_file(path).items()):
+    for key, tensor in sorted(trained_weights(out, name).items()):
         found.update(key.encode() + tensor.numpy().tobytes())
     return found.hexdigest()
 
@@ -87,7 +87,7 @@ def test_ppo_trains_its_critic(trained):
     # values start at 0, so the first loss is half the mean square return, at most 1/2
     assert 0 < first["value_loss"] <= 0.5 and first["explained_variance"] == 0
     assert second["explained_variance"] != 0
-    saved = load_file(latest_checkpoint(trained("ppo").out) / "critic" / "model.safetensors")
+    saved = trained_weights(trained("ppo").out, "critic")
     assert saved["score.weight"].abs().sum() > 0
 
 
@@ -98,10 +98,9 @@ def test_sharded_ranks_train_as_whole_ones(method, tmp_path):
     for mode in ("ddp", "fsdp"):
         more = [*SMALL, f"out={tmp_path / mode}", f"train.parallel={mode}"]
         torchrun("-m", "spo", "train", RECIPES / f"{method}.yaml", *more)
-        checkpoint = latest_checkpoint(tmp_path / mode)
-        found[mode] = load_file(checkpoint / "policy" / "model.safetensors")
+        found[mode] = trained_weights(tmp_path / mode)
         if method == "ppo":
-            critic = load_file(checkpoint / "critic" / "model.safetensors")
+            critic = trained_weights(tmp_path / mode, "critic")
             found[mode] |= {f"critic.{name}": tensor for name, tensor in critic.items()}
     start = load_file(EMBEDDED / "model.safetensors")
     moved = distance({name: found["ddp"][name] for name in start}, start)
@@ -144,8 +143,8 @@ def test_restem_starts_every_round_anew(tmp_path, trained):
     start = load_file(EMBEDDED / "model.safetensors")
     more = ("train.prompts=8", "train.iterations=3", "train.learning_rate=1e-30")
     train(config("restem", tmp_path, *more), resume=True)
-    before = load_file(latest_checkpoint(trained("restem").out) / "policy" / "model.safetensors")
-    after = load_file(latest_checkpoint(tmp_path) / "policy" / "model.safetensors")
+    before = trained_weights(trained("restem").out)
+    after = trained_weights(tmp_path)
     assert all(torch.equal(after[name], start[name].float()) for name in after)
     assert distance(after, before) > 0
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from trained import trained_weights
 
 from spo.cli import main
 from spo.config.loss import PolicyLossConfig
@@ -49,8 +49,7 @@ def config(out, *more):
 
 
 def weights(out) -> str:
-    path = latest_checkpoint(Path(out)) / "policy" / "model.safetensors"
-    tensors = load_file(path)
+    tensors = trained_weights(out)
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(tensors[name].numpy().tobytes())
@@ -240,7 +239,7 @@ def test_a_streamed_run_resumes_at_its_next_prompt(streamed, tmp_path):
 
 
 def test_damaged_checkpoints_get_a_sentence(reference, tmp_path):
-    for name in ("state.json", "optimizer.pt", "policy/model.safetensors"):
+    for name in ("state.json", "optimizer.pt", "weights.safetensors", "policy/model.safetensors"):
         out = tmp_path / name.replace("/", "-")
         shutil.copytree(reference[0], out)
         path = latest_checkpoint(out) / name
@@ -263,7 +262,7 @@ def test_non_finite_gradients_never_reach_the_weights(tmp_path, monkeypatch):
     monkeypatch.setitem(LOSSES, PolicyLossConfig, sometimes_nan)
     lines = train(config(tmp_path, "train.iterations=1", "eval.every=0"))
     assert [line["skipped_steps"] for line in lines if line["stage"] == "train"] == [1]
-    tensors = load_file(latest_checkpoint(tmp_path) / "policy" / "model.safetensors")
+    tensors = trained_weights(tmp_path)
     assert all(t.isfinite().all() for t in tensors.values())
     assert list((tmp_path / "skipped").glob("step-000001-*.safetensors"))
 

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from ranks import distance, torchrun
-from safetensors.torch import load_file
 from test_train import MIXED
+from trained import trained_weights
 
 from spo.config.policy import PolicyConfig
 from spo.config.recipe import load_recipe
@@ -106,10 +106,6 @@ def run(out, mode, iterations, *more):
     torchrun("-m", "spo", "train", recipe, *SMALL, *settings, *more)
 
 
-def weights(out):
-    return load_file(latest_checkpoint(out) / "policy" / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def one_iteration(tmp_path_factory):
     """A sharded run that stopped after one iteration."""
@@ -130,10 +126,10 @@ def two_iterations(tmp_path_factory):
 def test_a_sharded_checkpoint_resumes_in_either_mode(one_iteration, two_iterations, tmp_path, mode):
     out = tmp_path / "resumed"
     shutil.copytree(one_iteration, out)
-    before = weights(out)
+    before = trained_weights(out)
     run(out, mode, 2, "--resume")
-    moved = distance(before, weights(two_iterations))
-    assert distance(weights(out), weights(two_iterations)) * 50 < moved
+    moved = distance(before, trained_weights(two_iterations))
+    assert distance(trained_weights(out), trained_weights(two_iterations)) * 50 < moved
     state, expected = (load_state(latest_checkpoint(x)) for x in (out, two_iterations))
     assert (state.prompt_cursor, state.generated_tokens) == (6, expected.generated_tokens)
     mine, theirs = (read_metrics(x / "metrics.jsonl") for x in (out, two_iterations))
@@ -148,7 +144,7 @@ def test_a_sharded_checkpoint_trains_on_in_one_process(one_iteration, tmp_path):
     lines = train(load_recipe(None, [*SMALL, f"out={out}", "train.iterations=2"]), resume=True)
     assert [line["stage"] for line in lines] == ["train", "eval"]
     config = json.loads((latest_checkpoint(out) / "policy" / "config.json").read_text())
-    assert config["architectures"] == ["Qwen2ForCausalLM"]
+    assert config["architectures"] == ["SeedOssForCausalLM"]
     assert load_policy(PolicyConfig(path=str(latest_checkpoint(out) / "policy")))
 
 

@@ -1,0 +1,114 @@
+"""The folder of a trained policy, which others read as they read that of the start policy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from spo.config.policy import PolicyConfig
+from spo.models.tokenizer import load_pretrained
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Types of tensors in a safetensors file; quantised ones are left to transformers."""
+TEXT = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".py"}
+"""Files besides the weights: configurations, tokenizers, chat templates, code."""
+CHANGING = {"_name_or_path", "dtype", "torch_dtype", "transformers_version"}
+
+
+def save_policy(
+    folder: Path, config: PolicyConfig, model: PreTrainedModel, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Write a policy's folder: the start policy's files around the trained weights in its dtypes.
+
+    config.json is the start policy's own if transformers reads the one it would write alike: other
+    versions of transformers write other keys, and read those of this version as defaults.
+
+    Args:
+        weights: the model's parameters and saved buffers by name.
+
+    Returns the weights that lost bits when they were cast; training goes on from these.
+    """
+    source = start_folder(config)
+    known, usual = stored_dtypes(source)
+    cast = {}
+    for name, tensor in weights.items():
+        dtype = known.get(name, usual) if tensor.is_floating_point() else None
+        cast[name] = tensor.to("cpu", dtype or tensor.dtype)
+    generation = model.generation_config
+    model.generation_config = GenerationConfig()  # some of the hub's are refused when written
+    model.save_pretrained(folder, state_dict=dict(cast))
+    model.generation_config = generation
+    alike = _settings(config, folder) == _settings(config, source)
+    for path in list(_text_files(folder)):
+        if alike or path.name == "generation_config.json":
+            path.unlink()
+    if not alike and usual is not None:
+        path = folder / "config.json"
+        settings = json.loads(path.read_text()) | {"dtype": str(usual).removeprefix("torch.")}
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+    for path in _text_files(source):
+        if alike or path.name != "config.json":
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+    return {
+        name: tensor
+        for name, tensor in weights.items()
+        if torch.promote_types(tensor.dtype, cast[name].dtype) != cast[name].dtype
+    }
+
+
+def start_folder(config: PolicyConfig) -> Path:
+    """The folder of the start policy; for a hub id its snapshot in the cache."""
+    found = cached_file(config.source, "config.json")
+    assert found is not None  # it was loaded from there
+    return Path(found).parent
+
+
+def stored_dtypes(folder: Path) -> tuple[dict[str, torch.dtype | None], torch.dtype | None]:
+    """Name -> type of each tensor in a folder's safetensors files, and the type of most weights.
+
+    None stands for a type that is not in DTYPES.
+    """
+    found: dict[str, torch.dtype | None] = {}
+    sizes: Counter[torch.dtype | None] = Counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                part = file.get_slice(name)
+                found[name] = DTYPES.get(part.get_dtype())
+                sizes[found[name]] += prod(part.get_shape())
+    return found, sizes.most_common(1)[0][0] if sizes else None
+
+
+def _text_files(folder: Path) -> Iterator[Path]:
+    for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*")):
+        if path.is_file() and path.suffix in TEXT and not path.name.endswith(".index.json"):
+            yield path
+
+
+def _settings(config: PolicyConfig, folder: Path) -> Any:
+    """What transformers reads in config.json, without the type of the weights."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: kept(x) for key, x in value.items() if key not in CHANGING}
+        return value
+
+    return kept(load_pretrained(AutoConfig, config, str(folder)).to_dict())
