@@ -134,6 +134,7 @@ def train(
             if state.iteration % settings.checkpoint_every == 0 or _finished(recipe, state):
                 learner.save(state, buffer)
         sampler.engine.abort()  # samples of later iterations
+        sampler.engine.load_weights(learner.saved_weights(), state.version)  # as others will load
         write(evaluate(sampler, tests, ranks))
     return lines
 

@@ -23,6 +23,7 @@ from spo.learn.loss import LOSSES
 from spo.learn.model import row_logprobs, score, to_device
 from spo.learn.pack import PackStats, pack, unpack
 from spo.learn.policy import load_policy
+from spo.learn.policy_folder import as_stored
 from spo.records import Batch, Credit, Forest, LossOutput, Replay, Targets
 
 # Over the batches of a step.
@@ -66,6 +67,10 @@ class Learner:
         """The policy's tensors by name, whole, for the engine."""
         for name, parameter in self.model.named_parameters():
             yield name, distributed.full(parameter.detach())
+
+    def saved_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """`weights` with the bits that a checkpoint's policy folder holds of them."""
+        return as_stored(self.recipe.policy, self.weights())
 
     def restart(self) -> None:
         """Go back to the start policy and a fresh optimiser, in place."""

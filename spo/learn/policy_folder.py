@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,12 @@ def save_policy(
     Returns the weights that lost bits when they were cast; training goes on from these.
     """
     source = start_folder(config)
-    known, usual = stored_dtypes(source)
-    cast = {}
-    for name, tensor in weights.items():
-        dtype = known.get(name, usual) if tensor.is_floating_point() else None
-        cast[name] = tensor.to("cpu", dtype or tensor.dtype)
+    cast = {name: tensor.cpu() for name, tensor in as_stored(config, weights.items())}
     generation = model.generation_config
     model.generation_config = GenerationConfig()  # some of the hub's are refused when written
     model.save_pretrained(folder, state_dict=dict(cast))
     model.generation_config = generation
+    _, usual = stored_dtypes(source)
     alike = _settings(config, folder) == _settings(config, source)
     for path in list(_text_files(folder)):
         if alike or path.name == "generation_config.json":
@@ -72,6 +69,16 @@ def save_policy(
         for name, tensor in weights.items()
         if torch.promote_types(tensor.dtype, cast[name].dtype) != cast[name].dtype
     }
+
+
+def as_stored(
+    config: PolicyConfig, weights: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights in the types in which the start policy's folder holds them."""
+    known, usual = stored_dtypes(start_folder(config))
+    for name, tensor in weights:
+        dtype = known.get(name, usual) if tensor.is_floating_point() else None
+        yield name, tensor if dtype is None else tensor.to(dtype)
 
 
 def start_folder(config: PolicyConfig) -> Path:
