@@ -250,8 +250,8 @@ class Slots:
 
     def view(self, rows: slice, positions: np.ndarray, spans: Sequence[SharedSpan]) -> SlotView:
         """A forward of tokens at `positions` (R, C) of `rows`, which read `spans` in place."""
-        indices = torch.from_numpy(positions - self.base[rows, None]).to(self.device)
-        length = int(indices.max()) + 1
+        places = positions - self.base[rows, None]
+        indices, length = torch.from_numpy(places).to(self.device), int(places.max()) + 1
         within = torch.arange(length, device=self.device)
         masks = []
         for pattern in self.patterns:

@@ -1,9 +1,13 @@
 """The embedded engine on many kinds of models, against their own forward."""
 
+import dataclasses
+
 import pytest
 import torch
-from sampling import drain, tiny_policy, worst_error
+from sampling import SIZES, drain, plain_logprobs, tiny_policy, worst_error
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
+from spo.engines.attention_calls import attention_calls
 from spo.engines.hf import HFEngine
 from spo.models.load import load_causal
 from spo.records import Request, Sampling
@@ -61,7 +65,7 @@ MODELS = {  # kind -> settings of its configuration
         "moe_intermediate_size": 32,
         "first_k_dense_replace": 1,
     },
-    "minicpm3": LATENT,
+    "minicpm3": LATENT | {"dim_model_base": 64},
     "diffllama": {"num_key_value_heads": 2},  # attends twice in a layer
 }  # fmt: skip
 REFUSED = {  # kind -> settings, what the sentence says
@@ -110,6 +114,36 @@ def test_samples_have_the_logprobs_of_the_model_s_own_forward(kind, tmp_path):
     assert worst_error(pairs, own(folder)) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "llava"])
+def test_the_text_model_of_a_multimodal_one_samples(kind, tmp_path):
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision = small | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    text = SIZES | MODELS["gemma3_text" if kind == "gemma3" else "llama"]
+    config = CONFIG_MAPPING[kind](text_config=text, vision_config=vision, image_token_index=40)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    engine = HFEngine(str(tmp_path), max_num_seqs=8, min_shared=3)
+    assert worst_error(grow(engine), own(str(tmp_path))) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "deepseek_v3"])
+def test_rounding_to_bfloat16_is_no_difference(kind, tmp_path):
+    """The engine is as far from the model in fp32 as the model's own forward in bfloat16 is."""
+    folder = tiny_policy(tmp_path, kind, **MODELS[kind])
+    engine = HFEngine(folder, max_num_seqs=8, min_shared=3, dtype=torch.bfloat16)
+    rounded = load_causal(folder, dtype=torch.bfloat16)
+    rounded.set_attn_implementation("eager")
+    exact = own(folder)
+    for there, here in zip(exact.parameters(), rounded.parameters(), strict=True):
+        there.data = here.detach().float()
+    errors = [[], []]
+    for prefix, done in grow(engine):
+        expected = plain_logprobs(exact, prefix, done.token_ids)
+        errors[0] += (torch.tensor(done.logprobs) - expected).abs().tolist()
+        errors[1] += (plain_logprobs(rounded, prefix, done.token_ids) - expected).abs().tolist()
+    assert sum(errors[0]) < 1.5 * sum(errors[1])
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_model_that_slots_cannot_run_is_refused_in_a_sentence(kind, tmp_path):
     settings, reason = REFUSED[kind]
@@ -119,6 +153,27 @@ def test_a_model_that_slots_cannot_run_is_refused_in_a_sentence(kind, tmp_path):
     ) as error:
         HFEngine(folder)
     assert str(error.value).endswith("; use vllm") and "\n" not in str(error.value)
+
+
+def test_the_check_at_load_notices_a_window_that_is_not_masked(monkeypatch, tmp_path):
+    def blind(*args):
+        return [dataclasses.replace(call, pattern=None) for call in attention_calls(*args)]
+
+    folder = tiny_policy(tmp_path, "mistral", **MODELS["mistral"])
+    HFEngine(folder)
+    monkeypatch.setattr("spo.engines.hf.attention_calls", blind)
+    HFEngine(folder, max_model_len=WINDOW)  # nothing lies outside of the window
+    with pytest.raises(ValueError, match=rf"behind a prefix of \d+ tokens has logprobs that are "
+                       rf"\S+ nats from the model's own; it has a window of {WINDOW}"):  # fmt: skip
+        HFEngine(folder)
+
+
+def test_the_check_at_load_leaves_no_trace(tmp_path):
+    engine = HFEngine(tiny_policy(tmp_path, "llama"), max_num_seqs=8)
+    assert not any(engine.counters().values()) and engine.room == 8
+    slots = engine.slots
+    assert not slots.lens.any() and not slots.used.any() and (slots.tokens == -1).all()
+    assert not any(kv.any() for kv in slots.kv)
 
 
 @pytest.mark.parametrize("limit", [64, 128])  # frequencies are others in runs beyond 64 tokens
