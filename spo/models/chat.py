@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError
@@ -41,7 +42,7 @@ def warn_about_prompt(data: DataConfig, tokenizer: Any, prompt_ids: Sequence[int
                 stacklevel=2,
             )
     bare, whole = (tokenizer("1", add_special_tokens=add)["input_ids"] for add in (False, True))
-    start = whole[: whole.index(bare[0])] if bare[0] in whole else []
+    start = list(takewhile(lambda token: token not in bare, whole)) if bare else []
     if start and list(prompt_ids[: len(start)]) != start:
         text = tokenizer.decode(start)
         where = "the chat template does not" if data.chat else "data.template can"
@@ -57,9 +58,9 @@ def warn_about_turn_end(data: DataConfig, tokenizer: Any, stop_token_ids: Sequen
     if not data.chat:
         return
     turn = {"role": "assistant", "content": MARK}
-    rest = _renderer(data, tokenizer)([*data.chat, turn], False).rpartition(MARK)[2]
+    _, found, rest = _renderer(data, tokenizer)([*data.chat, turn], False).rpartition(MARK)
     tokens = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if str(t) in rest}
-    if not tokens:
+    if not found or not tokens:
         return
     first = min(tokens, key=lambda text: (rest.index(text), -len(text)))
     if tokens[first] not in stop_token_ids:

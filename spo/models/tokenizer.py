@@ -117,15 +117,15 @@ def response_text(tokenizer: Any, token_ids: Sequence[int], stops: Container[int
 
 def _settings(config: PolicyConfig, name: str) -> dict[str, Any] | None:
     """A JSON file of the policy's folder or hub repository; None if it has none."""
-    path = cached_file(
-        config.source,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if path is None:
-        return None
+    path = name
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        path = cached_file(
+            config.source,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if path is None else dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"policy.path: {path} is not a JSON object ({error})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"policy.path: {path} is no JSON object to read ({reason})") from error

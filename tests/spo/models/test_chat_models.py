@@ -198,7 +198,7 @@ def test_ends_that_a_folder_or_a_recipe_names_otherwise(folders):
     with pytest.raises(ValueError, match="sampling.stop: expected texts, found an empty one"):
         recipe(folders["llama3"], "sampling.stop=['']")
     (folder / "generation_config.json").write_text("[1, 2")
-    with pytest.raises(ValueError, match="policy.path: .*generation_config.json is not a JSON obj"):
+    with pytest.raises(ValueError, match="policy.path: .*generation_config.json is no JSON object"):
         stop_token_ids(policy(folder), tokenizer)
 
 
