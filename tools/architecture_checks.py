@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from small_models import auto_class, plain_logits, probe_ids
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 import spo
 from spo.config.loss import PolicyLossConfig
@@ -30,7 +30,7 @@ from spo.grow.shapes import Node, Tree
 from spo.learn.loss import policy_loss
 from spo.learn.model import row_logprobs
 from spo.learn.pack import pack
-from spo.records import SEGMENT, Forest, Prompt, Request, Sampling
+from spo.records import SEGMENT, Batch, Forest, Prompt, Request, Sampling
 
 try:
     from spo.learn.policy import load_policy
@@ -118,7 +118,29 @@ def compare(policy: PreTrainedModel, config: PolicyConfig, truth: Truth) -> Verd
     wrong = "" if ok else f"off by {worst:.2g} nats, gradient by {gradient:.2g}"
     wrong += "" if noise <= NATS else f"; two forwards differ by {noise:.2g} nats"
     wrong += "" if ok or truth.causal else "; not causal"
+    if ok and (error := checkpoint_error(policy, config, batches)) > NATS:
+        ok, wrong = False, f"its checkpoint is off by {error:.2g} nats"
     return Verdict("right" if ok else "WRONG", wrong, worst, gradient)
+
+
+def checkpoint_error(policy: PreTrainedModel, config: PolicyConfig, batches: list[Batch]) -> float:
+    """Other weights in the policy, saved: what transformers then computes against the policy's own.
+
+    The weights are kept beside the model's folder, for the engine.
+    """
+    trained = Path(config.path).with_name("trained")
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad and parameter.numel() > 1:
+                noise = torch.randn(parameter.shape, generator=g)
+                parameter.add_(0.05 * parameter.std() * noise)
+        policy.save_pretrained(trained)
+        torch.save({n: p.detach() for n, p in policy.named_parameters()}, trained / "weights.pt")
+        found = [row_logprobs(policy, batch, TEMPERATURE) for batch in batches]
+    expected = Truth(trained).low
+    indices = [batch.token_index for batch in batches if batch.token_index is not None]
+    return _worst(torch.cat(found) - expected[torch.cat(indices)])
 
 
 def _worst(difference: Tensor) -> float:
@@ -131,8 +153,8 @@ LOSS = PolicyLossConfig(prob_threshold=1.0)
 class Truth:
     """Logprobs of a forest's tokens and the gradient of its loss, from the model's own logits."""
 
-    def __init__(self, name: str, folder: Path):
-        auto = auto_class(name)
+    def __init__(self, folder: Path):
+        auto = auto_class(AutoConfig.from_pretrained(folder).model_type)
         try:
             self.model = auto.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager"
@@ -240,12 +262,25 @@ def make_forest() -> Forest:
 
 
 def check_engine(folder: Path, truth: Truth) -> Verdict:
-    """Samples, and branches that continue them: their logprobs, also past a window."""
+    """Logprobs of samples, also past a window; the same with the weights of `checkpoint_error`."""
     options = {"dtype": torch.float32, "max_num_seqs": 8, "max_model_len": 96, "min_shared": 8}
     try:
         engine = load(make_engine, "hf", str(folder), **options)
     except Refused as refusal:
         return Verdict("refused", str(refusal).replace(str(folder), "the model"))
+    worst = sampled_error(engine, truth)
+    wrong = "" if worst <= NATS else f"off by {worst:.2g} nats"
+    trained = folder.with_name("trained")
+    if not wrong and trained.exists():
+        engine.load_weights(torch.load(trained / "weights.pt").items(), 1)
+        error = sampled_error(engine, Truth(trained))
+        wrong = "" if error <= NATS else f"off by {error:.2g} nats after new weights"
+    engine.close()
+    return Verdict("WRONG" if wrong else "right", wrong, worst)
+
+
+def sampled_error(engine: Any, truth: Truth) -> float:
+    """Largest difference in the logprobs of samples, and of branches that continue them."""
     prefix = tuple(probe_ids(3, PREFIX))
     first = sample(engine, [Request(0, prefix, 4, MAX_NEW, Sampling(7, TEMPERATURE))])
     pairs = [(prefix, done) for done in first]
@@ -255,14 +290,10 @@ def check_engine(folder: Path, truth: Truth) -> Verdict:
     ]
     again = sample(engine, branches)
     pairs += [(branches[done.key].prefix_ids, done) for done in again]
-    worst = 0.0
-    for before, done in pairs:
-        expected = truth.logprobs(before, done.token_ids)
-        worst = max(worst, _worst(torch.tensor(done.logprobs) - expected))
-    engine.close()
-    if worst <= NATS:
-        return Verdict("right", "", worst)
-    return Verdict("WRONG", f"off by {worst:.2g} nats", worst)
+    return max(
+        _worst(torch.tensor(done.logprobs) - truth.logprobs(before, done.token_ids))
+        for before, done in pairs
+    )
 
 
 def sample(engine: Any, requests: list[Request]) -> list[Any]:

@@ -71,7 +71,7 @@ def architecture_rows(name: str) -> Iterator[dict[str, Any]]:
             folder = Path(scratch) / "model"
             try:
                 model = small_model(name, folder, form)
-                truth = Truth(name, folder)
+                truth = Truth(folder)
             except Exception as error:  # not ours: the table tells it
                 row["unbuilt"] = " ".join(str(error).split())[:300]
             else:
