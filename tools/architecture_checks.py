@@ -51,8 +51,8 @@ class Verdict:
 
     kind: str
     reason: str = ""
-    logprobs: float = math.nan  # largest difference, nats
-    gradient: float = math.nan  # largest difference, relative
+    logprobs: float | None = None  # largest difference, nats
+    gradient: float | None = None  # largest difference, relative
     settings: str = ""  # of the recipe, with which it trains
     advice: str = ""  # the sentence that named them
 
@@ -309,9 +309,10 @@ def sample(engine: Any, requests: list[Request]) -> list[Any]:
 
 
 def judged(check: Callable[..., Verdict], *arguments: Any) -> dict[str, Any]:
-    """The verdict; an exception other than a refusal at load is wrong."""
+    """The verdict, figures to two digits; an exception other than a refusal at load is wrong."""
     try:
-        return asdict(check(*arguments))
+        found = asdict(check(*arguments))
+        return {k: float(f"{v:.1e}") if isinstance(v, float) else v for k, v in found.items()}
     except Exception as error:  # reported, never hidden: it counts as wrong
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(str(error).split())[:300]

@@ -43,8 +43,9 @@ def render(results: dict[str, Any]) -> str:
     """What stands between the marks."""
     rows, number = results["rows"], counts(results)
     versions = f"transformers {results['transformers']}, torch {results['torch']}"
+    versions += f", commit {results['commit']}"
     parts = [
-        f"Measured on {results['date']} with {versions}: {number['trains']} model types train, "
+        f"Measured on {results['date']} ({versions}): {number['trains']} model types train, "
         f"{number['refused']} are refused, {number['WRONG']} are wrong, {number['unbuilt']} do not "
         "build at small size.\n"
     ]

@@ -47,14 +47,24 @@ def work() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    facts = {"names": architectures(), "transformers": transformers.__version__}
-    print(json.dumps(facts | {"torch": torch.__version__}), file=answers)
+    facts = {"transformers": transformers.__version__, "torch": torch.__version__}
+    facts |= {"commit": commit(), "names": architectures()}
+    print(json.dumps(facts), file=answers)
     for line in sys.stdin:
         name = line.strip()
         for row in architecture_rows(name):
             print(json.dumps(row), file=answers)
         large = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > LARGE >> 10
         print(json.dumps({"done": True, "large": large}), file=answers)
+
+
+def commit() -> str:
+    """Of the package that is checked; with a "+" if its files differ from it."""
+    import spo
+
+    command = ["git", "-C", str(Path(spo.__file__).parent), "describe", "--always", "--dirty=+"]
+    done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
 def architecture_rows(name: str) -> Iterator[dict[str, Any]]:
@@ -211,7 +221,9 @@ def main() -> int:
         results["rows"].append(row)
     results["rows"].sort(key=lambda row: (row["name"], row["form"]))
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        rows = ",\n".join(json.dumps(row) for row in results["rows"])
+        facts = json.dumps({k: v for k, v in results.items() if k != "rows"})
+        arguments.json.write_text(f'{facts[:-1]}, "rows": [\n{rows}\n]}}\n')
     if arguments.table:
         write(results, arguments.table)
     number = counts(results)

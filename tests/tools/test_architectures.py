@@ -156,6 +156,7 @@ def test_the_table_tells_every_outcome():
         {"name": "a", "form": "conv", "trainer": rows_only, "engine": right},
     ]
     results = {"rows": rows, "date": "2026-11-26", "transformers": "5", "torch": "2"}
+    results["commit"] = "abc"
     assert counts(results) == {"trains": 1, "refused": 1, "WRONG": 1, "unbuilt": 1}
     page = render(results)
     assert "| a | packing=tree | 2e-06 | 1e-06 | refused |\n" in page
