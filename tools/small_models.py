@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ POSITIONS = 512
 PROBE = 56  # tokens of the sequence that must give finite logits
 DEPTHS = (2, 4, 6, 8, 12)
 SPREAD = (1.0, 3.0)  # standard deviation of the logits
+PATIENCE = 45.0  # seconds of attempts that fail
 AUTO = (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForCausalLM)
 NAMED_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DEPTH, HEADS, KV_HEADS, HEAD_DIM, WIDTH, KEEP = -1, -2, -3, -4, -5, -6
@@ -124,7 +126,10 @@ def small_model(name: str, folder: Path, changes: dict[str, Any]) -> PreTrainedM
         changes: of the default configuration; of `layer_types` the kinds are given.
     """
     reasons: list[str] = []
+    start = time.monotonic()
     for sizes in ATTEMPTS:
+        if time.monotonic() - start > PATIENCE:
+            break
         try:
             config = small_config(CONFIG_MAPPING[name], dataclasses.replace(sizes, changes=changes))
             torch.manual_seed(0)
