@@ -91,6 +91,20 @@ def test_a_forgotten_factor_is_wrong(llama, factor):
     assert verdict.kind == ("right" if factor == 1 else "WRONG"), verdict.reason
 
 
+def test_the_error_of_a_gradient_is_relative_and_over_all_weights(llama):
+    folder, truth = llama
+    policy = load_policy(PolicyConfig(path=str(folder)))
+    given = dict(truth.model.named_parameters())
+    for name, parameter in policy.named_parameters():
+        parameter.grad = 1.01 * given[name].grad
+    assert abs(truth.gradient_error(policy) - 0.01) < 1e-5
+    policy.get_input_embeddings().weight.grad = None
+    total = sum(float(p.grad.square().sum()) for p in given.values())
+    lost = float(given["model.embed_tokens.weight"].grad.square().sum())
+    expected = ((1e-4 * (total - lost) + lost) / total) ** 0.5
+    assert abs(truth.gradient_error(policy) - expected) < 1e-4 * expected
+
+
 def test_an_engine_with_other_weights_is_wrong(llama, tmp_path):
     folder, truth = llama
     assert check_engine(folder, truth).kind == "right"
