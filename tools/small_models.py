@@ -34,7 +34,7 @@ WINDOW = 16
 POSITIONS = 512
 PROBE = 56  # tokens of the sequence that must give finite logits
 DEPTHS = (2, 4, 6, 8, 12)
-SPREAD = (1.0, 3.0)  # standard deviation of the logits
+ENTROPY = (2.0, 4.3)  # of the next token, nats; all ids alike would be 4.9
 PATIENCE = 45.0  # seconds of attempts that fail
 AUTO = (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForCausalLM)
 NAMED_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -330,13 +330,13 @@ def shake(model: PreTrainedModel) -> None:
             elif tensor.numel():
                 tensor.copy_(old + 0.2 * gain * noise)
         head: Any = model.get_output_embeddings()
-        for _ in range(4):
-            logits = plain_logits(model, probe_ids(0, PROBE)).float()
-            spread = float(logits.std(-1).mean())
-            if SPREAD[0] <= spread <= SPREAD[1] or head is None or not spread > 0:
+        for _ in range(12):  # tied weights: a token must not predict itself with certainty
+            logprobs = plain_logits(model, probe_ids(0, PROBE)).float().log_softmax(-1)
+            entropy = float(-(logprobs.exp() * logprobs).sum(-1).mean())
+            if head is None or not entropy < ENTROPY[0] and not entropy > ENTROPY[1]:
                 break
-            head.weight.mul_(max(0.05, min(20.0, 2.0 / spread)))
-        if logits.isfinite().all() and spread > 0:
+            head.weight.mul_(0.6 if entropy < ENTROPY[0] else 1.6)
+        if logprobs.isfinite().all() and float(logprobs.std()) > 0:
             return
     raise ValueError("its logits are not finite with random weights")
 
