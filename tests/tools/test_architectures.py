@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from spo.learn.policy import load_policy
 from transformers import CONFIG_MAPPING
 
 from spo.config.policy import PolicyConfig
+from spo.learn.policy import load_policy
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
