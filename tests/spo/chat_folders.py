@@ -237,7 +237,12 @@ def chat_folder(folder: Path, name: str) -> Path:
     sizes = SIZES | {"vocab_size": size, "max_position_embeddings": 512, "use_cache": True}
     more = {"tie_word_embeddings": False, "architectures": None} | special | family.settings
     config = AutoConfig.for_model(family.kind, **(sizes | more))
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
+    if family.padding > 0:  # logits without a token are large, so that nobody can forget them
+        head = model.get_output_embeddings().weight
+        with torch.no_grad():
+            head[-family.padding :] = 1.5 * head[40 : 40 + family.padding]
+    model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     generation = special | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
     write(folder / "generation_config.json", {"do_sample": True, **generation})

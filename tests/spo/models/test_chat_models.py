@@ -21,7 +21,9 @@ from spo.models.tokenizer import (
     response_text,
     sampling_of,
     stop_token_ids,
+    vocab_size,
 )
+from spo.records import Forest
 from spo.tasks import prompts_of
 
 TASK = """
@@ -239,6 +241,9 @@ def test_the_recipes_of_the_page_train_and_write_their_prompts(folders, tmp_path
         lines = train(tmp_path / "chat.yaml", settings)
     (trained,) = (line for line in lines if line["stage"] == "train")
     assert trained["too_long"] == 0 and trained["probe_difference"] < 1e-3
+    known = vocab_size(load_tokenizer(policy(folders["qwen3"])))
+    forest = Forest.load(tmp_path / "run" / "forest-last.safetensors")
+    assert int(forest.token_ids.max()) < known and forest.num_generated > 500
     starts = {"chat": "<|im_start|>system\nReason", "plain": "<bos>Problem: arithmetic"}
     for name, family in (("chat", "qwen3"), ("plain", "gemma3")):
         config = load_recipe(tmp_path / f"{name}.yaml", [f"policy.path={folders[family]}"])
