@@ -73,6 +73,7 @@ class HFEngine:
     """
 
     block_size = 1  # every token of a prefix is shared, not only full blocks
+    saved_names = False
     reuse_prefixes = True  # False recomputes every prefix (the baseline of the benchmark)
 
     def __init__(

@@ -44,6 +44,10 @@ class Lane:
         return self.engine.version
 
     @property
+    def saved_names(self) -> bool:
+        return self.engine.saved_names
+
+    @property
     def room(self) -> int:
         return self.engine.room
 

@@ -41,6 +41,10 @@ class EnginePool:
         self._roots: dict[int, dict[tuple[int, ...], Member]] = {}  # length -> prefix -> member
 
     @property
+    def saved_names(self) -> bool:
+        return self.members[0].engine.saved_names
+
+    @property
     def room(self) -> int:
         return sum(member.engine.room for member in self._alive())
 

@@ -40,6 +40,13 @@ class Engine(Protocol):
         ...
 
     @property
+    def saved_names(self) -> bool:
+        """Whether `load_weights` takes the names and shapes of a checkpoint's files, or those of
+        transformers' model in memory, which joins the experts of a mixture.
+        """
+        ...
+
+    @property
     def room(self) -> int:
         """Free slots: the number of samples that could start now; negative if some wait."""
         ...

@@ -115,6 +115,8 @@ class RemoteEngine:
         timeout_s: maximum wait for an answer, including the time in the server's queue.
     """
 
+    saved_names = True
+
     def __init__(
         self,
         address: str,

@@ -41,6 +41,8 @@ class VLLMEngine:
         seed: of vLLM itself; every request has its own seed.
     """
 
+    saved_names = True
+
     def __init__(
         self,
         model: str,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from spo.config.recipe import Recipe
 from spo.credit.nodes import check_credit, of_tokens
+from spo.engines.protocol import Engine
 from spo.learn import checkpoint, distributed
 from spo.learn.critic import explained_variance, load_critic, row_values, value_loss
 from spo.learn.distributed import Ranks
@@ -24,6 +25,7 @@ from spo.learn.model import row_logprobs, score, to_device
 from spo.learn.pack import PackStats, pack, unpack
 from spo.learn.policy import load_policy
 from spo.learn.policy_folder import as_stored
+from spo.models.load import saved_weights
 from spo.records import Batch, Credit, Forest, LossOutput, Replay, Targets
 
 # Over the batches of a step.
@@ -63,14 +65,19 @@ class Learner:
         for name, model in self.models.items():
             distributed.shard(model, self.optimizers.get(name), self.recipe.policy.device)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's tensors by name, whole, for the engine."""
-        for name, parameter in self.model.named_parameters():
-            yield name, distributed.full(parameter.detach())
+    def weights(self, engine: Engine, *, stored: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The policy's tensors, whole, by the names that the engine takes.
 
-    def saved_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """`weights` with the bits that a checkpoint's policy folder holds of them."""
-        return as_stored(self.recipe.policy, self.weights())
+        Args:
+            stored: with the bits that a checkpoint's policy folder holds of them.
+        """
+        named = (
+            (name, distributed.full(parameter.detach()))
+            for name, parameter in self.model.named_parameters()
+        )
+        if stored:
+            named = as_stored(self.recipe.policy, named)
+        return saved_weights(self.model, named) if engine.saved_names else named
 
     def restart(self) -> None:
         """Go back to the start policy and a fresh optimiser, in place."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     PreTrainedModel,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 POLICIES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
@@ -78,6 +80,13 @@ def body(model: PreTrainedModel) -> PreTrainedModel:
     raise ValueError(
         f"policy.path: expected a causal model, {type(model).__name__} has no body beside its head"
     )
+
+
+def saved_weights(
+    model: PreTrainedModel, named: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors as a checkpoint's files name and shape them: expert by expert."""
+    yield from revert_weight_conversion(model, dict(named)).items()
 
 
 def text_config(model: PreTrainedModel) -> Any:
