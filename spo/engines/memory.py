@@ -1,12 +1,16 @@
-"""How much memory a device has left."""
+"""How much memory a device has left, and zeros that take it when they are written."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
+ALIGNMENT = 64  # bytes, as PyTorch allocates on the CPU: elsewhere products may round otherwise
 CONTAINER = Path("/sys/fs/cgroup")  # of a container with a limit
 
 
@@ -28,6 +32,16 @@ def free_bytes(device: torch.device) -> int:
         return min(free, limit - used + int(stat["file"]))
     except (OSError, KeyError, ValueError):  # no container, or no limit
         return free
+
+
+def zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.zeros`; on the CPU a page takes memory when it is first written."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    count = math.prod(size) * dtype.itemsize
+    pages = np.zeros(count + ALIGNMENT, dtype=np.uint8)
+    start = -pages.ctypes.data % ALIGNMENT
+    return torch.from_numpy(pages[start : start + count]).view(dtype).view(size)
 
 
 def gigabytes(count: int) -> str:

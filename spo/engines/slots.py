@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spo.engines.attention_calls import AttentionCall, MaskFunction
-from spo.engines.memory import free_bytes, gigabytes
+from spo.engines.memory import free_bytes, gigabytes, zeros
 from spo.engines.slot_attention import SharedSpan, SlotView, Visible
 
 LENGTH, CACHED = 64, 16  # tokens of a slot, and number of slots for finished sequences, at first
@@ -108,7 +108,7 @@ class Slots:
             heads, width, dtype = shape
             members = [i for i, other in enumerate(self.shapes) if other == shape]
             size = (len(members), count, heads, length + 1, width)
-            new = torch.zeros(size, dtype=dtype, device=self.device)
+            new = zeros(size, dtype, self.device)
             if group < len(self.kv):
                 for slot, n in enumerate(held):
                     new[:, slot, :, :n] = self.kv[group][:, slot, :, :n]

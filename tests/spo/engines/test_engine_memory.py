@@ -1,5 +1,7 @@
 """The embedded engine's memory: it grows with what is asked for, and says so where it cannot."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from sampling import drain
@@ -58,9 +60,15 @@ def test_memory_that_lacks_is_named_with_what_lowers_the_need():
     assert slots.length == 128
 
 
-def test_a_context_of_a_million_tokens_needs_no_memory_before_it_is_used(tiny_model, tmp_path):
-    slots = Slots(
-        [AttentionCall((8, 128, torch.float32), (8, 128, torch.float32))] * 32,
-        128, 256, 1 << 20, min_shared=256, device="cpu",
-    )  # fmt: skip
-    assert sum(kv.nbytes for kv in slots.kv) < 3e9
+def test_slots_take_memory_when_they_are_written(tiny_model):
+    def resident():
+        return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+    before = resident()
+    layer = AttentionCall((8, 128, torch.bfloat16), (8, 128, torch.bfloat16))
+    slots = Slots([layer] * 32, 128, 256, 1 << 20, min_shared=256, device="cpu")
+    slots.reserve(500)
+    assert sum(kv.nbytes for kv in slots.kv) > 5e9
+    slots.kv[0][:, 3] = 1
+    assert 0 <= resident() - before < 1e9
+    assert all(kv.data_ptr() % 64 == 0 and not kv[:, :2].any() for kv in slots.kv)
