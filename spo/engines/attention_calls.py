@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from spo.engines.slot_attention import IMPLEMENTATION
+from spo.models.check import probe_ids
 from spo.models.load import body, text_config
 
 RECORDING = "spo_recording"  # name of the recording attention in transformers' interface
@@ -67,19 +68,16 @@ def attention_calls(model: PreTrainedModel, limit: int) -> list[AttentionCall]:
     if "position_ids" not in inspect.signature(inner.forward).parameters:
         raise ValueError("it takes no position_ids")
     model.set_attn_implementation(RECORDING)
-    ids = torch.arange(TOKENS, device=model.device)[None] + config.vocab_size // 2
+    positions = torch.arange(TOKENS, device=model.device)[None]
+    ids = torch.tensor([probe_ids(model)[:TOKENS]], device=model.device)
     recorder = _Recorder(limit)
     token = _RECORDER.set(recorder)
     try:
-        inner(
-            input_ids=ids,
-            position_ids=torch.arange(TOKENS, device=model.device)[None],
-            use_cache=False,
-        )
+        inner(input_ids=ids, position_ids=positions[:, : ids.shape[1]], use_cache=False)
     finally:
         _RECORDER.reset(token)
         model.set_attn_implementation(IMPLEMENTATION)
-    layers, found = config.num_hidden_layers, len(recorder.calls)
+    layers, found = getattr(config, "num_hidden_layers", 1), len(recorder.calls)
     if found < layers:
         kinds = ", ".join(sorted(set(getattr(config, "layer_types", None) or ())))
         raise ValueError(

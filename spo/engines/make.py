@@ -18,7 +18,10 @@ def engine_of(recipe: Recipe) -> Engine:
     """The recipe's engine with the weights of its start policy."""
     require_device(recipe.policy.device)
     engine = recipe.engine
-    own: dict[str, Any] = {"response_len": recipe.sampling.max_new_tokens}
+    own: dict[str, Any] = {
+        "response_len": recipe.sampling.max_new_tokens,
+        "trust_remote_code": recipe.policy.trust_remote_code,
+    }
     if engine.name == "vllm":
         own = {"memory_fraction": engine.memory_fraction, "sleep_mode": engine.sleep_mode}
     return make_engine(

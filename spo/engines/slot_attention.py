@@ -128,8 +128,8 @@ def slot_attention(
         )
         for at in range(0, c, step)
     ]
-    out = torch.cat(pieces, 3).to(query.dtype)
-    return out.view(r, heads, c, -1).transpose(1, 2), None
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 3)
+    return out.to(query.dtype).reshape(r, heads, c, -1).transpose(1, 2), None
 
 
 AttentionInterface.register(IMPLEMENTATION, slot_attention)
