@@ -23,8 +23,8 @@ from spo.engines.memory import free_bytes, gigabytes, zeros
 from spo.engines.slot_attention import SharedSpan, SlotView, Visible
 
 LENGTH, CACHED = 64, 16  # tokens of a slot, and number of slots for finished sequences, at first
-SPARE = 3  # more such slots are made only where so many times their memory is free: room to double
-# their length later, and for the trainer
+SPARE = 3  # more such slots are made only where so many times their memory is free: the trainer
+# needs some, and so do longer slots later
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Slots:
         if length <= self.length:
             return
         count = len(self.chains) or min(self.rows + CACHED, self.limit)
-        double = min(2 * self.length, self.max_len)
+        roomy = min(self.length * 5 // 4, self.max_len)  # so that it grows a few times only
         needed, free = self._bytes(count, length), free_bytes(self.device)
         if needed > free:
             raise ValueError(
@@ -92,8 +92,8 @@ class Slots:
                 f"of memory, and {gigabytes(free)} are free; lower engine.max_num_seqs (now "
                 f"{self.rows}), engine.max_model_len or sampling.max_new_tokens"
             )
-        fits = self._bytes(count, double) <= free
-        self._resize(count, max(length, double) if fits else length)
+        fits = self._bytes(count, roomy) <= free
+        self._resize(count, max(length, roomy) if fits else length)
 
     def _bytes(self, count: int, length: int) -> int:
         token = sum(heads * width * dtype.itemsize for heads, width, dtype in self.shapes)
@@ -103,6 +103,7 @@ class Slots:
         """Allocate `count` slots of `length` tokens and keep what is cached."""
         more = count - len(self.chains)
         held = (self.lens - self.base).tolist()
+        self.calls: list[tuple[Tensor, Tensor]] = []  # so that each old tensor goes before the next
         planes: dict[int, Tensor] = {}  # each key and value tensor, by its place in `shapes`
         for group, shape in enumerate(dict.fromkeys(self.shapes)):
             heads, width, dtype = shape
