@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from trained import trained_weights
 
 from spo.cli import main
@@ -228,6 +229,16 @@ def test_a_streamed_run_trains_on_its_own_prompts_at_most_one_version_late(refer
     plain = Forest.load(reference[0] / "forest-first.safetensors")
     assert first.prompts == plain.prompts and not set(first.prompts) & set(last.prompts)
     assert set(last.born[last.parent >= 0].tolist()) <= {1, 2}
+
+
+def test_the_last_evaluation_is_of_the_policy_as_it_is_saved(streamed):
+    """The weights in bf16, of which the checkpoint and the training hold more bits."""
+    out, _, engine = streamed
+    saved = load_file(latest_checkpoint(out) / "policy" / "model.safetensors")
+    sampled = dict(engine.model.named_parameters())
+    assert all(torch.equal(sampled[name], tensor.float()) for name, tensor in saved.items())
+    exact = trained_weights(out)
+    assert any(not torch.equal(sampled[name], tensor) for name, tensor in exact.items())
 
 
 def test_a_streamed_run_resumes_at_its_next_prompt(streamed, tmp_path):
