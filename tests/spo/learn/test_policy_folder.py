@@ -163,3 +163,41 @@ def test_a_configuration_that_is_not_the_saved_models_is_written_anew(tmp_path):
     assert settings["rms_norm_eps"] == 1e-5 and settings["dtype"] == "bfloat16"
     assert files(found).keys() == files(folder).keys()
     assert (found / "generation_config.json").read_text().startswith('{"eos_token_id": [1, 2]')
+
+
+def test_experts_that_transformers_joins_are_saved_one_by_one(tmp_path):
+    folder = tmp_path / "start"
+    tiny_policy(folder, "mixtral", eos_token_id=1, dtype="bfloat16")
+    learner = learner_of(folder, tmp_path / "run")
+    found = saved(learner)
+    before, after = (load_file(x / "model.safetensors") for x in (folder, found / "policy"))
+    assert {n: (x.dtype, x.shape) for n, x in after.items()} == {
+        n: (x.dtype, x.shape) for n, x in before.items()
+    }
+    assert len(after) > len(dict(learner.model.named_parameters()))
+    resumed = Learner(learner.recipe, Ranks(), found).model
+    for mine, exact in zip(resumed.parameters(), learner.model.parameters(), strict=True):
+        assert torch.equal(mine, exact)
+
+
+def test_a_model_with_code_of_its_own_keeps_it(tmp_path):
+    folder = tmp_path / "start"
+    tiny_policy(folder, "llama", eos_token_id=1, dtype="bfloat16")
+    (folder / "names_own.py").write_text("TYPE = 'own'\n")
+    (folder / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\nfrom .names_own import TYPE\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = TYPE\n"
+    )
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    path = folder / "config.json"
+    code = {"AutoConfig": "configuration_own.OwnConfig"}
+    code |= {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    own = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": code}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    learner = learner_of(folder, tmp_path / "run", "policy.trust_remote_code=true")
+    found = saved(learner)
+    assert files(found / "policy") == files(folder)
+    assert type(Learner(learner.recipe, Ranks(), found).model).__name__ == "OwnForCausalLM"
