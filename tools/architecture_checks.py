@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from small_models import auto_class, plain_logits, probe_ids
+from spo.learn.policy import load_policy
+from spo.learn.policy_folder import save_policy
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -31,11 +33,6 @@ from spo.learn.loss import policy_loss
 from spo.learn.model import row_logprobs
 from spo.learn.pack import pack
 from spo.records import SEGMENT, Batch, Forest, Prompt, Request, Sampling
-
-try:
-    from spo.learn.policy import load_policy
-except ImportError:
-    from spo.learn.model import load_policy
 
 NATS = 1e-4  # largest difference of a logprob
 GRADIENT = 1e-3  # largest difference of a gradient, relative to its norm
@@ -135,7 +132,7 @@ def checkpoint_error(policy: PreTrainedModel, config: PolicyConfig, batches: lis
             if parameter.requires_grad and parameter.numel() > 1:
                 noise = torch.randn(parameter.shape, generator=g)
                 parameter.add_(0.05 * parameter.std() * noise)
-        policy.save_pretrained(trained)
+        save_policy(trained, config, policy, policy.state_dict())
         torch.save({n: p.detach() for n, p in policy.named_parameters()}, trained / "weights.pt")
         found = [row_logprobs(policy, batch, TEMPERATURE) for batch in batches]
     expected = Truth(trained).low
