@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 from small_models import auto_class, plain_logits, probe_ids
-from spo.learn.policy import load_policy
-from spo.learn.policy_folder import save_policy
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -32,6 +30,8 @@ from spo.grow.shapes import Node, Tree
 from spo.learn.loss import policy_loss
 from spo.learn.model import row_logprobs
 from spo.learn.pack import pack
+from spo.learn.policy import load_policy
+from spo.learn.policy_folder import save_policy
 from spo.records import SEGMENT, Batch, Forest, Prompt, Request, Sampling
 
 NATS = 1e-4  # largest difference of a logprob
