@@ -54,7 +54,8 @@ def probe_ids(model: PreTrainedModel, vocab_size: int | None = None) -> list[int
     for config in (model.config, text_config(model)):
         for key, value in config.to_dict().items():
             if "token" in key:
-                named |= set(value if isinstance(value, list) else [value])
+                values = value if isinstance(value, list) else [value]
+                named |= {x for x in values if isinstance(x, int)}
     size = vocab_size or text_config(model).vocab_size
     free = [i for i in range(size) if i not in named] or list(range(size))
     length = max([SHORT + PAST, *(w + PAST for w in windows(model) if w <= LONGEST)])
