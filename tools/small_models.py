@@ -65,7 +65,7 @@ MEANINGS: tuple[tuple[str, int], ...] = (
     (r"(kv|key_value)_(n_)?heads$|kv_n_heads|query_groups|linear_num_key_heads", KV_HEADS),
     (r"index_n_heads", 32),  # fewer make ties, which break in another way at another length
     (r"heads?$", HEADS),
-    (r"index_block_size", 4),
+    (r"index_block_size|num_filters", 4),
     (r"layers$|n_layer$|^depth$|num_blocks", DEPTH),
     (r"head_?dim|d_head|dim_head|d_kv|kv_channels|head_size|qk_.*dim", HEAD_DIM),
     (r"rotary_dim", 8),
