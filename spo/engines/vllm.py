@@ -75,30 +75,36 @@ class VLLMEngine:
             raise ValueError("engine.sleep_mode: expected false on the CPU, found true")
         self.block_size = block_size or (32 if on_cpu else 16)
         name = str(dtype).removeprefix("torch.")
-        self.engine = build_apart(
-            LLMEngine.from_engine_args,
-            EngineArgs(
-                model=model,
-                skip_tokenizer_init=True,
-                dtype=name,  # pyright: ignore[reportArgumentType]  # one of its literals
-                block_size=self.block_size,
-                enforce_eager=on_cpu,
-                max_num_seqs=max_num_seqs,
-                max_model_len=max_model_len,  # pyright: ignore[reportArgumentType]  # None too
-                enable_prefix_caching=True,
-                # vLLM rewinds a seeded request's generator after a partial prefill, which CPU
-                # generators cannot do (0.32: "CPU Generator does not use offset").
-                enable_chunked_prefill=not on_cpu,
-                kv_cache_memory_bytes=kv_cache_bytes or (1 << 30 if on_cpu else None),
-                gpu_memory_utilization=memory_fraction,
-                enable_sleep_mode=sleep_mode,
-                logprobs_mode="processed_logprobs",  # at the sampling temperature
-                scheduling_policy="priority",
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
-                seed=seed,
-            ),
-        )
+        try:
+            self.engine = build_apart(
+                LLMEngine.from_engine_args,
+                EngineArgs(
+                    model=model,
+                    skip_tokenizer_init=True,
+                    dtype=name,  # pyright: ignore[reportArgumentType]  # one of its literals
+                    block_size=self.block_size,
+                    enforce_eager=on_cpu,
+                    max_num_seqs=max_num_seqs,
+                    max_model_len=max_model_len,  # pyright: ignore[reportArgumentType]  # None too
+                    enable_prefix_caching=True,
+                    # vLLM rewinds a seeded request's generator after a partial prefill, which CPU
+                    # generators cannot do (0.32: "CPU Generator does not use offset").
+                    enable_chunked_prefill=not on_cpu,
+                    kv_cache_memory_bytes=kv_cache_bytes or (1 << 30 if on_cpu else None),
+                    gpu_memory_utilization=memory_fraction,
+                    enable_sleep_mode=sleep_mode,
+                    logprobs_mode="processed_logprobs",  # at the sampling temperature
+                    scheduling_policy="priority",
+                    disable_log_stats=True,
+                    use_tqdm_on_load=False,
+                    seed=seed,
+                ),
+            )
+        except Exception as error:  # vLLM raises whatever it met
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"policy.path: engine.name=vllm cannot run {model} ({reason}); engine.name=hf may"
+            ) from error
         torch.set_num_threads = set_num_threads  # vLLM on CPU replaces it for the whole process
         self.max_model_len = self.engine.model_config.max_model_len
         self.max_num_seqs = max_num_seqs

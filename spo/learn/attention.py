@@ -93,7 +93,8 @@ def packed_attention(
         raise ValueError("expected a packed batch: call spo.learn.model.hidden_states")
     if dropout:
         raise ValueError(
-            f"policy.dropout: packed training expects attention dropout 0, found {dropout:g}"
+            f"policy.dropout: packed training expects attention dropout 0, found {dropout:g}; "
+            "policy.packing=rows trains with it"
         )
     given = {name for name, x in options.items() if x is not None and x is not False}
     if unknown := sorted(given - KNOWN):

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from spo.learn.attention import PREFIX, attending, make_layout
 from spo.learn.runs import tree_spans
+from spo.models.check import LONGEST, SHORT, probe_ids
 from spo.models.head import head_arguments, own_forward
-from spo.models.load import attention, body, text_config
+from spo.models.load import attention, body, own_attention, text_config, windows
 from spo.records import Batch
 from spo_kernels import linear_token_logprobs
 
@@ -58,6 +59,12 @@ def _inputs(
     if not attention(model).startswith(PREFIX):
         rows, real = _rows(batch)
         return {"input_ids": rows}, real, nullcontext()
+    unseen = [size for size in windows(model) if size > LONGEST]
+    if unseen and int(batch.position_ids.max()) >= unseen[0]:
+        raise ValueError(
+            f"policy.packing=tree: expected paths of at most {unseen[0]} tokens, the model's "
+            f"window, found {int(batch.position_ids.max()) + 1}; policy.packing=rows has none"
+        )
     layout = make_layout(batch.visible_until, batch.position_ids, attention(model))
     size = batch.token_ids.numel()
     ids, positions = (
@@ -86,8 +93,30 @@ def _router_loss(model: PreTrainedModel, out: Any, real: Tensor) -> Tensor | Non
     loss = getattr(own_forward(model, out, **inputs), "aux_loss", None)
     if not isinstance(loss, Tensor):
         return None
-    coefficient = getattr(text_config(model), "router_aux_loss_coef", 0.0)
+    coefficient = vars(model)["router_coefficient"]
     return coefficient * loss.to(out.last_hidden_state.device).float()
+
+
+@torch.no_grad()
+def find_router_coefficient(model: PreTrainedModel) -> None:
+    """Measure the weight of the routers' loss in the model's own loss, if it asks for one.
+
+    Raises ValueError if it asks for one and does not make it from token ids alone.
+    """
+    if not getattr(text_config(model), "output_router_logits", False):
+        return
+    ids = torch.tensor([probe_ids(model)[:SHORT]], device=next(model.parameters()).device)
+    try:
+        with own_attention(model):
+            out = model(input_ids=ids, labels=ids, use_cache=False, output_router_logits=True)
+        own = torch.nn.functional.cross_entropy(out.logits[0, :-1].float(), ids[0, 1:])
+        found = float((out.loss - own) / out.aux_loss)
+    except Exception as error:  # of the model's own code
+        raise ValueError(
+            "policy.path: expected a loss of the model's routers, as its output_router_logits asks "
+            f"for, found none ({type(error).__name__}); set it to false in config.json"
+        ) from error
+    vars(model)["router_coefficient"] = found
 
 
 def inside(model: PreTrainedModel, function: Callable[..., T], *arguments: Any) -> T:
@@ -103,8 +132,13 @@ def score(model: PreTrainedModel, batch: Batch, temperature: float) -> Batch:
 
 
 def row_logprobs(model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
-    """(N,) fp32, logprobs of the batch's rows."""
-    return inside(model, _row_logprobs, batch, temperature)
+    """(N,) fp32, logprobs of the batch's rows, without the dropout that a recipe may ask for."""
+    training = model.training
+    model.eval()
+    try:
+        return inside(model, _row_logprobs, batch, temperature)
+    finally:
+        model.train(training)
 
 
 def _row_logprobs(model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:

@@ -10,7 +10,13 @@ from transformers import PreTrainedModel
 
 from spo.config.policy import PolicyConfig
 from spo.learn.attention import PREFIX
-from spo.learn.model import row_logprobs, scored_batch, to_device
+from spo.learn.model import (
+    find_router_coefficient,
+    hidden_states,
+    row_logprobs,
+    scored_batch,
+    to_device,
+)
 from spo.models.check import SHORT, agree, own_logprobs, probe_ids, traits
 from spo.models.head import find_head
 from spo.models.load import attention, body, load_causal, set_attention
@@ -40,7 +46,13 @@ def load_policy(
         known = None
     head = find_head(model, known)
     check_policy(model, config, head.vocab_size)
-    return model.train(config.dropout)
+    find_router_coefficient(model)
+    model.train(config.dropout)
+    if config.dropout and config.packing == "tree":
+        ids = probe_ids(model, head.vocab_size)[:SHORT]
+        with torch.no_grad():  # raises if it drops out attention, which packs cannot
+            hidden_states(model, to_device(_chains([ids], [1]), next(model.parameters()).device))
+    return model
 
 
 def load_model(

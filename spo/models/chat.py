@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
-from jinja2 import TemplateError
-
 from spo.config.data import PROBLEM, DataConfig
 
 MARK = "spo-mark"  # stands for a response
@@ -79,6 +77,7 @@ def _renderer(data: DataConfig, tokenizer: Any) -> Callable[[list[dict[str, str]
             "data.system or data.messages: expected a tokenizer with a chat template, found none; "
             "write the prompt in data.template"
         )
+    where = "data.messages" if data.system is None else "data.system"
     options = dict(data.chat_options)
     if data.thinking is not None:
         options["enable_thinking"] = data.thinking
@@ -93,11 +92,11 @@ def _renderer(data: DataConfig, tokenizer: Any) -> Callable[[list[dict[str, str]
             return tokenizer.apply_chat_template(
                 messages, **options | fixed | {"add_generation_prompt": open_turn}
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # of whatever the template does
             reason = " ".join(str(error).split())[:200]
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
-                f"data.messages: the chat template refuses the roles {roles} ({reason})"
+                f"{where}: the chat template refuses the roles {roles} ({reason})"
             ) from error
 
     return render

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -137,6 +138,13 @@ def fix_rope(model: PreTrainedModel, limit: int) -> None:
     for module, kinds in _ropes(model):
         device = next(module.buffers()).device
         last = torch.tensor([[limit - 1]], device=device)
+        trained = getattr(module.config, "original_max_position_embeddings", None)
+        if trained and limit > trained and "longrope" in str(module.rope_type):
+            warnings.warn(
+                f"policy.path: a run of up to {limit} tokens uses the model's long rotary factors "
+                f"for every sample; engine.max_model_len={trained} keeps the short ones",
+                stacklevel=2,
+            )
         for layer_type in kinds:
             named = {} if layer_type is None else {"layer_type": layer_type}
             module(torch.zeros(1, 1, 1, device=device), last, **named)

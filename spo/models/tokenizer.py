@@ -7,7 +7,6 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
@@ -45,7 +44,7 @@ def load_pretrained(auto: Any, config: PolicyConfig, path: str | None = None, **
     name = path or config.source
     try:
         return auto.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # of a damaged file, or of code that comes with the folder
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"policy.path: {name} cannot be loaded ({reason})") from error
 
@@ -73,6 +72,11 @@ def stop_token_ids(config: PolicyConfig, tokenizer: Any) -> tuple[int, ...]:
         settings = (settings.get("text_config") or {}) | settings
     named = settings.get("eos_token_id")
     found += named if isinstance(named, list) else [] if named is None else [named]
+    if any(type(token) is not int for token in found):
+        raise ValueError(
+            f"policy.path: expected eos_token_id of {config.path} to be an id or a list of ids, "
+            f"found {named!r}"
+        )
     size = model_vocab_size(config)
     return tuple(dict.fromkeys(token for token in found if 0 <= token < size))
 

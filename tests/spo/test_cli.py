@@ -182,7 +182,7 @@ def test_damaged_weights_are_one_sentence(recipe, trained, tmp_path, capsys):
     shutil.copytree(trained, out)
     (weights,) = out.glob("checkpoints/*/policy/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert run("eval", recipe, *SMALL, "--checkpoint", out) == 1
+    assert run("eval", recipe, *SMALL, "--checkpoint", out) == 2
     (optimizer,) = out.glob("checkpoints/*/optimizer.pt")
     optimizer.write_bytes(b"\x80\x04nonsense")
     assert run("train", recipe, *SMALL, f"out={out}", "--resume") == 2

@@ -89,8 +89,13 @@ def test_dropout_is_off_unless_it_is_asked_for(tmp_path):
     folder = tiny_policy(tmp_path, "opt", **KINDS["opt"])
     for dropout in (False, True):
         model, batches, _ = trained(folder, "rows", dropout=dropout)
+        losses = [policy_loss(model, batches[0], PolicyLossConfig(), 1.0).loss for _ in range(2)]
+        assert torch.equal(*losses) is not dropout
         first, second = (row_logprobs(model, batches[0], 1.0) for _ in range(2))
-        assert torch.equal(first, second) is not dropout
+        assert torch.equal(first, second) and model.training is dropout
+    with pytest.raises(ValueError, match="attention dropout 0, found 0.2; policy.packing=rows"):
+        more = KINDS["opt"] | {"attention_dropout": 0.2}
+        trained(tiny_policy(tmp_path, "opt", **more), dropout=True)
 
 
 @pytest.mark.parametrize("packing", ["tree", "rows"])
