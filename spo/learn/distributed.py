@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from types import MethodType
@@ -59,11 +60,14 @@ def join(parallel: str, device: str) -> Ranks:
 
 
 def _leave() -> None:
-    """Take the process group apart before the interpreter is: gloo's threads abort a process that
-    ends around them (PyTorch 2.13: "terminate called without an active exception").
+    """Take the process group apart before the interpreter is.
+
+    A thread of gloo that drops the last tensor of a collective asks for the interpreter's lock. While
+    the interpreter ends, that aborts the process ("terminate called without an active exception").
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+    time.sleep(0.1)  # for threads of groups that a device mesh still refers to
 
 
 def gather(ranks: Ranks, item: Any) -> list[Any]:
