@@ -62,8 +62,9 @@ def join(parallel: str, device: str) -> Ranks:
 def _leave() -> None:
     """Take the process group apart before the interpreter is.
 
-    A thread of gloo that drops the last tensor of a collective asks for the interpreter's lock. While
-    the interpreter ends, that aborts the process ("terminate called without an active exception").
+    A thread of gloo that drops the last tensor of a collective asks for the interpreter's lock.
+    While the interpreter ends, that aborts the process ("terminate called without an active
+    exception").
     """
     if dist.is_initialized():
         dist.destroy_process_group()
