@@ -270,14 +270,15 @@ def test_a_worker_killed_while_idle_is_replaced(unruly):
 def test_libraries_load_before_the_clock_runs(unruly):
     """The first answer in LaTeX restarts the worker; what waits is graded all the same."""
     unruly.submit(0, "unruly", "fine", 1)
-    unruly.poll()
+    early = unruly.poll()  # an idle machine answers within this call
     first = unruly._process.pid
     for key in (1, 2):
         unruly.submit(key, "math", "\\boxed{\\frac{2}{4}}", "0.5")
     second = unruly._process.pid
     unruly.submit(3, "unruly", "hang", 1)
     unruly.submit(4, "math", "\\boxed{2}", "3")
-    assert [g.reward for g in finish(unruly)] == [1.0, 1.0, 1.0, None, 0.0] and first != second
+    graded = [g.reward for g in (*early, *finish(unruly))]
+    assert graded == [1.0, 1.0, 1.0, None, 0.0] and first != second
 
 
 def test_the_worker_does_not_load_torch(unruly):
