@@ -58,15 +58,6 @@ class Layout:
         return self._plans[backend]
 
 
-def make_layout(visible_until: Tensor, position_ids: Tensor, implementation: str) -> Layout:
-    """Prepare a pack, visible_until (T,) int32 and position_ids (T,) int64.
-
-    Args:
-        implementation: name in transformers' interface, `PREFIX` and a backend.
-    """
-    return Layout(visible_until, position_ids, implementation.removeprefix(PREFIX))
-
-
 _layout: ContextVar[Layout] = ContextVar("layout")
 
 

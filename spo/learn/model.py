@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spo.learn.attention import PREFIX, attending, make_layout
+from spo.learn.attention import PREFIX, Layout, attending
 from spo.learn.runs import tree_spans
 from spo.models.check import LONGEST, SHORT, probe_ids
 from spo.models.head import head_arguments, own_forward
@@ -65,7 +65,7 @@ def _inputs(
             f"policy.packing=tree: expected paths of at most {unseen[0]} tokens, the model's "
             f"window, found {int(batch.position_ids.max()) + 1}; policy.packing=rows has none"
         )
-    layout = make_layout(batch.visible_until, batch.position_ids, attention(model))
+    layout = Layout(batch.visible_until, batch.position_ids, attention(model).removeprefix(PREFIX))
     size = batch.token_ids.numel()
     ids, positions = (
         torch.nn.functional.pad(x, (0, layout.size - size))[None]

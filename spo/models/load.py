@@ -49,7 +49,7 @@ def load_causal(
     trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     auto = auto or _auto_class(name, trusted)
     options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    loaded, info = _load(auto, name, trusted | options)
+    loaded, info = from_pretrained(auto, name, **trusted, **options)
     model: PreTrainedModel = loaded
     missing = sorted(set(info["missing_keys"]) - set(_heads(auto, model)))
     if missing:
@@ -170,7 +170,7 @@ def _ropes(model: PreTrainedModel) -> Iterator[tuple[Any, list[str | None]]]:
 
 def _auto_class(name: str, trusted: dict[str, Any]) -> type[_BaseAutoModelClass]:
     """The one that has the class that the folder was saved from, else the first with any."""
-    config = _load(AutoConfig, name, trusted)
+    config = from_pretrained(AutoConfig, name, **trusted)
     remote = getattr(config, "auto_map", None) or {}
     saved = (config.architectures or [""])[0]
     found = {}
@@ -188,7 +188,11 @@ def _auto_class(name: str, trusted: dict[str, Any]) -> type[_BaseAutoModelClass]
     )
 
 
-def _load(auto: Any, name: str, options: dict[str, Any]) -> Any:
+def from_pretrained(auto: Any, name: str, **options: Any) -> Any:
+    """`auto.from_pretrained`, of a class of transformers.
+
+    Raises ValueError with one sentence if it cannot be loaded.
+    """
     try:
         return auto.from_pretrained(name, **options)
     except Exception as error:  # of the model's own code, or of a file that is none

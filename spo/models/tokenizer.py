@@ -12,6 +12,7 @@ from transformers.utils.hub import cached_file
 
 from spo.config.policy import PolicyConfig
 from spo.config.recipe import Recipe
+from spo.models.load import from_pretrained
 from spo.models.same_ids import warn_of_other_ids
 from spo.records import Sampling
 
@@ -41,12 +42,8 @@ def load_pretrained(auto: Any, config: PolicyConfig, path: str | None = None, **
 
     Raises ValueError with one sentence if it cannot be loaded.
     """
-    name = path or config.source
-    try:
-        return auto.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
-    except Exception as error:  # of a damaged file, or of code that comes with the folder
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"policy.path: {name} cannot be loaded ({reason})") from error
+    trusted = {"trust_remote_code": config.trust_remote_code}
+    return from_pretrained(auto, path or config.source, **trusted, **options)
 
 
 def vocab_size(tokenizer: Any) -> int:
