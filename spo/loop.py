@@ -23,7 +23,7 @@ from spo.learn.distributed import Ranks
 from spo.learn.learner import Learner
 from spo.learn.model import sequence_logprobs
 from spo.metrics import MetricsWriter
-from spo.models.check import SHORT, agree, probe_ids, traits
+from spo.models.check import SHORT, agree, in_dtype, probe_ids, traits
 from spo.models.tokenizer import load_tokenizer
 from spo.records import Forest, Prompt, Replay, concat
 
@@ -87,8 +87,9 @@ def train(
         sampler.engine.abort()  # samples of an interrupted run
         tests = sampler.test_prompts()
         stream = _stream(recipe, sampler, ranks, state)
-        sync(learner, sampler, tests[0], state.version)
+        sampler.engine.load_weights(learner.weights(sampler.engine), state.version)
         check_engine(learner, sampler)
+        compare_logprobs(learner, sampler, tests[0])
         empty = 0  # iterations in a row from which nothing survived
         while not _finished(recipe, state):
             every = recipe.eval.every
@@ -157,13 +158,18 @@ def evaluate(sampler: Sampler, tests: Sequence[Prompt], ranks: Ranks) -> dict:
 
 
 def sync(learner: Learner, sampler: Sampler, prompt: Prompt, version: int) -> float:
-    """Load the trained weights into the engine, then compare both sides' logprobs of one sample.
+    """Load the trained weights into the engine, then `compare_logprobs`."""
+    sampler.engine.load_weights(learner.weights(sampler.engine), version)
+    return compare_logprobs(learner, sampler, prompt)
 
-    Returns the largest difference. Raises RuntimeError if it exceeds `train.probe_tolerance`: then
-    the engine's weights are not those of the trainer.
+
+def compare_logprobs(learner: Learner, sampler: Sampler, prompt: Prompt) -> float:
+    """The largest difference of trainer and engine in a logprob of one sample.
+
+    Raises RuntimeError if it exceeds `train.probe_tolerance`: then the engine's weights are not
+    those of the trainer.
     """
     recipe = sampler.recipe
-    sampler.engine.load_weights(learner.weights(sampler.engine), version)
     prefix = list(prompt.prompt_ids)[: max(1, sampler.engine.max_model_len - PROBE_TOKENS)]
     sample = sampler.sample_one(prefix)
     trainer = sequence_logprobs(
@@ -172,8 +178,8 @@ def sync(learner: Learner, sampler: Sampler, prompt: Prompt, version: int) -> fl
     worst = max(abs(a - b) for a, b in zip(trainer, sample.logprobs, strict=True))
     if not worst <= recipe.train.probe_tolerance:
         raise RuntimeError(
-            f"weight version {version}: trainer and engine differ by {worst:.3g} in a logprob, "
-            f"expected at most train.probe_tolerance={recipe.train.probe_tolerance:g}"
+            f"weight version {sampler.engine.version}: trainer and engine differ by {worst:.3g} in "
+            f"a logprob, expected at most train.probe_tolerance={recipe.train.probe_tolerance:g}"
         )
     return worst
 
@@ -182,17 +188,25 @@ def check_engine(learner: Learner, sampler: Sampler) -> None:
     """Compare trainer and engine on a short sequence and on one past the windows of attention.
 
     Raises ValueError with one sentence that says what the model does if the engine leaves it out:
-    then the logprobs differ by more than the rounding of the coarser type.
+    then the logprobs differ by more than the rounding of the coarser type, which the trainer's
+    model shows in both types.
     """
     recipe, model = sampler.recipe, learner.model
-    exact = recipe.engine.dtype == recipe.policy.dtype == "float32"
+    short = "bfloat16" in (recipe.engine.dtype, recipe.policy.dtype)
+    coarse = torch.bfloat16 if short else torch.float32
     ids = probe_ids(model, vars(model)["spo_head"].vocab_size)
     for prefix in (ids[:SHORT], ids[: sampler.engine.max_model_len - 1]):
         sample = sampler.sample_one(prefix)
-        found, temperature = torch.tensor(sample.logprobs), recipe.sampling.temperature
-        own = torch.tensor(sequence_logprobs(model, prefix, list(sample.token_ids), temperature))
-        gap = float((found - own).abs().max())
-        if not agree(found, own, torch.float32 if exact else torch.bfloat16):
+        found, tokens = torch.tensor(sample.logprobs), list(sample.token_ids)
+        each = {}
+        for dtype in (torch.float32, coarse):
+            with in_dtype(model, dtype) as done:
+                if done:
+                    own = sequence_logprobs(model, prefix, tokens, recipe.sampling.temperature)
+                    each[dtype] = torch.tensor(own)
+        own, *rounded = each.values()
+        if not agree(found, own, coarse, *rounded):
+            gap = float((found - own).abs().max())
             raise ValueError(
                 f"engine.name={recipe.engine.name} samples {recipe.policy.path} with logprobs that "
                 f"are {gap:.2g} nats from its own, after {len(prefix)} tokens; {traits(model)}"

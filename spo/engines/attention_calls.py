@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from spo.engines.slot_attention import IMPLEMENTATION
 from spo.models.check import probe_ids
-from spo.models.load import body, text_config
+from spo.models.load import HARMLESS, body, text_config
 
 RECORDING = "spo_recording"  # name of the recording attention in transformers' interface
 TOKENS = 6  # of the recorded forward
@@ -29,13 +29,6 @@ MaskFunction = Callable[[Tensor, Tensor], Tensor]
 """(positions of queries, positions of keys) -> bool, what is read."""
 Pattern = MaskFunction | None
 """None: a query reads itself and everything before."""
-
-HARMLESS = {  # options that change nothing here
-    "dropout",  # 0 outside of training
-    "sliding_window",  # the mask holds it
-    "position_ids",  # some kernels of transformers find packed sequences by them
-    "deterministic",  # chooses a kernel
-}
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,9 @@ def _record(module, query, key, value, attention_mask, scaling=None, **options):
     sinks = options.pop("s_aux", None)
     if sinks is not None and sinks.numel() != heads:
         raise ValueError(f"it has {sinks.numel()} attention sinks for {heads} heads")
-    options.pop("softcap", None)
+    # Nothing drops out after training, and the mask holds the window.
+    for name in ("softcap", "dropout", "sliding_window"):
+        options.pop(name, None)
     for name, value_ in options.items():
         if name not in HARMLESS and value_ is not None and value_ is not False:
             raise ValueError(f"it hands {name} to its attention")

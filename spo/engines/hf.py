@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from spo.engines.agreement import check_logprobs
-from spo.engines.attention_calls import attention_calls
+from spo.engines.attention_calls import AttentionCall, attention_calls
 from spo.engines.draw import draw
 from spo.engines.protocol import COUNTERS, check_request
 from spo.engines.slot_attention import SharedSpan, reading
 from spo.engines.slots import Slots
 from spo.engines.stops import StopTexts, drawn_before, stop_texts
+from spo.models.check import SHORT_TYPES, in_dtype
 from spo.models.load import body, load_causal, longest
 from spo.records import LENGTH, STOP, Completion, Request
 
@@ -107,19 +108,27 @@ class HFEngine:
         self.waiting: list[tuple[int, int, Sequence]] = []  # heap by priority, then arrival
         self._stops: StopTexts | None = None  # made when the first request has stop texts
         try:
-            calls = attention_calls(self.model, self.max_model_len)
-            self._reset(Slots(calls, 4, 8, self.max_model_len, min_shared=4, device=device))
-            check_logprobs(self, HFEngine.submit, HFEngine.poll)
+            with in_dtype(self.model, torch.float32) as done:
+                calls = self._checked(device)
+            if done and dtype in SHORT_TYPES:
+                calls = self._checked(device)  # as it will run, too
         except Exception as error:  # of the model's own code, too
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             reason = kind + " ".join(str(error).split())[:300]
             raise ValueError(
-                f"policy.path: engine.name=hf cannot run {model}: {reason}; use vllm"
+                f"policy.path: engine.name=hf cannot run {model}: {reason}; engine.name=vllm may"
             ) from error
         cached = 2 * max_num_seqs if num_cached is None else num_cached
         limits = (max_num_seqs, cached, self.max_model_len)
         self._reset(Slots(calls, *limits, min_shared=min_shared, device=device))
         self.response_len = response_len
+
+    def _checked(self, device: str) -> list[AttentionCall]:
+        """The model's calls of its attention. Raises ValueError if slots cannot run them."""
+        calls = attention_calls(self.model, self.max_model_len)
+        self._reset(Slots(calls, 4, 8, self.max_model_len, min_shared=4, device=device))
+        check_logprobs(self, HFEngine.submit, HFEngine.poll)
+        return calls
 
     def _reset(self, slots: Slots) -> None:
         """Start from empty slots, with counters of zero."""

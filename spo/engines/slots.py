@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from spo.engines.attention_calls import AttentionCall, MaskFunction
-from spo.engines.memory import free_bytes, gigabytes, zeros
 from spo.engines.slot_attention import SharedSpan, SlotView, Visible
+from spo.models.memory import free_bytes, gigabytes, zeros
 
 LENGTH, CACHED = 64, 16  # tokens of a slot, and number of slots for finished sequences, at first
 SPARE = 3  # more such slots are made only where so many times their memory is free: the trainer

@@ -19,23 +19,9 @@ from transformers import AttentionInterface
 from spo.learn.dense import dense, dense_plan
 from spo.learn.flex import block_mask, flex, padded_length
 from spo.learn.runs import Run, find_runs
+from spo.models.load import HARMLESS
 
-KNOWN = {  # what models hand to the interface that changes nothing here
-    "sliding_window",
-    "softcap",
-    "s_aux",
-    "position_ids",
-    "input_ids",
-    "is_causal",
-    "use_cache",
-    "past_key_values",
-    "cache_position",
-    "position_embeddings",
-    "output_router_logits",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-}
+BENDS = {"sliding_window", "softcap", "s_aux"}  # options that the dense backend attends to
 ROUND = 16  # runs whose lengths round up to the same multiple share a call
 
 
@@ -88,7 +74,7 @@ def packed_attention(
             "policy.packing=rows trains with it"
         )
     given = {name for name, x in options.items() if x is not None and x is not False}
-    if unknown := sorted(given - KNOWN):
+    if unknown := sorted(given - BENDS - HARMLESS):
         raise ValueError(f"the policy's attention uses {', '.join(unknown)}, which packing lacks")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = options.get("sliding_window")
@@ -241,7 +227,7 @@ def _put(whole: Tensor, group: Group, part: Tensor) -> None:
 def _grouped(query: Tensor, key: Tensor, value: Tensor, plan: GroupedPlan, scale: float) -> Tensor:
     if query.device.type != "cpu":
         raise ValueError(
-            f"policy.attention=grouped: expected tensors on the CPU, found {query.device}; use flex"
+            f"policy.attention=grouped: expected tensors on the CPU, found {query.device}"
         )
     tensors = (x[0].transpose(0, 1) for x in (query, key, value))
     return _heads(_Grouped.apply(*tensors, plan, scale))

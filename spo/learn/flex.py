@@ -60,6 +60,6 @@ def _flex_kernel(device: str) -> Callable:
 
 def flex(query: Tensor, key: Tensor, value: Tensor, plan, scale: float) -> Tensor:
     if query.device.type == "cpu" and query.requires_grad:
-        raise ValueError("policy.attention=flex has no backward on the CPU; use grouped")
+        raise ValueError("policy.attention=flex has no backward on the CPU")
     kernel = _flex_kernel(query.device.type)
     return kernel(query, key, value, block_mask=plan, scale=scale, enable_gqa=True)

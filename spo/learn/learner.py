@@ -76,7 +76,7 @@ class Learner:
             for name, parameter in self.model.named_parameters()
         )
         if stored:
-            named = as_stored(self.recipe.policy, named)
+            named = as_stored(self.recipe.policy, named, self.model.base_model_prefix)
         return saved_weights(self.model, named) if engine.saved_names else named
 
     def restart(self) -> None:

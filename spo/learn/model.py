@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from spo.learn.attention import PREFIX, Layout, attending
 from spo.learn.runs import tree_spans
-from spo.models.check import LONGEST, SHORT, probe_ids
+from spo.models.check import SHORT, probe_ids
 from spo.models.head import head_arguments, own_forward
-from spo.models.load import attention, body, own_attention, text_config, windows
+from spo.models.load import attention, body, own_attention, text_config
 from spo.records import Batch
 from spo_kernels import linear_token_logprobs
 
@@ -59,12 +59,6 @@ def _inputs(
     if not attention(model).startswith(PREFIX):
         rows, real = _rows(batch)
         return {"input_ids": rows}, real, nullcontext()
-    unseen = [size for size in windows(model) if size > LONGEST]
-    if unseen and int(batch.position_ids.max()) >= unseen[0]:
-        raise ValueError(
-            f"policy.packing=tree: expected paths of at most {unseen[0]} tokens, the model's "
-            f"window, found {int(batch.position_ids.max()) + 1}; policy.packing=rows has none"
-        )
     layout = Layout(batch.visible_until, batch.position_ids, attention(model).removeprefix(PREFIX))
     size = batch.token_ids.numel()
     ids, positions = (

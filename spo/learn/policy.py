@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spo.config.policy import PolicyConfig
+from spo.engines.attention_calls import attention_calls
 from spo.learn.attention import PREFIX
 from spo.learn.model import (
     find_router_coefficient,
@@ -17,9 +19,19 @@ from spo.learn.model import (
     scored_batch,
     to_device,
 )
-from spo.models.check import SHORT, agree, own_logprobs, probe_ids, traits
+from spo.models.check import (
+    LONGEST,
+    SHORT,
+    SHORT_TYPES,
+    agree,
+    in_dtype,
+    narrow_windows,
+    own_logprobs,
+    probe_ids,
+    traits,
+)
 from spo.models.head import find_head
-from spo.models.load import attention, body, load_causal, set_attention
+from spo.models.load import attention, body, load_causal, longest, set_attention, windows
 from spo.models.tokenizer import load_tokenizer, vocab_size
 from spo.records import Batch
 
@@ -44,9 +56,12 @@ def load_policy(
         known = vocab_size(load_tokenizer(config))
     except ValueError:  # a folder without a tokenizer: token ids are all that there is
         known = None
-    head = find_head(model, known)
-    check_policy(model, config, head.vocab_size)
-    find_router_coefficient(model)
+    with in_dtype(model, torch.float32) as done:
+        head = find_head(model, known)
+        check_policy(model, config, head.vocab_size, limit)
+        find_router_coefficient(model)
+    if done and next(model.parameters()).dtype in SHORT_TYPES:
+        check_policy(model, config, head.vocab_size, limit)  # as it will run, too
     model.train(config.dropout)
     if config.dropout and config.packing == "tree":
         ids = probe_ids(model, head.vocab_size)[:SHORT]
@@ -76,9 +91,13 @@ def load_model(
 
 def attention_backend(config: PolicyConfig) -> str:
     """The backend of `policy.attention`: by default grouped on the CPU, flex elsewhere."""
-    if config.attention != "auto":
-        return config.attention
-    return "grouped" if torch.device(config.device).type == "cpu" else "flex"
+    own = "grouped" if torch.device(config.device).type == "cpu" else "flex"
+    if config.attention in ("grouped", "flex") and config.attention != own:
+        where = "the CPU" if own == "grouped" else "a GPU"
+        raise ValueError(
+            f"policy.attention={config.attention} does not train on {where}: leave it out there"
+        )
+    return own if config.attention == "auto" else config.attention
 
 
 def complete_attention(model: PreTrainedModel) -> str:
@@ -88,21 +107,25 @@ def complete_attention(model: PreTrainedModel) -> str:
     return vars(model)["own_attention"]
 
 
-def check_policy(model: PreTrainedModel, config: PolicyConfig, known: int | None = None) -> None:
+def check_policy(
+    model: PreTrainedModel,
+    config: PolicyConfig,
+    known: int | None = None,
+    limit: int | None = None,
+) -> None:
     """Raise ValueError if the trainer's logprobs are not those of the model's own forward.
 
     A pack of two trees is scored: a prompt with a short and a long branch, past the windows of the
     model's attention where its context reaches so far, and a short neighbour. That fails if layers
     mix tokens elsewhere than in the attention interface (recurrent layers, convolutions), if masks
     or positions are the model's own, or if anything lies between hidden states and logits that the
-    trainer leaves out.
+    trainer leaves out. Windows too long for that are made narrow and checked a second time.
 
     Args:
         known: ids from here on are left out of every logprob.
+        limit: longest sequence of the run, in tokens; by default the model's own.
     """
-    reason = _difference(model, config, known)
-    if reason is None and config.packing == "tree" and not _packs(model):
-        reason = "has attention of its own, outside transformers' attention interface"
+    reason = _reason(model, config.packing, known, limit)
     if reason is None:
         return
     if reason is NOT_CAUSAL:
@@ -115,14 +138,45 @@ def check_policy(model: PreTrainedModel, config: PolicyConfig, known: int | None
     ):
         if config.packing == "tree" and before != other:
             set_attention(model, other or complete_attention(model))
-            if _packs(model) == bool(other) and _difference(model, config, known) is None:
+            if _reason(model, "tree" if other else "rows", known, limit) is None:
                 advice = f"{setting} trains it"
                 break
+    if not advice.startswith("no") and not _sampled_by_hf(model):
+        advice += ", with engine.name=vllm: engine.name=hf cannot run it"
     set_attention(model, before)
     raise ValueError(f"policy.path: {config.path} {reason}; {advice}")
 
 
-def _difference(model: PreTrainedModel, config: PolicyConfig, known: int | None) -> str | None:
+def _sampled_by_hf(model: PreTrainedModel) -> bool:
+    """Whether the embedded engine can run the model's layers, as far as one forward shows."""
+    try:
+        attention_calls(model, 2 * SHORT)
+    except Exception:  # of the model's own code, too
+        return False
+    return True
+
+
+def _reason(
+    model: PreTrainedModel, packing: str, known: int | None, limit: int | None
+) -> str | None:
+    """Why the model would not train as it is set up; None: it would."""
+    reason = _difference(model, known)
+    if reason is not None or packing != "tree":
+        return reason
+    if not _packs(model):
+        return "has attention of its own, outside transformers' attention interface"
+    reach = min((x for x in (limit, longest(model)) if x is not None), default=sys.maxsize)
+    unseen = [size for size in windows(model) if LONGEST < size < reach]
+    if unseen:
+        with narrow_windows(model):
+            reason = _difference(model, known)
+    if reason is not None:
+        shorter = f"engine.max_model_len={unseen[0]} keeps a run within it"
+        reason = f"attends within {unseen[0]} tokens in a way that packs leave out; {shorter}"
+    return reason
+
+
+def _difference(model: PreTrainedModel, known: int | None) -> str | None:
     """How the trainer's logprobs differ from the model's own; None: they agree."""
     ids = probe_ids(model, known)
     prompt, short, long = ids[: SHORT // 2], ids[1:SHORT], ids[SHORT // 2 :]

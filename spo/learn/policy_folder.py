@@ -45,7 +45,8 @@ def save_policy(
     Returns the weights that lost bits when they were cast; training goes on from these.
     """
     source = start_folder(config)
-    cast = {name: tensor.cpu() for name, tensor in as_stored(config, weights.items())}
+    stored = as_stored(config, weights.items(), model.base_model_prefix)
+    cast = {name: tensor.cpu() for name, tensor in stored}
     generation = model.generation_config
     model.generation_config = GenerationConfig()  # some of the hub's are refused when written
     model.save_pretrained(folder, state_dict=dict(cast))
@@ -72,12 +73,17 @@ def save_policy(
 
 
 def as_stored(
-    config: PolicyConfig, weights: Iterable[tuple[str, Tensor]]
+    config: PolicyConfig, weights: Iterable[tuple[str, Tensor]], prefix: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights in the types in which the start policy's folder holds them."""
+    """The weights in the types in which the start policy's folder holds them.
+
+    Args:
+        prefix: of the names of a model's body, which the files of a body alone do not have.
+    """
     known, usual = stored_dtypes(start_folder(config))
     for name, tensor in weights:
-        dtype = known.get(name, usual) if tensor.is_floating_point() else None
+        inside = name.removeprefix(f"{prefix}.")
+        dtype = known.get(name, known.get(inside, usual)) if tensor.is_floating_point() else None
         yield name, tensor if dtype is None else tensor.to(dtype)
 
 

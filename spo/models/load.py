@@ -20,8 +20,25 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from spo.models.files import from_pretrained, require_weights
+
 POLICIES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 ALIGNMENT = 64  # bytes, as PyTorch allocates on the CPU
+WINDOW = "window|chunk"  # in the names of settings that bound attention
+HARMLESS = {  # options of transformers' attention interface that change nothing here
+    "cache_position",
+    "deterministic",
+    "input_ids",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
 RECOMPUTED = ("dynamic", "longrope")  # rope types whose frequencies follow the longest position
 
 
@@ -47,7 +64,8 @@ def load_causal(
     Raises ValueError with one sentence if there is no such model or it lacks weights.
     """
     trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    auto = auto or _auto_class(name, trusted)
+    auto = auto or policy_class(name, **trusted)[0]
+    require_weights(name)
     options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     loaded, info = from_pretrained(auto, name, **trusted, **options)
     model: PreTrainedModel = loaded
@@ -56,6 +74,19 @@ def load_causal(
         raise ValueError(
             f"policy.path: expected all weights of {type(model).__name__} in {name}, "
             f"{len(missing)} are missing, such as {missing[0]}"
+        )
+    if auto in POLICIES and info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        warnings.warn(
+            f"policy.path: {len(unused)} weights of {name}, such as {unused[0]}, are none of "
+            f"{type(model).__name__}'s: they are not used, and checkpoints will not hold them",
+            stacklevel=2,
+        )
+    bad = [key for key, x in model.named_parameters() if not _finite(x)]
+    if bad:
+        raise ValueError(
+            f"policy.path: expected finite weights, {len(bad)} of {name} hold NaN or infinity, "
+            f"such as {bad[0]}"
         )
     model.to(device)  # pyright: ignore[reportArgumentType]  # its wrapper hides the self
     model.eval()
@@ -104,7 +135,7 @@ def longest(model: PreTrainedModel) -> int | None:
 def windows(model: PreTrainedModel) -> list[int]:
     """Lengths of windows and chunks of attention that the configuration names, ascending."""
     named = text_config(model).to_dict().items()
-    sizes = {x for key, x in named if re.search("window|chunk", key) and type(x) is int}
+    sizes = {x for key, x in named if re.search(WINDOW, key) and type(x) is int}
     return sorted(x for x in sizes if x > 0)
 
 
@@ -168,36 +199,34 @@ def _ropes(model: PreTrainedModel) -> Iterator[tuple[Any, list[str | None]]]:
             yield module, found
 
 
-def _auto_class(name: str, trusted: dict[str, Any]) -> type[_BaseAutoModelClass]:
-    """The one that has the class that the folder was saved from, else the first with any."""
-    config = from_pretrained(AutoConfig, name, **trusted)
+def policy_class(name: str, **options: Any) -> tuple[type[_BaseAutoModelClass], Any]:
+    """The auto class that has the class that a folder was saved from, and its configuration.
+
+    Raises ValueError with one sentence if transformers has no causal model of its type.
+    """
+    config = from_pretrained(AutoConfig, name, **options)
     remote = getattr(config, "auto_map", None) or {}
     saved = (config.architectures or [""])[0]
     found = {}
     for auto in POLICIES:
         if auto.__name__ in remote:
-            return auto
+            return auto, config
         if type(config) in auto._model_mapping:
             kind: Any = auto._model_mapping[type(config)]
             found.setdefault(kind.__name__, auto)
     if found:
-        return found.get(saved, next(iter(found.values())))
+        return found.get(saved, next(iter(found.values()))), config
     raise ValueError(
         f"policy.path: expected a causal language model, {name} is a {config.model_type}, for "
         "which transformers has none"
     )
 
 
-def from_pretrained(auto: Any, name: str, **options: Any) -> Any:
-    """`auto.from_pretrained`, of a class of transformers.
-
-    Raises ValueError with one sentence if it cannot be loaded.
-    """
-    try:
-        return auto.from_pretrained(name, **options)
-    except Exception as error:  # of the model's own code, or of a file that is none
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"policy.path: {name} cannot be loaded ({reason})") from error
+def _finite(weights: Tensor) -> bool:
+    """Whether no weight is NaN or infinite; packed and quantised ones are not looked at."""
+    if weights.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return True
+    return bool(torch.isfinite(weights.sum()) or torch.isfinite(weights).all())
 
 
 def _heads(auto: Any, model: PreTrainedModel) -> list[str]:

@@ -12,7 +12,7 @@ from transformers.utils.hub import cached_file
 
 from spo.config.policy import PolicyConfig
 from spo.config.recipe import Recipe
-from spo.models.load import from_pretrained
+from spo.models.files import from_pretrained
 from spo.models.same_ids import warn_of_other_ids
 from spo.records import Sampling
 

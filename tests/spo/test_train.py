@@ -374,6 +374,30 @@ def test_stale_weights_are_noticed(tmp_path):
         train(config(tmp_path, "train.learning_rate=1e-2"), engine=engine)
 
 
+@pytest.mark.parametrize("trained", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sampled", ["float32", "bfloat16"])
+def test_an_engine_that_is_wrong_by_less_than_bf16_hides_is_noticed(tmp_path, trained, sampled):
+    """Its logprobs are those of a policy that is a little surer of itself."""
+
+    class Sharp(HFEngine):
+        sharper = 1.0
+
+        def _forward(self, *arguments, **options):
+            out = super()._forward(*arguments, **options)
+            if hasattr(out, "logits"):
+                out.logits *= self.sharper
+            return out
+
+    dtypes = [f"policy.dtype={trained}", f"engine.dtype={sampled}", "train.probe_tolerance=9"]
+    recipe = config(tmp_path, *dtypes, "train.iterations=1", "eval.problems=1")
+    engine = Sharp(str(EMBEDDED), max_num_seqs=64, max_model_len=96, dtype=getattr(torch, sampled))
+    engine.sharper = 1.2
+    with pytest.raises(ValueError, match="samples embedded with logprobs that are .* from its own"):
+        train(recipe, engine=engine)
+    engine.sharper = 1.0
+    train(recipe, engine=engine)
+
+
 def test_what_no_recipe_sets_trains(tmp_path):
     """Beside what the shipped recipes choose; they are trained in test_methods.py."""
     chain = ["shape={kind: chain, group_size: 2, num_probes: 2}", "train.minibatches=1"]

@@ -117,7 +117,7 @@ def test_an_engine_with_other_weights_is_wrong(llama, tmp_path):
 
 def test_an_exception_is_wrong_and_a_refusal_is_not(llama, tmp_path):
     found = judged(check_trainer, tmp_path, llama[1])  # an empty folder
-    assert found["kind"] == "refused" and "cannot be loaded" in found["reason"]
+    assert found["kind"] == "refused" and "holds no config.json" in found["reason"]
     found = judged(check_trainer, llama[0], None)
     assert found["kind"] == "WRONG" and found["reason"].startswith("AttributeError at ")
 

@@ -152,7 +152,7 @@ def test_a_model_that_slots_cannot_run_is_refused_in_a_sentence(kind, tmp_path):
         ValueError, match=f"engine.name=hf cannot run {folder}: .*{reason}.*"
     ) as error:
         HFEngine(folder)
-    assert str(error.value).endswith("; use vllm") and "\n" not in str(error.value)
+    assert str(error.value).endswith("; engine.name=vllm may") and "\n" not in str(error.value)
 
 
 def test_the_check_at_load_notices_a_window_that_is_not_masked(monkeypatch, tmp_path):

@@ -201,3 +201,20 @@ def test_a_model_with_code_of_its_own_keeps_it(tmp_path):
     found = saved(learner)
     assert files(found / "policy") == files(folder)
     assert type(Learner(learner.recipe, Ranks(), found).model).__name__ == "OwnForCausalLM"
+
+
+def test_types_of_a_bare_bodys_files_are_kept(tmp_path):
+    """Norms in fp32 beside bf16, in files that name the body's weights without its prefix."""
+    folder = write(tmp_path / "start")
+    path = folder / "model.safetensors"
+    bare = {
+        name.removeprefix("model."): tensor.float() if "norm" in name else tensor.bfloat16()
+        for name, tensor in load_file(path).items()
+        if name != "lm_head.weight"
+    }
+    save_file(bare, path, metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(settings))
+    found = saved(learner_of(folder, tmp_path / "run"))
+    for name, tensor in load_file(found / "policy" / "model.safetensors").items():
+        assert tensor.dtype == (torch.float32 if "norm" in name else torch.bfloat16), name

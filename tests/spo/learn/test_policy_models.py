@@ -5,7 +5,7 @@ import torch
 import transformers
 from forests import packed, random_forest
 from safetensors.torch import load_file, save_file
-from sampling import SIZES, tiny_policy
+from sampling import SIZES, shaken, tiny_policy
 
 from spo.config.loss import LikelihoodLossConfig, PolicyLossConfig
 from spo.config.policy import PolicyConfig
@@ -212,3 +212,67 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="1 are missing, such as model.layers.1.mlp.up_proj"):
         load_policy(PolicyConfig(path=folder))
+
+
+HIDDEN_FROM_BF16 = {  # what they leave out is lost in the rounding of bf16
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "doge": {},
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN_FROM_BF16)
+def test_a_fault_below_the_rounding_of_bf16_is_refused_too(tmp_path, kind):
+    folder = tiny_policy(tmp_path, kind, **HIDDEN_FROM_BF16[kind])
+    if kind == "doge":  # what it adds to its mask starts at the same number for all tokens
+        shaken(folder, 0.5, part=".A").save_pretrained(folder)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(ValueError, match="policy.packing=rows trains it"):
+            load_policy(PolicyConfig(path=folder, dtype=dtype))
+    model = load_policy(PolicyConfig(path=folder, dtype="bfloat16", packing="rows"))
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["granite", "gemma2", "qwen3_moe", "gpt_neox"])
+def test_the_check_in_fp32_leaves_the_weights_as_they_were(tmp_path, kind):
+    folder = tiny_policy(tmp_path, kind, **KINDS[kind])
+    model = load_policy(PolicyConfig(path=folder, dtype="bfloat16"))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for (name, p), (_, q) in zip(
+        [*model.named_parameters(), *model.named_buffers()],
+        [*plain.named_parameters(), *plain.named_buffers()],
+        strict=True,
+    ):
+        assert p.dtype == q.dtype and torch.equal(p, q), name
+    assert vars(model)["spo_head"].options == pytest.approx(
+        vars(load_policy(PolicyConfig(path=folder)))["spo_head"].options, rel=1e-5
+    )
+
+
+WIDE = 10_000  # tokens of a window that the check at load does not pass
+UNSEEN = {  # windows that only a mask holds
+    "phimoe": {"num_local_experts": 4, "sliding_window": WIDE},
+    "llama4_text": {
+        "num_local_experts": 4,
+        "intermediate_size_mlp": 64,
+        "attention_chunk_size": WIDE,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_a_long_window_that_packs_leave_out_is_refused_at_load(tmp_path, kind):
+    folder = tiny_policy(tmp_path, kind, max_position_embeddings=2 * WIDE, **UNSEEN[kind])
+    sentence = f"attends within {WIDE} tokens .* engine.max_model_len={WIDE} keeps .*packing=rows"
+    for limit in (None, WIDE + 1):
+        with pytest.raises(ValueError, match=sentence):
+            load_policy(PolicyConfig(path=folder), limit=limit)
+    load_policy(PolicyConfig(path=folder), limit=WIDE)
+    model = load_policy(PolicyConfig(path=folder, packing="rows"))
+    settings = model.config.to_dict()
+    assert WIDE in (settings.get("sliding_window"), settings.get("attention_chunk_size"))
+
+
+def test_a_long_window_that_the_layers_name_trains(tmp_path):
+    folder = tiny_policy(tmp_path, "mistral", max_position_embeddings=2 * WIDE, sliding_window=WIDE)
+    model = load_policy(PolicyConfig(path=folder))
+    assert model.config.sliding_window == WIDE

@@ -15,11 +15,15 @@ CONTAINER = Path("/sys/fs/cgroup")  # of a container with a limit
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that this process can still allocate on `device`."""
+    """Bytes that this process can still allocate on `device`; on the CPU its share of a host's."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         pool = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + pool
+    return _free_on_host() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _free_on_host() -> int:
     try:  # unlike free pages, it counts what the system caches of files
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
