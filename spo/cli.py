@@ -11,13 +11,16 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
+_with_source = warnings.formatwarning
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 110  # files and pipes have no width of their own
@@ -32,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)  # names the unknown option
     else:
         several += rest  # overrides after an option
+    warnings.formatwarning = _sentence
     try:
         arguments.run(arguments)
     except (ValueError, TypeError) as error:
@@ -47,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(error: object, code: int) -> int:
     print(f"spo: {' '.join(str(error).split())}", file=sys.stderr)
     return code
+
+
+def _sentence(message: object, category: type[Warning], filename: str, *where: Any) -> str:
+    """A warning of this package as one sentence; others as Python prints them."""
+    if Path(__file__).parent in Path(filename).parents:
+        return f"spo: warning: {' '.join(str(message).split())}\n"
+    return _with_source(message, category, filename, *where)  # pyright: ignore[reportArgumentType]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from spo.tasks import source_of, task_of
 from spo.tasks.sources import state
 
 BYTES = {"float32": 4, "bfloat16": 2}
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 STATES = {"local": "local", "cached": "in the hub's cache", "download": "would be downloaded"}
 
 
@@ -34,10 +34,10 @@ def describe(recipe: Recipe) -> str:
             f"{cost.sampled:,} sampled tokens to train on",
             f"{cost.probed:,} tokens of probes" if cost.probed else None,
             _replayed(recipe),
-            f"{steps} optimiser steps",
+            _steps(steps),
         ],
         "the run": [
-            f"{train.iterations:,} iterations, {train.iterations * steps:,} optimiser steps",
+            f"{train.iterations:,} iterations, {_steps(train.iterations * steps)}",
             f"at most {train.iterations * (cost.sampled + cost.probed):,} tokens",
             f"and {evaluations(recipe)} evaluations of at most "
             f"{evals.problems * (1 + evals.sampled) * recipe.sampling.max_new_tokens:,} tokens",
@@ -59,6 +59,10 @@ def cost_of_iteration(recipe: Recipe) -> Cost:
     return Cost(one.sampled * prompts, one.graded * prompts, one.probed * prompts)
 
 
+def _steps(count: int) -> str:
+    return f"{count:,} optimiser step{'s' if count != 1 else ''}"
+
+
 def evaluations(recipe: Recipe) -> int:
     """Number of evaluations of a full-length run: at its start, at its end and in between."""
     iterations, every = recipe.train.iterations, recipe.eval.every
@@ -78,30 +82,33 @@ def _replayed(recipe: Recipe) -> str | None:
 def parameters(policy: PolicyConfig) -> int | None:
     """Number of weights, from the model's config; None if that is not on this machine."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from spo.models.load import policy_class
 
     if _policy_state(policy) == STATES["download"]:
         return None
-    options = {"trust_remote_code": policy.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(policy.source, local_files_only=True, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"policy.path: {policy.path} holds no model config ({reason})") from error
+    trusted = {"trust_remote_code": policy.trust_remote_code, "local_files_only": True}
+    auto, config = policy_class(policy.source, **trusted)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **options)
+        model = auto.from_config(config, trust_remote_code=policy.trust_remote_code)
     return sum(p.numel() for p in model.parameters())
+
+
+def _size(count: int) -> str:
+    """Bytes, in GiB or for a small model in MiB."""
+    return f"{count / GIB:9.2f} GiB" if count >= GIB / 10 else f"{count / MIB:9.2f} MiB"
 
 
 def _policy_state(policy: PolicyConfig) -> str:
     from huggingface_hub import try_to_load_from_cache
 
+    from spo.models.files import require_folder
+
     if policy.path == "embedded":
         return "ships with the package"
+    require_folder(policy.path)
     if Path(policy.path).exists():
         return STATES["local"]
-    if policy.path.startswith((".", "/", "~")) or policy.path.count("/") > 1:
-        raise ValueError(f"policy.path: {policy.path} does not exist")
     cached = isinstance(try_to_load_from_cache(policy.path, "config.json"), str)
     return STATES["cached" if cached else "download"]
 
@@ -134,7 +141,7 @@ def _memory(recipe: Recipe) -> list[str]:
         ]
     return [
         f"{count:,} weights",
-        *(f"{count * size / GIB:9.3f} GiB  {name}" for name, size in per_weight.items()),
-        f"{count * sum(per_weight.values()) / GIB:9.3f} GiB  in all, "
+        *(f"{_size(count * size)}  {name}" for name, size in per_weight.items()),
+        f"{_size(count * sum(per_weight.values()))}  in all, "
         "without activations and the engine's cache",
     ]

@@ -18,7 +18,7 @@ from xml.sax.saxutils import escape
 from spo import Forest, load_recipe
 from spo.credit.values import Values
 from spo.grow.sampler import Sampler
-from spo.models.tokenizer import load_tokenizer
+from spo.models.tokenizer import load_tokenizer, response_text, stop_token_ids
 from spo.tasks.problem import CLOSE
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -319,9 +319,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.grow:
         grow().save(arguments.forest)
-    tokenizer = load_tokenizer(load_recipe("spo-tree").policy)
+    policy = load_recipe("spo-tree").policy
+    tokenizer = load_tokenizer(policy)
+    stops = stop_token_ids(policy, tokenizer)
     forest = Forest.load(arguments.forest)
-    nodes = nodes_of(forest, lambda ids: tokenizer.decode(ids, skip_special_tokens=True))
+    nodes = nodes_of(forest, lambda ids: response_text(tokenizer, ids, stops))
     arguments.output.write_text(Drawing(nodes, forest.prompts[0].answer).svg(), encoding="utf-8")
 
 

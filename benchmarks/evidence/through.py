@@ -14,6 +14,7 @@ from spo.engines.protocol import Engine
 from spo.grow.assemble import assemble, is_leaf
 from spo.grow.rollout import path_seed
 from spo.grow.shapes import Growth, Shape, Tree
+from spo.models.tokenizer import response_text
 from spo.records import LENGTH, STOP, Completion, Prompt, Request, Sampling
 from spo.tasks import get_task
 
@@ -78,7 +79,7 @@ class Sampler:
     def reward(self, prompt: Prompt, response_ids: Sequence[int], finish: int) -> float:
         if finish == LENGTH:
             return 0.0
-        text = self.tokenizer.decode(list(response_ids), skip_special_tokens=True)
+        text = response_text(self.tokenizer, response_ids, self.stop)
         key = (prompt.prompt_ids, text)
         if key not in self._verdicts:
             self._verdicts[key] = float(get_task(prompt.task).grade(text, prompt.answer))

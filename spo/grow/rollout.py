@@ -122,6 +122,11 @@ class Rollout:
     def too_long(self) -> str:
         """What is wrong with a prompt that does not fit."""
         new, limit = self.shape.max_new_tokens, self.engine.max_model_len
+        if new >= limit:
+            return (
+                f"too long: max_new_tokens={new} leaves no token for a prompt in the context of "
+                f"{limit}; lower sampling.max_new_tokens or raise engine.max_model_len"
+            )
         return (
             f"longer than {limit - new} tokens and exceed the context of {limit} with "
             f"max_new_tokens={new}; raise engine.max_model_len"

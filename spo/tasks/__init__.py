@@ -59,9 +59,12 @@ def prompts_of(
 
     Training problems longer than `data.max_prompt_tokens` are left out; test problems never are.
     Raises ValueError for an unknown task or split, for options that the task does not have, for a
-    chat that the tokenizer's template refuses, and if the data cannot be read.
+    chat that the tokenizer's template refuses, for tokens that the model lacks, and if the data
+    cannot be read.
     """
-    from spo.models import chat  # imports transformers, which the grading worker does not need
+    # Here, since they import transformers, which the grading worker does not need.
+    from spo.models import chat
+    from spo.models.tokenizer import model_vocab_size
 
     data, task = recipe.data, task_of(recipe)
     limit = data.max_prompt_tokens if split == "train" else None
@@ -69,7 +72,8 @@ def prompts_of(
     options: dict[str, Any] = {} if source is None else {"source": source}
     problems = _problems(recipe.task, partial(task.problems, split, seed, **options))
     write = chat.prompt_writer(data, tokenizer)
-    found = _prompts(recipe.task, problems, tokenizer, write, limit)
+    known = model_vocab_size(recipe.policy)
+    found = _prompts(recipe.task, problems, tokenizer, write, limit, known)
     return _looked_at(found, partial(chat.warn_about_prompt, data, tokenizer))
 
 
@@ -113,6 +117,7 @@ def _prompts(
     tokenizer: PreTrainedTokenizerBase,
     write: Callable[[str], str] = str,
     limit: int | None = None,
+    known: int | None = None,  # the model has no row for ids from here on
 ) -> Iterator[Prompt]:
     from spo.records import Prompt  # imports torch, which the grading worker does not need
 
@@ -127,6 +132,17 @@ def _prompts(
             raise ValueError(
                 f"policy.path: the tokenizer's vocabulary does not cover the {task} problem "
                 f"{problem.text!r}"
+            )
+        if not ids:
+            raise ValueError(
+                f"data.template: expected prompts of at least one token, the {task} problem "
+                f"{problem.text!r} gives none"
+            )
+        if known is not None and max(ids) >= known:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise ValueError(
+                f"policy.path: the tokenizer writes {token!r} as {max(ids)}, and the model has "
+                f"tokens below {known} only"
             )
         if limit is not None and len(ids) > limit:
             too_long += 1

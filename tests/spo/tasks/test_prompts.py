@@ -4,12 +4,14 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from sentences import one_sentence
 from test_datasets import GSM8K, QUESTION, write_lines
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from spo.config.data import DataConfig
 from spo.config.recipe import Recipe
+from spo.models.tokenizer import model_vocab_size
 from spo.tasks import prompts_of
 
 
@@ -72,3 +74,21 @@ def test_a_task_from_outside_must_yield_problems(tmp_path, tokenizer):
     config = Recipe(task=f"{tmp_path}/odd.py:Odd")
     with pytest.raises(ValueError, match=r"odd.py:Odd: expected problems .*, found \('What is"):
         next(prompts_of(config, "train", tokenizer))
+
+
+def test_tokens_that_the_model_lacks_are_named(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "g.jsonl", GSM8K[:1])
+    tokenizer.add_tokens([f"<more{i}>" for i in range(200)])  # of which the model was never told
+    size = model_vocab_size(recipe(path).policy)
+    last, first = f"<more{size - 1 - len(tokenizer) + 200}>", f"<more{size - len(tokenizer) + 200}>"
+    next(prompts_of(recipe(path, template=f"{{problem}} {last}"), "test", tokenizer))
+    unknown = recipe(path, template=f"{{problem}} {first}")
+    with one_sentence([f"the tokenizer writes '{first}' as {size}", f"tokens below {size} only"]):
+        next(prompts_of(unknown, "test", tokenizer))
+
+
+def test_a_prompt_without_a_token_is_named(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "g.jsonl", GSM8K[:1])
+    tokenizer.chat_template = "{% if false %}{{ messages }}{% endif %}"
+    with one_sentence(["expected prompts of at least one token", "gives none"]):
+        next(prompts_of(recipe(path, system="Think."), "test", tokenizer))
