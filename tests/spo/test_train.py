@@ -105,7 +105,7 @@ def test_another_seed_is_another_run_and_a_resumed_one_may_be_new(reference, tmp
 PLACES = {
     "trees grow": ("spo.loop", "_grow", 2),
     "a step is due": ("spo.learn.learner", "Learner.train", 2),
-    "weights go to the engine": ("spo.loop", "sync", 3),
+    "weights go to the engine": ("spo.loop", "sync", 2),
     "a line is written, its checkpoint is not": ("spo.learn.learner", "Learner.save", 2),
     "half a checkpoint is written": ("spo.learn.checkpoint", "save_recipe", 2),
     "the older checkpoint is still there": ("spo.learn.checkpoint", "_complete", 3),
