@@ -122,13 +122,20 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
+def _recipe(arguments):
+    """The recipe, before what takes seconds to import: typing errors are answered at once."""
+    from spo.config.recipe import load_recipe
+
+    return load_recipe(arguments.recipe, arguments.overrides)
+
+
 def _train(arguments) -> None:
-    from spo.api import recipe_of, train
+    recipe = _recipe(arguments)
+    from spo.api import train
     from spo.plan import describe
     from spo.report.pages import write_run_page
 
     _quiet()
-    recipe = recipe_of(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         console.print(describe(recipe), markup=False)
         return
@@ -140,12 +147,12 @@ def _train(arguments) -> None:
 
 
 def _eval(arguments) -> None:
-    from spo.api import evaluate, recipe_of
+    recipe = _recipe(arguments)
+    from spo.api import evaluate
     from spo.learn.checkpoint import versions
-    from spo.metrics import finite
+    from spo.metrics import finite, plus_minus
 
     _quiet()
-    recipe = recipe_of(arguments.recipe, arguments.overrides)
     _writable(arguments.json)
     results = evaluate(
         recipe,
@@ -162,7 +169,7 @@ def _eval(arguments) -> None:
         table.add_row(
             f"{row.max_new_tokens:,}",
             f"{row.samples} at {row.temperature:g}" if row.temperature else "greedy",
-            f"{row.pass_at_1:.3f} ± {row.stderr:.3f}",
+            plus_minus(row.pass_at_1, row.stderr),
             f"{row.problems}" + (f" ({row.too_long} do not fit)" if row.too_long else ""),
             f"{row.truncated:.1%}",
             f"{row.mean_tokens:.0f}",
@@ -195,10 +202,10 @@ def _writable(path: Path | None) -> None:
 
 
 def _rollout(arguments) -> None:
-    from spo.api import recipe_of, rollout
+    recipe = _recipe(arguments)
+    from spo.api import rollout
 
     _quiet()
-    recipe = recipe_of(arguments.recipe, arguments.overrides)
     _writable(arguments.output)
     forest, cost = rollout(recipe)
     forest.save(arguments.output)
@@ -262,11 +269,13 @@ def _compare(arguments) -> None:
 
 def show(name: str, line: dict) -> None:
     """Print one metrics line as live progress."""
+    from spo.metrics import plus_minus
+
     head = f"{name:>10} {line['iteration']:4d} {line['generated_tokens'] / 1000:7.0f}k tokens "
     if line["stage"] == "eval":
-        text = f"Pass@1 greedy {line['greedy']:.3f} ± {line['greedy_stderr']:.3f}"
+        text = f"Pass@1 greedy {plus_minus(line['greedy'], line['greedy_stderr'])}"
         if "sampled" in line:
-            text += f", sampled {line['sampled']:.3f} ± {line['sampled_stderr']:.3f}"
+            text += f", sampled {plus_minus(line['sampled'], line['sampled_stderr'])}"
         if line.get("too_long"):
             text += f", {line['too_long']} problems do not fit"
         console.print(f"[bold]{head}{text}[/bold]")
@@ -275,8 +284,9 @@ def show(name: str, line: dict) -> None:
         dropped, too_long = line["dropped_prompts"], line["too_long"]
         console.print(f"{head}skipped: {dropped} prompts dropped, {too_long} do not fit")
         return
+    cut = f"cut {line['truncated']}  " if line["truncated"] else ""
     console.print(
-        f"{head}reward {line['reward_mean']:.3f}  kept {line['kept_share']:.2f}  "
+        f"{head}reward {line['reward_mean']:.3f}  {cut}kept {line['kept_share']:.2f}  "
         f"zero-adv {line['zero_advantage_share']:.2f}  clip {line['clipfrac']:.3f}  "
         f"grad {line['grad_norm']:.2f}  {line['tokens_per_s']:.0f} tok/s  "
         f"{line['time_rollout']:.1f}+{line['time_train']:.1f} s"

@@ -8,24 +8,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
 
-import torch
-
 from spo.config.recipe import Recipe
 from spo.credit import replay
 from spo.credit.nodes import check_credit
 from spo.engines.make import require_device
 from spo.engines.protocol import Engine
 from spo.grow.rollout import RolloutStats
-from spo.grow.sampler import PROBE_TOKENS, Sampler
+from spo.grow.sampler import Sampler
 from spo.grow.stream import Stream
 from spo.learn import checkpoint, distributed
+from spo.learn.agreement import check_engine, compare_logprobs, sync
 from spo.learn.distributed import Ranks
 from spo.learn.learner import Learner
 from spo.learn.model import sequence_logprobs
 from spo.metrics import MetricsWriter
-from spo.models.check import SHORT, agree, in_dtype, probe_ids, traits
 from spo.models.tokenizer import load_tokenizer
-from spo.records import Forest, Prompt, Replay, concat
+from spo.records import Credit, Forest, Prompt, Replay, concat
 
 Report = Callable[[dict], None]
 
@@ -107,6 +105,8 @@ def train(
                 sampler.engine.sleep()
                 credit = recipe.credit.assign(forest, learner)
                 check_credit(forest, credit)
+                if state.iteration == 0:
+                    _warn_if_nothing_trains(forest, credit)
                 _save_forest(recipe, forest, state, ranks)
                 chosen, kept, buffer = replay.merge(
                     forest,
@@ -157,62 +157,6 @@ def evaluate(sampler: Sampler, tests: Sequence[Prompt], ranks: Ranks) -> dict:
     return line
 
 
-def sync(learner: Learner, sampler: Sampler, prompt: Prompt, version: int) -> float:
-    """Load the trained weights into the engine, then `compare_logprobs`."""
-    sampler.engine.load_weights(learner.weights(sampler.engine), version)
-    return compare_logprobs(learner, sampler, prompt)
-
-
-def compare_logprobs(learner: Learner, sampler: Sampler, prompt: Prompt) -> float:
-    """The largest difference of trainer and engine in a logprob of one sample.
-
-    Raises RuntimeError if it exceeds `train.probe_tolerance`: then the engine's weights are not
-    those of the trainer.
-    """
-    recipe = sampler.recipe
-    prefix = list(prompt.prompt_ids)[: max(1, sampler.engine.max_model_len - PROBE_TOKENS)]
-    sample = sampler.sample_one(prefix)
-    trainer = sequence_logprobs(
-        learner.model, prefix, list(sample.token_ids), recipe.sampling.temperature
-    )
-    worst = max(abs(a - b) for a, b in zip(trainer, sample.logprobs, strict=True))
-    if not worst <= recipe.train.probe_tolerance:
-        raise RuntimeError(
-            f"weight version {sampler.engine.version}: trainer and engine differ by {worst:.3g} in "
-            f"a logprob, expected at most train.probe_tolerance={recipe.train.probe_tolerance:g}"
-        )
-    return worst
-
-
-def check_engine(learner: Learner, sampler: Sampler) -> None:
-    """Compare trainer and engine on a short sequence and on one past the windows of attention.
-
-    Raises ValueError with one sentence that says what the model does if the engine leaves it out:
-    then the logprobs differ by more than the rounding of the coarser type, which the trainer's
-    model shows in both types.
-    """
-    recipe, model = sampler.recipe, learner.model
-    short = "bfloat16" in (recipe.engine.dtype, recipe.policy.dtype)
-    coarse = torch.bfloat16 if short else torch.float32
-    ids = probe_ids(model, vars(model)["spo_head"].vocab_size)
-    for prefix in (ids[:SHORT], ids[: sampler.engine.max_model_len - 1]):
-        sample = sampler.sample_one(prefix)
-        found, tokens = torch.tensor(sample.logprobs), list(sample.token_ids)
-        each = {}
-        for dtype in (torch.float32, coarse):
-            with in_dtype(model, dtype) as done:
-                if done:
-                    own = sequence_logprobs(model, prefix, tokens, recipe.sampling.temperature)
-                    each[dtype] = torch.tensor(own)
-        own, *rounded = each.values()
-        if not agree(found, own, coarse, *rounded):
-            gap = float((found - own).abs().max())
-            raise ValueError(
-                f"engine.name={recipe.engine.name} samples {recipe.policy.path} with logprobs that "
-                f"are {gap:.2g} nats from its own, after {len(prefix)} tokens; {traits(model)}"
-            )
-
-
 def response_limit(recipe: Recipe, state: checkpoint.State) -> int:
     """Maximum length of a response now: that of the first stage that is not over yet."""
     train = recipe.train
@@ -248,6 +192,17 @@ def _warn_if_none_stopped(costs: Sequence[RolloutStats], sampler: Sampler) -> No
         "sampling.stop",
         stacklevel=2,
     )
+
+
+def _warn_if_nothing_trains(forest: Forest, credit: Credit) -> None:
+    """Warn if no token of the first iteration has credit: the task may be out of reach."""
+    if bool(credit.tokens.any()):
+        return
+    rewards = forest.rewards[forest.rewards.isfinite()]
+    alike = "no response differs in its reward from the others of its prompt"
+    if bool((rewards == rewards[0]).all()):
+        alike = f"all {rewards.numel()} responses have the reward {float(rewards[0]):g}"
+    warnings.warn(f"the first iteration trains nothing: {alike}", stacklevel=2)
 
 
 def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:

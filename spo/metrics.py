@@ -19,6 +19,15 @@ from typing import SupportsFloat
 STAGES = ("train", "eval", "skipped")
 
 
+def plus_minus(mean: float, error: float, sign: str = "") -> str:
+    """A mean with its standard error, where that is known: of one problem it is not.
+
+    Args:
+        sign: + writes a sign in front of positive numbers too.
+    """
+    return f"{mean:{sign}.3f}" + (f" ± {error:.3f}" if math.isfinite(error) else "")
+
+
 class MetricsWriter:
     """Appends lines to a metrics file; each is written whole and flushed.
 

@@ -25,7 +25,7 @@ def describe(recipe: Recipe) -> str:
     steps = train.epochs * min(train.minibatches, train.prompts)
     sections = {
         "sources": [
-            f"policy  {recipe.policy.path}: {_policy_state(recipe.policy)}",
+            f"policy  {recipe.policy.path}: {_policy_state(recipe)}",
             *_data(recipe),
         ],
         "memory": _memory(recipe),
@@ -85,7 +85,7 @@ def parameters(policy: PolicyConfig) -> int | None:
 
     from spo.models.load import policy_class
 
-    if _policy_state(policy) == STATES["download"]:
+    if not _is_here(policy):
         return None
     trusted = {"trust_remote_code": policy.trust_remote_code, "local_files_only": True}
     auto, config = policy_class(policy.source, **trusted)
@@ -99,18 +99,32 @@ def _size(count: int) -> str:
     return f"{count / GIB:9.2f} GiB" if count >= GIB / 10 else f"{count / MIB:9.2f} MiB"
 
 
-def _policy_state(policy: PolicyConfig) -> str:
+def _policy_state(recipe: Recipe) -> str:
+    """Where the policy is; what is on this machine must hold what the recipe needs of it."""
+    from spo.models.chat import prompt_writer
+    from spo.models.files import require_weights
+    from spo.models.tokenizer import load_tokenizer
+
+    policy = recipe.policy
+    if not _is_here(policy):
+        return STATES["download"]
+    require_weights(policy.source)
+    prompt_writer(recipe.data, load_tokenizer(policy))
+    if policy.path == "embedded":
+        return "ships with the package"
+    return STATES["local" if Path(policy.path).exists() else "cached"]
+
+
+def _is_here(policy: PolicyConfig) -> bool:
+    """Whether the policy need not be downloaded. Raises ValueError for a folder without a model."""
     from huggingface_hub import try_to_load_from_cache
 
     from spo.models.files import require_folder
 
-    if policy.path == "embedded":
-        return "ships with the package"
-    require_folder(policy.path)
-    if Path(policy.path).exists():
-        return STATES["local"]
-    cached = isinstance(try_to_load_from_cache(policy.path, "config.json"), str)
-    return STATES["cached" if cached else "download"]
+    require_folder(policy.source)
+    if Path(policy.source).is_dir():
+        return True
+    return isinstance(try_to_load_from_cache(policy.source, "config.json"), str)
 
 
 def _data(recipe: Recipe) -> list[str]:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from spo.engines.slot_attention import IMPLEMENTATION
-from spo.models.check import probe_ids
+from spo.models.check import counts_tokens, probe_ids
 from spo.models.load import HARMLESS, body, text_config
 
 RECORDING = "spo_recording"  # name of the recording attention in transformers' interface
@@ -60,6 +60,8 @@ def attention_calls(model: PreTrainedModel, limit: int) -> list[AttentionCall]:
     config, inner = text_config(model), body(model)
     if "position_ids" not in inspect.signature(inner.forward).parameters:
         raise ValueError("it takes no position_ids")
+    if counts_tokens(model):
+        raise ValueError("its layers count the tokens of their input in place of their positions")
     model.set_attn_implementation(RECORDING)
     positions = torch.arange(TOKENS, device=model.device)[None]
     ids = torch.tensor([probe_ids(model)[:TOKENS]], device=model.device)

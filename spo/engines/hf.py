@@ -25,7 +25,8 @@ from spo.engines.slot_attention import SharedSpan, reading
 from spo.engines.slots import Slots
 from spo.engines.stops import StopTexts, drawn_before, stop_texts
 from spo.models.check import SHORT_TYPES, in_dtype
-from spo.models.load import body, load_causal, longest
+from spo.models.head import own_forward
+from spo.models.load import body, load_causal, longest, text_config
 from spo.records import LENGTH, STOP, Completion, Request
 
 PREFILL_TOKENS = 8192  # maximum of one prefill forward, padding included
@@ -100,6 +101,7 @@ class HFEngine:
         )
         self.model.requires_grad_(False)
         self._body = body(self.model)
+        self._wrapped = text_config(self.model) is not self.model.config
         limit = longest(self.model) or UNLIMITED
         self.max_model_len = min(max_model_len or limit, limit)
         self.max_num_seqs, self.response_len = max_num_seqs, 0
@@ -161,8 +163,14 @@ class HFEngine:
         rows, slots = len(self.running), self.slots
         last = slots.tokens[np.arange(rows), slots.lens[:rows]].astype(np.int64)
         out = self._forward(
-            self.model, last[:, None], slots.lens[:rows, None], slice(0, rows), slots.spans(rows)
+            self._body if self._wrapped else self.model,
+            last[:, None],
+            slots.lens[:rows, None],
+            slice(0, rows),
+            slots.spans(rows),
         )
+        if self._wrapped:  # an image's token is a text's token here, as it is in the trainer
+            out = own_forward(self.model, out)
         token_ids, logprobs = draw(
             out.logits[:, -1],
             [s.request.sampling for s in self.running],

@@ -129,7 +129,7 @@ class Rollout:
             )
         return (
             f"longer than {limit - new} tokens and exceed the context of {limit} with "
-            f"max_new_tokens={new}; raise engine.max_model_len"
+            f"max_new_tokens={new}; raise engine.max_model_len, or leave it to the model with null"
         )
 
     def step(self) -> list[Tree]:

@@ -15,15 +15,20 @@ from spo.learn.policy import load_model
 from spo.records import Batch, LossOutput
 
 
-def load_critic(config: PolicyConfig, path: str | None = None) -> PreTrainedModel:
+def load_critic(
+    config: PolicyConfig, path: str | None = None, *, limit: int | None = None
+) -> PreTrainedModel:
     """A critic that starts from the policy's weights; all its values are 0 at first.
 
     Args:
         path: a checkpoint's critic folder; by default the recipe's start policy, with a new head.
+        limit: longest sequence of the run, in tokens, as of the policy; by default the model's own.
 
     Raises ValueError with one sentence if it cannot be loaded or packed.
     """
-    critic = load_model(config, path, auto=AutoModelForTokenClassification, num_labels=1)
+    critic = load_model(
+        config, path, auto=AutoModelForTokenClassification, num_labels=1, limit=limit
+    )
     if path is None:
         head: Any = critic.score
         torch.nn.init.zeros_(head.weight)

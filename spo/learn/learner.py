@@ -48,7 +48,8 @@ class Learner:
         if recipe.loss.kl_coef or recipe.credit.reference:
             self.models["reference"] = self._load().eval().requires_grad_(False)
         if critic is not None:
-            model = load_critic(policy, str(saved / "critic") if saved else None)
+            start = str(saved / "critic") if saved else None
+            model = load_critic(policy, start, limit=recipe.engine.max_model_len)
             self.models["critic"] = model
             self.optimizers["critic"] = _adamw(model, recipe, critic.learning_rate)
 

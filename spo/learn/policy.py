@@ -24,6 +24,7 @@ from spo.models.check import (
     SHORT,
     SHORT_TYPES,
     agree,
+    counts_tokens,
     in_dtype,
     narrow_windows,
     own_logprobs,
@@ -163,6 +164,8 @@ def _reason(
     reason = _difference(model, known)
     if reason is not None or packing != "tree":
         return reason
+    if counts_tokens(model):
+        return "counts the tokens of its input in place of their positions"
     if not _packs(model):
         return "has attention of its own, outside transformers' attention interface"
     reach = min((x for x in (limit, longest(model)) if x is not None), default=sys.maxsize)
@@ -182,12 +185,12 @@ def _difference(model: PreTrainedModel, known: int | None) -> str | None:
     prompt, short, long = ids[: SHORT // 2], ids[1:SHORT], ids[SHORT // 2 :]
     paths = [prompt + short, prompt + long, short]
     scored = [len(short), min(SCORED, len(long)), len(short) - 1]
+    dtype = next(model.parameters()).dtype
     try:
         own = [own_logprobs(model, path, n, known) for path, n in zip(paths, scored, strict=True)]
         beginning = own_logprobs(model, paths[0] + long[:1], scored[0] + 1, known)[:-1]
     except Exception as error:  # of the model's own code
-        return f"does not run on token ids alone ({_first_line(error)})"
-    dtype = next(model.parameters()).dtype
+        return f"does not run on token ids alone in {dtype} ({_first_line(error)})"
     if not agree(beginning, own[0], dtype):
         return NOT_CAUSAL
     packed = _packs(model)
@@ -201,14 +204,14 @@ def _difference(model: PreTrainedModel, known: int | None) -> str | None:
         torch.autograd.grad(row_logprobs(model, alone, 1.0).sum(), first.weight)
     except Exception as error:
         return f"cannot be {'packed' if packed else 'trained in rows'} ({_first_line(error)})"
-    for name, a, b in zip(("short", "long", "second"), found.split(scored), own, strict=True):
-        if not agree(a, b, dtype):
-            worst = float((a - b).abs().max())
-            return (
-                f"would train on logprobs that are {worst:.2g} nats from its own, in the {name} of "
-                f"three sequences; {traits(model)}"
-            )
-    return None
+    if agree(found, torch.cat(own), dtype):
+        return None
+    gaps = [float((a - b).abs().max()) for a, b in zip(found.split(scored), own, strict=True)]
+    name = ("short", "long", "second")[gaps.index(max(gaps))]
+    return (
+        f"would train on logprobs that are {max(gaps):.2g} nats from its own, in the {name} of "
+        f"three sequences; {traits(model)}"
+    )
 
 
 def _packs(model: PreTrainedModel) -> bool:

@@ -7,7 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 ADAPTER = "adapter_config.json"  # of peft
+QUANTISED = {"I8", "U8", "F8_E4M3", "F8_E5M2"}  # types of a safetensors file
 OLD = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt")  # weights in other formats
 
 
@@ -21,19 +24,30 @@ def from_pretrained(auto: Any, name: str, **options: Any) -> Any:
         return auto.from_pretrained(name, **options)
     except Exception as error:  # of the model's own code, or of a file that is none
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"policy.path: {name} cannot be loaded ({reason})") from error
+        what = "cannot be loaded"
+        if not Path(name).is_dir():
+            what = "is no folder here, and as a hub id it cannot be loaded"
+        raise ValueError(f"policy.path: {name} {what} ({reason})") from error
 
 
 def require_folder(name: str) -> None:
     """Raise ValueError with one sentence if `name` can only be a folder, and it holds no model."""
     folder = Path(name)
+    if not name.strip():
+        raise ValueError(f"policy.path: expected a folder or a hub id, found {name!r}")
     if not folder.is_dir():
         if folder.exists():
             raise ValueError(f"policy.path: expected a folder or a hub id, {name} is a file")
         if folder.is_absolute() or name.count("/") > 1 or name.startswith((".", "~", os.sep)):
             raise ValueError(f"policy.path: there is no folder {name}")
         return  # a hub id, perhaps
-    if (folder / "config.json").is_file():
+    whole = (folder / "config.json").is_file()
+    if whole and (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"policy.path: expected one model, {name} holds an adapter ({ADAPTER}) beside one, and "
+            "it would not be used: merge it or move it away"
+        )
+    if whole:
         return
     if (folder / ADAPTER).is_file():
         base = _base_model(folder / ADAPTER)
@@ -45,17 +59,45 @@ def require_folder(name: str) -> None:
         raise ValueError(
             f"policy.path: {name} is a checkpoint, its model lies in {folder / 'policy'}"
         )
+    if (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"policy.path: {name} is a run, its models lie in {folder / 'checkpoints'}, each in a "
+            "folder policy"
+        )
     raise ValueError(f"policy.path: {name} holds no config.json")
 
 
 def require_weights(name: str) -> None:
-    """Raise ValueError with one sentence if a folder holds no weights in safetensors."""
+    """Raise ValueError with one sentence if a folder holds no weights in safetensors, or weights of
+    eight bits whose scales its config.json does not describe.
+    """
     folder = Path(name)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+    if not folder.is_dir():
+        return
+    if any(folder.glob("*.safetensors")):
+        _require_scales(folder)
         return
     other = sorted(path.name for pattern in OLD for path in folder.glob(pattern))
     found = f"only {other[0]}, which transformers loads and writes anew" if other else "none"
     raise ValueError(f"policy.path: expected weights as *.safetensors in {name}, found {found}")
+
+
+def _require_scales(folder: Path) -> None:
+    """Raise ValueError if weights are quantised and nothing says how."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "quantization_config" in settings:
+            return
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118  # not a mapping
+                    if key.endswith("weight") and file.get_slice(key).get_dtype() in QUANTISED:
+                        raise ValueError(
+                            f"policy.path: expected a quantization_config in {folder}/config.json, "
+                            f"as {key} is quantised, found none"
+                        )
+    except (OSError, json.JSONDecodeError, TypeError, SafetensorError):
+        return  # transformers says what is wrong
 
 
 def _base_model(path: Path) -> str:

@@ -67,8 +67,14 @@ def load_causal(
     auto = auto or policy_class(name, **trusted)[0]
     require_weights(name)
     options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are named below
     loaded, info = from_pretrained(auto, name, **trusted, **options)
     model: PreTrainedModel = loaded
+    for key, stored, expected in sorted(info["mismatched_keys"], key=str):
+        raise ValueError(
+            f"policy.path: expected {key} of {name} to have the shape {tuple(expected)}, as its "
+            f"config.json says, found {tuple(stored)}"
+        )
     missing = sorted(set(info["missing_keys"]) - set(_heads(auto, model)))
     if missing:
         raise ValueError(

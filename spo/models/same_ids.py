@@ -41,9 +41,9 @@ def _problem(source: str, trust_remote_code: bool) -> str:
     text = sample_text(tokenizer)
     try:
         auto = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        ids = auto(text)["input_ids"]
+        ids = auto(text, verbose=False)["input_ids"]
     except Exception as error:  # of any class's code; the policy trains without it
         return f"cannot read it ({' '.join(str(error).split())[:200]})"
-    if ids == tokenizer(text)["input_ids"]:
+    if ids == tokenizer(text, verbose=False)["input_ids"]:
         return ""
     return f"makes a {type(auto).__name__} of it and gives a sample text other ids"

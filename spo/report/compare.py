@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from spo.metrics import plus_minus
+
 
 def accuracy_table(results: dict[str, list[dict]]) -> Table:
     """Pass@1 before and after each run."""
@@ -20,9 +22,9 @@ def accuracy_table(results: dict[str, list[dict]]) -> Table:
             table.add_row(
                 name,
                 kind,
-                f"{first[kind]:.3f} ± {first[f'{kind}_stderr']:.3f}",
-                f"{last[kind]:.3f} ± {last[f'{kind}_stderr']:.3f}",
-                f"{change:+.3f} ± {error:.3f}",
+                plus_minus(first[kind], first[f"{kind}_stderr"]),
+                plus_minus(last[kind], last[f"{kind}_stderr"]),
+                plus_minus(change, error, "+"),
                 f"{last['generated_tokens']:,}",
                 f"{last['seconds']:.0f}",
             )

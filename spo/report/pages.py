@@ -27,8 +27,10 @@ def write_run_page(run: Path, output: Path | None = None) -> Path:
     if not metrics.exists():
         raise ValueError(f"expected a run folder, found no metrics.jsonl in {run}")
     output = output or run / "report.html"
-    curves = [RunCurve(run.name, read_metrics(metrics))]
-    write_report(output, curves, run_views(run, run.name), title=run.name)
+    saved = latest_checkpoint(run)
+    name = load_saved(saved).name if saved else run.name
+    curves = [RunCurve(name, read_metrics(metrics))]
+    write_report(output, curves, run_views(run, name), title=name)
     return output
 
 

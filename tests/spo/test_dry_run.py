@@ -1,12 +1,14 @@
 """What a dry run counts, against numbers worked by hand, and what it says of sources."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
+from sentences import one_sentence
 
 from spo.config.data import PROBLEM, DataConfig
-from spo.config.policy import PolicyConfig
+from spo.config.policy import EMBEDDED, PolicyConfig
 from spo.config.recipe import Recipe, load_recipe
 from spo.config.shape import Cost
 from spo.plan import cost_of_iteration, describe, parameters
@@ -76,14 +78,18 @@ def test_no_partition_cuts_more_often_than_is_counted():
         assert len(partition(ids, unsure)) - 1 <= len(config.shape.boundaries(20))
 
 
-def test_weights_are_counted_without_loading_them(tiny_model):
+def test_weights_are_counted_without_loading_them(tiny_model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     real = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
-    policy = PolicyConfig(path=tiny_model)
+    policy = PolicyConfig(path=str(shutil.copytree(tiny_model, tmp_path / "policy")))
     assert parameters(policy) == real
     assert parameters(PolicyConfig(path="nobody/nothing")) is None
     config = load_recipe(None, ["loss.kl_coef=1e-4", "engine.dtype=bfloat16"])
+    with one_sentence(["policy.path"]):  # without a tokenizer
+        describe(dataclasses.replace(config, policy=policy))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EMBEDDED / name, tmp_path / "policy" / name)
     text = describe(dataclasses.replace(config, policy=policy))
     # fp32: weights, gradients, two moments, reference; bf16: the engine
     assert f"{real:,} weights" in text and f"{real * 22 / 2**20:.2f} MiB  in all" in text
@@ -131,3 +137,19 @@ def test_the_paper_s_tree_by_hand():
     assert f"and 101 evaluations of at most {evaluated:,} tokens" in text
     with pytest.raises(ValueError, match="one length per level"):
         load_recipe(path, ["shape.widths=[6,6]"])
+
+
+def test_what_training_would_refuse_is_refused(tmp_path):
+    shutil.copytree(EMBEDDED, tmp_path / "policy")
+    config = dataclasses.replace(Recipe(), policy=PolicyConfig(path=str(tmp_path / "policy")))
+    describe(config)
+    chat = dataclasses.replace(config, data=DataConfig(system="Think."))
+    with one_sentence(["expected a tokenizer with a chat template"]):
+        describe(chat)
+    (tmp_path / "policy" / "model.safetensors").unlink()
+    with one_sentence(["expected weights as *.safetensors"]):
+        describe(config)
+
+
+def test_one_step_is_no_steps():
+    assert "  1 optimiser step\n" in describe(load_recipe(None, ["train.minibatches=1"]))

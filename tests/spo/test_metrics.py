@@ -6,7 +6,7 @@ import math
 import numpy
 import pytest
 
-from spo.metrics import MetricsWriter, mean_stderr, read_metrics
+from spo.metrics import MetricsWriter, mean_stderr, plus_minus, read_metrics
 
 
 def line(iteration, stage="train", **figures):
@@ -111,3 +111,8 @@ def test_mean_and_standard_error():
     assert math.isnan(mean_stderr([1.0, math.nan])[0])
     with pytest.raises(ValueError, match="at least one sample"):
         mean_stderr([])
+
+
+def test_an_error_that_is_not_known_is_not_shown():
+    assert plus_minus(0.25, 0.5) == "0.250 ± 0.500" and plus_minus(0.25, 0, "+") == "+0.250 ± 0.000"
+    assert plus_minus(1, math.nan) == "1.000"

@@ -10,7 +10,10 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from spo.config.policy import PolicyConfig
+from spo.engines.hf import HFEngine
+from spo.learn.model import sequence_logprobs
 from spo.learn.policy import load_policy
+from spo.records import Request, Sampling
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tools"))
@@ -180,3 +183,23 @@ def test_the_table_tells_every_outcome():
     assert "### Refused by the embedded engine\n\n- a: `recurs; use vllm`\n" in page
     assert "- a (conv): `is … nats off; policy.packing=rows`\n" in page
     assert "### Not built at small size\n\n- d: `no x`\n" in page
+
+
+def test_an_images_token_is_a_texts_token_in_trainer_and_engine(tmp_path):
+    """The whole model would put the embedding of a pad token in its place."""
+    model = small_model("gemma4_unified", tmp_path, {})
+    trainer, engine = load_policy(PolicyConfig(path=str(tmp_path))), HFEngine(str(tmp_path))
+    prefix = (5, 9, 30, model.config.audio_token_id)
+    engine.submit(Request(0, prefix, 4, 4, Sampling(0)))
+    done = []
+    while len(done) < 4:
+        done += engine.poll()
+    for sample in done:
+        own = sequence_logprobs(trainer, list(prefix), list(sample.token_ids), 1.0)
+        assert own == pytest.approx(sample.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ernie4_5_moe", "exaone_moe"])
+def test_experts_that_rounding_changes_are_no_fault(kind, tmp_path):
+    small_model(kind, tmp_path, {})
+    load_policy(PolicyConfig(path=str(tmp_path), dtype="bfloat16"))

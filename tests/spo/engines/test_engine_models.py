@@ -55,7 +55,8 @@ MODELS = {  # kind -> settings of its configuration
         "vocab_size_per_layer_input": 48,
     },
     "gpt_oss": MOE | {"sliding_window": WINDOW},
-    "llama4_text": MOE | {"attention_chunk_size": WINDOW, "intermediate_size_mlp": 64},
+    "llama4_text": MOE | {"attention_chunk_size": WINDOW, "intermediate_size_mlp": 64,
+                          "attn_temperature_tuning": False, "no_rope_layers": [1, 0]},
     "phi3": {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64},
     "deepseek_v3": LATENT | {
         "n_routed_experts": 4,
@@ -76,6 +77,9 @@ REFUSED = {  # kind -> settings, what the sentence says
     "gptj": ({"rotary_dim": 8}, "in 0 of its 2 layers"),
     "doge": ({}, "makes an attention mask of its own"),
     "bert": ({}, "attends in both directions"),
+    "llama4_text": (MOE | {"attention_chunk_size": WINDOW, "intermediate_size_mlp": 64,
+                           "no_rope_layers": [1, 0]},
+                    "count the tokens of their input"),
     "falcon_h1": ({"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
                   r"logprobs that are \S+ nats from the model's own; it has"),
 }  # fmt: skip

@@ -190,6 +190,15 @@ REFUSED = {
     "bert": ({"is_decoder": False}, "reads tokens that come later: it is no causal model"),
     "t5": ({"d_kv": 8}, "expected a causal language model, .* is a t5"),
     "bart": ({"d_model": 64}, "positions of its own; policy.packing=rows trains it"),
+    "llama4_text": (
+        {
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 64,
+            "attention_chunk_size": 4096,
+            "no_rope_layers": [1, 0],
+        },
+        "counts the tokens of its input .* rows trains it, with engine.name=vllm",
+    ),
 }
 
 
@@ -255,6 +264,7 @@ UNSEEN = {  # windows that only a mask holds
         "num_local_experts": 4,
         "intermediate_size_mlp": 64,
         "attention_chunk_size": WIDE,
+        "attn_temperature_tuning": False,
     },
 }
 

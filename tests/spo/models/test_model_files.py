@@ -33,7 +33,18 @@ def checkpoint(folder):
     tiny_policy(folder / "policy", "llama")
 
 
+def run(folder):
+    (folder / "checkpoints").mkdir()
+
+
+def both(folder):
+    tiny_policy(folder, "llama")
+    adapter(folder)
+
+
 FOLDERS = {
+    run: "is a run, its models lie in",
+    both: "an adapter (adapter_config.json) beside one, and it would not be used",
     empty: "holds no config.json",
     adapter: "holds an adapter of some/base, no whole model: merge it with peft's",
     odd_adapter: "holds an adapter of another model",
@@ -45,7 +56,7 @@ FOLDERS = {
 @pytest.mark.parametrize("load", [load_policy, load_tokenizer, parameters])
 def test_a_folder_without_a_model_is_named_for_what_it_holds(tmp_path, make, load):
     make(tmp_path)
-    with one_sentence([f"policy.path: {tmp_path}", FOLDERS[make]]):
+    with one_sentence(["policy.path: ", str(tmp_path), FOLDERS[make]]):
         load(PolicyConfig(path=str(tmp_path)))
 
 
@@ -54,6 +65,11 @@ def test_a_folder_that_is_not_there_is_no_hub_id(tmp_path, load):
     for path in ("./none", "~/none", "a/b/c", str(tmp_path / "none")):
         with one_sentence([f"policy.path: there is no folder {path}"]):
             load(PolicyConfig(path=path))
+    for path in ("a b/none", "none"):
+        with one_sentence([f"{path} is no folder here, and as a hub id it cannot be loaded"]):
+            load_policy(PolicyConfig(path=path))
+    with one_sentence(["expected a folder or a hub id, found ''"]):
+        load(PolicyConfig(path=""))
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
     with one_sentence(["expected a folder or a hub id", "is a file"]):
@@ -91,6 +107,26 @@ def test_weights_that_the_model_has_no_place_for_are_named(tmp_path):
     weights["model.layers.1.self_attn.q_proj.bias"] = torch.ones(64)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.warns(UserWarning, match="1 weights of .* such as .*q_proj.bias.* are not used"):
+        load_policy(PolicyConfig(path=folder))
+
+
+def test_a_weight_of_another_shape_is_named(tmp_path):
+    folder = tiny_policy(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(63)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with one_sentence(["model.norm.weight", "the shape (64,)", "found (63,)"]):
+        load_policy(PolicyConfig(path=folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_without_scales_are_named(tmp_path, dtype):
+    folder = tiny_policy(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = weights[name].to(dtype)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with one_sentence(["a quantization_config", f"as {name} is quantised"]):
         load_policy(PolicyConfig(path=folder))
 
 
