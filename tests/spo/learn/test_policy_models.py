@@ -197,7 +197,7 @@ REFUSED = {
             "attention_chunk_size": 4096,
             "no_rope_layers": [1, 0],
         },
-        "counts the tokens of its input .* rows trains it, with engine.name=vllm",
+        "counts the tokens of its input .*rows trains it, with engine.name=vllm",
     ),
 }
 
