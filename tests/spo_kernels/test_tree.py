@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import examples, needs_fast, slow_if_interpreted
+from kernel_cases import INTERPRETED, examples, needs_fast, slow_if_interpreted
 from torch import Tensor
 
 from spo_kernels import tree_advantages, tree_stats, tree_values
@@ -332,8 +332,8 @@ def random_forest(size: int, reach: int, seed: int):
 @pytest.mark.parametrize(
     "size, reach",
     [
-        (700, 1),
-        (2000, 30),
+        (530 if INTERPRETED else 700, 1),
+        (600 if INTERPRETED else 2000, 30),  # two programs of lanes, or four
         *(
             pytest.param(*sizes, marks=slow_if_interpreted)
             for sizes in ((1_000_000, 1_000_000), (1_000_000, 30), (9999, 1))

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,14 +42,22 @@ from spo_kernels.triton.objective import (  # noqa: E402
     token_args,
 )
 
-SHARED = [
-    *("test_policy_loss.py", "test_logprobs.py", "test_tree.py", "test_segments.py"),
-    *("test_loss_options.py", "test_softcap.py"),
-    *(f"test_triton.py::test_{n}" for n in ("objective", "rows_of_several_blocks", "scale")),
-    *(f"test_linear_policy_loss.py::test_{n}" for n in ("options", "bf16_gradient_of_fp32_logits")),
+SHARED = [  # in two processes, which take about as long
+    [
+        *("test_policy_loss.py", "test_tree.py", "test_segments.py"),
+        *(
+            f"test_linear_policy_loss.py::test_{n}"
+            for n in ("options", "bf16_gradient_of_fp32_logits")
+        ),
+    ],
+    [
+        *("test_logprobs.py", "test_loss_options.py", "test_softcap.py"),
+        *(f"test_triton.py::test_{n}" for n in ("objective", "rows_of_several_blocks", "scale")),
+    ],
 ]
 LEFT_OUT = [
     *("reference", "errors", "gradcheck", "opcheck", "compiles", "fuzz"),  # less of the kernel
+    "thread_count",  # Triton has none
     "(options or temperature) and (dtype1 or dtype2)",  # the rest is slow and was had in fp32
     "test_logprobs and (32000 or 50257 or 129920)",
     "test_softcap and (oracle or models or dtype1 or dtype2 or 0.0625 or 50257 or 33)",
@@ -61,24 +71,30 @@ need_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no
 
 @pytest.mark.parametrize("interpreted", [True, pytest.param(False, marks=need_gpu)])
 def test_the_tests_of_the_ops_on_triton(interpreted):
-    """In a process of its own: whether Triton interprets is settled when it is first imported.
+    """In processes of their own: whether Triton interprets is settled when it is first imported.
 
-    pytest's report on those that failed is the message.
+    Two at once, since each uses one core. pytest's reports on those that failed are the message.
     """
     environment = {"TRITON_INTERPRET": "1" if interpreted else "0", "SPO_TEST_BACKEND": "triton"}
     # The step from an empty maximum to the first logit overflows on purpose: its exponential is 0.
     overflow = "ignore::RuntimeWarning:triton.runtime.interpreter"
     options = ["-q", "-p", "no:cacheprovider", "--tb=short", "-W", overflow]
     left_out = " and ".join(f"not ({x})" for x in LEFT_OUT)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, "-k", left_out, *SHARED],
+    command = [sys.executable, "-m", "pytest", *options, "-k", left_out]
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(partial(run_tests, command, os.environ | environment), SHARED))
+    assert all(x.returncode == 0 for x in done), "".join(x.stdout + x.stderr for x in done)
+
+
+def run_tests(command, environment, tests):
+    return subprocess.run(
+        [*command, *tests],
         cwd=Path(__file__).parent,
-        env=os.environ | environment,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=280,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @triton.jit
@@ -263,6 +279,9 @@ VARIANTS = {  # kernel, dtypes of logits and dlogits, arguments that are no run-
 }
 UNALIGNED = ("loss entropy k3 fp16", "logprobs of all rows", "backward entropy bf16")
 UNALIGNED += ("logprobs capped entropy bf16", "backward capped entropy fp32")
+# The kernel that takes the most registers, of each kind: these are compiled for every GPU.
+LARGEST = ("loss all options fp32", "loss all options bf16", "loss capped bf16")
+LARGEST += ("logprobs capped entropy bf16", "backward capped entropy fp32")
 
 
 def compile_for(target, kernel, dtype, dlogits_dtype, constants, vocab):
@@ -321,12 +340,27 @@ def stack_bytes(binary, target, folder):
     return max(int(size) for size in found)
 
 
+def on_targets(cases, everywhere):
+    """Each case for sm_90; for the other GPUs, those `everywhere`. `make slow` has the rest."""
+    found = []
+    for name in TARGETS:
+        for case in cases:
+            rest = name != "sm_90" and case[0] not in everywhere.get(name, ())
+            found.append(pytest.param(name, *case, marks=[pytest.mark.slow] if rest else []))
+    return found
+
+
+# Warps of 64 threads make other blocks, so gfx942 has the kernels that do not sweep, and rows of
+# any alignment, too. The code for sm_80 and sm_100 differs from that for sm_90 in ptxas alone.
+OF_64 = (*LARGEST, *UNALIGNED, "prepare gathered rows", "finish late")
+SWEPT = [*((variant, 151936) for variant in VARIANTS), *((variant, 101) for variant in UNALIGNED)]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="Triton interprets")
 @pytest.mark.parametrize(
-    ("variant", "vocab"),
-    [*((variant, 151936) for variant in VARIANTS), *((variant, 101) for variant in UNALIGNED)],
+    ("name", "variant", "vocab"),
+    on_targets(SWEPT, {"sm_80": LARGEST, "sm_100": LARGEST, "gfx942": OF_64}),
 )
-@pytest.mark.parametrize("name", TARGETS)
 def test_compiles_without_spilling(name, variant, vocab, tmp_path):
     target = TARGETS[name]
     binary = compile_for(target, *VARIANTS[variant], vocab)
@@ -365,8 +399,9 @@ FOREST = {  # kernel, launch constants, arguments that are no run-time values or
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton interprets")
-@pytest.mark.parametrize("variant", FOREST)
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    ("name", "variant"), on_targets([(variant,) for variant in FOREST], {"gfx942": FOREST})
+)
 def test_forest_kernels_compile_without_spilling(name, variant, tmp_path):
     target = TARGETS[name]
     kernel, launch_constants, changes = FOREST[variant]
