@@ -28,51 +28,62 @@ from spo.learn.pack import pack
 from spo.config.loss import PolicyLossConfig
 from spo.learn.loss import policy_loss
 
-mode, folder, out = sys.argv[1:]
-ranks = distributed.join(mode, "cpu")
-single = load_fp64(folder, "spo_grouped")
-model = load_fp64(folder, "spo_grouped")
-if ranks.sharded:
-    distributed.shard(model, None, "cpu")
-results = []
-for seed, trees, budget in ((0, 4, 25), (1, 3, 10**6), (2, 1, 10**6), (3, 6, 40)):
-    forest, advantages = random_forest(seed, trees=trees)
-    options = {"prob_threshold": RHO, "tokens_per_batch": budget}
-    single.zero_grad()
-    whole, stats = pack(forest, of_tokens(forest, advantages), **options)
-    for batch in whole:
-        policy_loss(single, batch, PolicyLossConfig(), 1.0).loss.backward()
-    model.zero_grad()
-    credit = of_tokens(forest, advantages)
-    mine, same = pack(forest, credit, **options, share=(ranks.rank, ranks.world))
-    figures = {"loss": 0.0, "kept": 0.0, "ratio_max": 0.0}
-    for i, batch in enumerate(mine):
-        distributed.begin_batch(model, ranks, last=i == len(mine) - 1)
-        out_ = policy_loss(model, batch, PolicyLossConfig(), 1.0)
-        (out_.loss * distributed.loss_scale(ranks)).backward()
-        for key in figures:
-            figures[key] += out_.metrics[key]
-    distributed.add_gradients(model, ranks)
-    figures = distributed.add_figures(figures, ranks)
-    error = max(
-        float((distributed.full(a.grad) - b.grad).norm() / (1e-3 + b.grad.norm()))
-        for a, b in zip(model.parameters(), single.parameters())
-    )
-    norm = float(torch.cat([p.grad.flatten() for p in single.parameters()]).norm())
-    counts = [len(x) for x in distributed.gather(ranks, mine)]
-    assert (same.kept_tokens, same.trained_tokens) == (stats.kept_tokens, stats.trained_tokens)
-    results.append([error, norm, figures["kept"], stats.kept_tokens, counts])
+folder, out = sys.argv[1:]
+found = {}
+for mode in ("ddp", "fsdp"):
+    ranks = distributed.join(mode, "cpu")
+    single = load_fp64(folder, "spo_grouped")
+    model = load_fp64(folder, "spo_grouped")
+    if ranks.sharded:
+        distributed.shard(model, None, "cpu")
+    results = []
+    for seed, trees, budget in ((0, 4, 25), (1, 3, 10**6), (2, 1, 10**6), (3, 6, 40)):
+        forest, advantages = random_forest(seed, trees=trees)
+        options = {"prob_threshold": RHO, "tokens_per_batch": budget}
+        single.zero_grad()
+        whole, stats = pack(forest, of_tokens(forest, advantages), **options)
+        for batch in whole:
+            policy_loss(single, batch, PolicyLossConfig(), 1.0).loss.backward()
+        model.zero_grad()
+        credit = of_tokens(forest, advantages)
+        mine, same = pack(forest, credit, **options, share=(ranks.rank, ranks.world))
+        figures = {"loss": 0.0, "kept": 0.0, "ratio_max": 0.0}
+        for i, batch in enumerate(mine):
+            distributed.begin_batch(model, ranks, last=i == len(mine) - 1)
+            out_ = policy_loss(model, batch, PolicyLossConfig(), 1.0)
+            (out_.loss * distributed.loss_scale(ranks)).backward()
+            for key in figures:
+                figures[key] += out_.metrics[key]
+        distributed.add_gradients(model, ranks)
+        figures = distributed.add_figures(figures, ranks)
+        error = max(
+            float((distributed.full(a.grad) - b.grad).norm() / (1e-3 + b.grad.norm()))
+            for a, b in zip(model.parameters(), single.parameters())
+        )
+        norm = float(torch.cat([p.grad.flatten() for p in single.parameters()]).norm())
+        counts = [len(x) for x in distributed.gather(ranks, mine)]
+        assert (same.kept_tokens, same.trained_tokens) == (stats.kept_tokens, stats.trained_tokens)
+        results.append([error, norm, figures["kept"], stats.kept_tokens, counts])
+    found[mode] = results
 if ranks.main:
-    json.dump(results, open(out, "w"))
+    json.dump(found, open(out, "w"))
 """
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_two_ranks_have_the_gradient_of_one(tiny_model, tmp_path, mode):
-    script = tmp_path / "gradients.py"
+@pytest.fixture(scope="module")
+def gradients(tiny_model, tmp_path_factory):
+    """What `GRADIENTS` finds in both modes, one after the other in the same processes."""
+    folder = tmp_path_factory.mktemp("gradients")
+    script = folder / "gradients.py"
     script.write_text(GRADIENTS)
-    torchrun(script, mode, tiny_model, tmp_path / "out.json")
-    for error, norm, kept, expected, counts in json.loads((tmp_path / "out.json").read_text()):
+    torchrun(script, tiny_model, folder / "out.json")
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_ranks_have_the_gradient_of_one(gradients, mode):
+    assert len(gradients[mode]) == 4
+    for error, norm, kept, expected, counts in gradients[mode]:
         assert error <= 1e-9 and norm > 0
         assert kept == expected  # figures are those of the whole step
         assert len(set(counts)) == 1 and counts[0] > 0
@@ -98,36 +109,48 @@ SMALL = [
 ]
 
 
-def run(out, mode, iterations, *more):
-    recipe = out / "recipe.yaml"
-    out.mkdir(parents=True, exist_ok=True)
-    recipe.write_text("name: test\n")
-    settings = [f"train.parallel={mode}", f"train.iterations={iterations}", f"out={out}"]
-    torchrun("-m", "spo", "train", recipe, *SMALL, *settings, *more)
+RUNS = """
+import json, sys
+from spo.cli import main
+
+sys.exit(any(main(arguments) for arguments in json.loads(sys.argv[1])))
+"""
+
+
+def run(folder, *runs):
+    """Train by the command line on two processes, one run after the other: (out, mode, more)."""
+    (folder / "recipe.yaml").write_text("name: test\n")
+    (folder / "runs.py").write_text(RUNS)
+    commands = []
+    for out, mode, *more in runs:
+        settings = [*SMALL, f"train.parallel={mode}", f"out={out}", *more]
+        commands.append(["train", str(folder / "recipe.yaml"), *settings])
+    torchrun(folder / "runs.py", json.dumps(commands))
 
 
 @pytest.fixture(scope="module")
-def one_iteration(tmp_path_factory):
-    """A sharded run that stopped after one iteration."""
-    out = tmp_path_factory.mktemp("one")
-    run(out, "fsdp", 1)
-    return out
+def begun(tmp_path_factory):
+    """(a sharded run that stopped after one iteration; one of two, whole weights on each rank)."""
+    folder = tmp_path_factory.mktemp("begun")
+    one, two = folder / "one", folder / "two"
+    run(folder, (one, "fsdp", "train.iterations=1"), (two, "ddp", "train.iterations=2"))
+    return one, two
 
 
 @pytest.fixture(scope="module")
-def two_iterations(tmp_path_factory):
-    """An undisturbed run of two iterations, whole weights on each rank."""
-    out = tmp_path_factory.mktemp("two")
-    run(out, "ddp", 2)
-    return out
+def resumed(begun, tmp_path_factory):
+    """The stopped run as it goes on in either mode."""
+    folder = tmp_path_factory.mktemp("resumed")
+    for mode in ("ddp", "fsdp"):
+        shutil.copytree(begun[0], folder / mode)
+    run(folder, *((folder / m, m, "train.iterations=2", "--resume") for m in ("ddp", "fsdp")))
+    return folder
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_a_sharded_checkpoint_resumes_in_either_mode(one_iteration, two_iterations, tmp_path, mode):
-    out = tmp_path / "resumed"
-    shutil.copytree(one_iteration, out)
-    before = trained_weights(out)
-    run(out, mode, 2, "--resume")
+def test_a_sharded_checkpoint_resumes_in_either_mode(begun, resumed, mode):
+    (one_iteration, two_iterations), out = begun, resumed / mode
+    before = trained_weights(one_iteration)
     moved = distance(before, trained_weights(two_iterations))
     assert distance(trained_weights(out), trained_weights(two_iterations)) * 50 < moved
     state, expected = (load_state(latest_checkpoint(x)) for x in (out, two_iterations))
@@ -138,9 +161,9 @@ def test_a_sharded_checkpoint_resumes_in_either_mode(one_iteration, two_iteratio
         assert a["kept_share"] == b["kept_share"] and a["packed_tokens"] == b["packed_tokens"]
 
 
-def test_a_sharded_checkpoint_trains_on_in_one_process(one_iteration, tmp_path):
+def test_a_sharded_checkpoint_trains_on_in_one_process(begun, tmp_path):
     out = tmp_path / "alone"
-    shutil.copytree(one_iteration, out)
+    shutil.copytree(begun[0], out)
     lines = train(load_recipe(None, [*SMALL, f"out={out}", "train.iterations=2"]), resume=True)
     assert [line["stage"] for line in lines] == ["train", "eval"]
     config = json.loads((latest_checkpoint(out) / "policy" / "config.json").read_text())
@@ -152,7 +175,8 @@ def test_a_sharded_checkpoint_trains_on_in_one_process(one_iteration, tmp_path):
 def test_a_rank_without_survivors_adds_no_tree_and_all_ranks_skip_together(tmp_path):
     (tmp_path / "mixed.py").write_text(MIXED)
     small = ["train.prompts=2", "train.replay_nodes=0", "engine.max_model_len=80"]
-    run(tmp_path, "ddp", 3, *small, f"task={tmp_path}/mixed.py:Mixed", "sampling.max_new_tokens=30")
+    small += [f"task={tmp_path}/mixed.py:Mixed", "sampling.max_new_tokens=30"]
+    run(tmp_path, (tmp_path, "ddp", "train.iterations=3", *small))
     lines = [m for m in read_metrics(tmp_path / "metrics.jsonl") if m["stage"] != "eval"]
     found = [(line["stage"], line["too_long"]) for line in lines]
     assert found == [("train", 1), ("skipped", 2), ("train", 0)]

@@ -15,6 +15,16 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 
 
+BOTH = """
+import sys
+from spo.cli import main
+
+_, name, *arguments = sys.argv
+assert name == "spo" and main([*arguments, "--dry-run"]) == 0
+sys.exit(main(arguments))
+"""
+
+
 @pytest.fixture
 def recipe(tmp_path):
     """A folder with a recipe and the three files beside it."""
@@ -42,10 +52,10 @@ def spo(*arguments, cwd, run=(sys.executable, "-m")):
 
 def test_from_a_dry_run_to_torchrun(recipe):
     folder = recipe.parent  # `shape` is a module of the current folder, task.py beside the recipe
-    code, said = spo("train", "recipe.yaml", "--dry-run", cwd=folder)
-    assert code == 0 and "mine: shape:Ladder on" in said and "task.py:Sorting" in said
-    code, said = spo("train", "recipe.yaml", "train.iterations=1", "out=run", cwd=folder)
-    assert code == 0, said
+    (folder / "both.py").write_text(BOTH)
+    first = ["train", "recipe.yaml", "train.iterations=1", "out=run"]
+    code, said = spo(*first, cwd=folder, run=(sys.executable, "both.py"))
+    assert code == 0 and "mine: shape:Ladder on" in said and "task.py:Sorting" in said, said
     saved = yaml.safe_load((latest_checkpoint(folder / "run") / "recipe.yaml").read_text())
     assert saved["task"] == f"{folder / 'task.py'}:Sorting" and saved["shape"]["rungs"] == 1
     code, said = spo("train", "recipe.yaml", "out=run", "--resume", cwd=folder)
