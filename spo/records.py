@@ -8,14 +8,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+F = TypeVar("F", bound="Forest")  # `spo.Forest` among them
 
 FOREST_FORMAT = "spo.forest.1"
 
@@ -72,11 +77,22 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The settings that a forest was grown with, as far as its text and its credit need them."""
+
+    recipe: str  # its name
+    policy: str  # policy.path as the recipe gives it; the text needs this policy's tokenizer
+    credit: Mapping[str, Any]  # the group `credit`, `type` included; a file without its folder
+    prob_threshold: float | None = None  # loss.prob_threshold
+
+
+@dataclass(frozen=True, eq=False)
 class Forest:
     """Trees of token segments under prompts; flat, parents before children, CPU tensors.
 
     A root holds its prompt's tokens. `save` writes one safetensors file, which the viewer, the
-    replay buffer, the integrations and the tests read.
+    replay buffer, the integrations and the tests read. Two forests are equal if all tensors are
+    (NaN equals NaN) and all else is. `spo.Forest` adds what a person asks a forest for.
     """
 
     token_ids: Tensor  # (T,) int32
@@ -92,6 +108,17 @@ class Forest:
     born: Tensor  # (S,) int32, weight version that sampled the node; -1 for a root
     prompts: tuple[Prompt, ...] = ()  # (B,)
     temperature: float = 1.0  # of the sampling
+    origin: Origin | None = None  # None: not known
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Forest):
+            return NotImplemented
+        rest = ("prompts", "temperature", "origin")
+        return all(getattr(self, name) == getattr(other, name) for name in rest) and all(
+            _same(getattr(self, name), getattr(other, name)) for name in FOREST_TENSORS
+        )
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     @property
     def num_nodes(self) -> int:
@@ -124,20 +151,25 @@ class Forest:
         return [t for n in self.path(node) for t in self.tokens(n)]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file; the prompts are JSON in its header."""
+        """Write one safetensors file; the prompts and the origin are JSON in its header."""
         header = {
             "format": FOREST_FORMAT,
             "prompts": [dataclasses.asdict(p) for p in self.prompts],
             "temperature": self.temperature,
         }
+        if self.origin is not None:
+            header["origin"] = dataclasses.asdict(self.origin)
         tensors = {name: getattr(self, name).contiguous() for name in FOREST_TENSORS}
         # One key only: safetensors writes several keys in no fixed order, and equal forests must
         # make equal files.
         save_file(tensors, os.fspath(path), metadata={"spo": json.dumps(header)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Forest:
-        """Read a file of `save`. Raises ValueError with the file's name if it is not a forest."""
+    def load(cls, path: str | os.PathLike) -> Self:
+        """Read a file of `save`; files of earlier versions have no origin.
+
+        Raises ValueError with the file's name if it is not a forest.
+        """
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("spo", "{}"))
@@ -147,7 +179,8 @@ class Forest:
             prompts = tuple(
                 Prompt(**p | {"prompt_ids": tuple(p["prompt_ids"])}) for p in header["prompts"]
             )
-            return cls(**tensors, prompts=prompts, temperature=header["temperature"])
+            origin = Origin(**header["origin"]) if "origin" in header else None
+            return cls(**tensors, prompts=prompts, temperature=header["temperature"], origin=origin)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable forest file: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -155,12 +188,18 @@ class Forest:
 
 
 FOREST_TENSORS = tuple(
-    f.name for f in dataclasses.fields(Forest) if f.name not in ("prompts", "temperature")
+    f.name for f in dataclasses.fields(Forest) if f.name not in ("prompts", "temperature", "origin")
 )
 
 
-def concat(forests: Sequence[Forest]) -> Forest:
-    """One forest of all trees, in order."""
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers in the same type; NaN equals NaN."""
+    alike = a.dtype == b.dtype and a.shape == b.shape
+    return alike and bool(((a == b) | (a != a) & (b != b)).all())
+
+
+def concat(forests: Sequence[F]) -> F:
+    """One forest of all trees, in order; its origin is not known if theirs differ."""
     fields = {name: [getattr(f, name) for f in forests] for name in FOREST_TENSORS}
     nodes, tokens, trees = 0, 0, 0
     for i, f in enumerate(forests):
@@ -172,14 +211,16 @@ def concat(forests: Sequence[Forest]) -> Forest:
             tokens + f.token_ids.numel(),
             trees + len(f.prompts),
         )
-    return Forest(
+    first = forests[0]
+    return type(first)(
         **{name: torch.cat(parts) for name, parts in fields.items()},
         prompts=tuple(p for f in forests for p in f.prompts),
-        temperature=forests[0].temperature,
+        temperature=first.temperature,
+        origin=first.origin if all(f.origin == first.origin for f in forests) else None,
     )
 
 
-def select(forest: Forest, trees: Tensor) -> Forest:
+def select(forest: F, trees: Tensor) -> F:
     """The trees where `trees` (B,) bool is True."""
     nodes = trees[forest.prompt.long()]
     sizes = forest.cu_tokens.diff()
@@ -190,13 +231,13 @@ def select(forest: Forest, trees: Tensor) -> Forest:
     fields = {name: getattr(forest, name)[nodes] for name in per_node}
     fields["parent"] = torch.where(parent >= 0, index[parent.clamp(min=0).long()], parent)
     fields["prompt"] = (trees.cumsum(0).to(torch.int32) - 1)[forest.prompt[nodes].long()]
-    return Forest(
+    return dataclasses.replace(
+        forest,
         **fields,
         token_ids=forest.token_ids[tokens],
         rollout_logprobs=forest.rollout_logprobs[tokens],
         cu_tokens=torch.cat([torch.zeros(1, dtype=torch.int64), sizes[nodes].cumsum(0)]),
         prompts=tuple(p for p, keep in zip(forest.prompts, trees.tolist(), strict=True) if keep),
-        temperature=forest.temperature,
     )
 
 

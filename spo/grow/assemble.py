@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from spo.grow.shapes import Node, Tree
-from spo.records import LENGTH, STOP, Forest
+from spo.records import LENGTH, STOP, Forest, Origin
 
 
 def is_leaf(node: Node) -> bool:
@@ -31,7 +31,7 @@ def leave_out_unrewarded(tree: Tree) -> None:
             node.trained = False
 
 
-def assemble(trees: Sequence[Tree], temperature: float) -> Forest:
+def assemble(trees: Sequence[Tree], temperature: float, origin: Origin | None = None) -> Forest:
     """Flatten trees, if any, into one Forest."""
     nodes = [node for tree in trees for node in tree.nodes]
     offsets = np.cumsum([0] + [len(tree.nodes) for tree in trees])
@@ -57,4 +57,5 @@ def assemble(trees: Sequence[Tree], temperature: float) -> Forest:
         born=torch.tensor([n.born for n in nodes], dtype=torch.int32),
         prompts=tuple(tree.prompt for tree in trees),
         temperature=temperature,
+        origin=origin,
     )

@@ -18,7 +18,7 @@ import numpy as np
 from spo.engines.protocol import Engine
 from spo.grow.assemble import is_leaf, leave_out_unrewarded
 from spo.grow.shapes import Growth, Shape, Tree
-from spo.records import LENGTH, Completion, Prompt, Request, Sampling
+from spo.records import LENGTH, Completion, Origin, Prompt, Request, Sampling
 from spo.tasks.grading import Grader
 
 BARRIERS = ("none", "group", "level")
@@ -68,6 +68,7 @@ class RolloutOptions:
     truncated: str = "zero"
     barrier: str = "none"
     max_retries: int = 1
+    origin: Origin | None = None  # of the forests
 
 
 class Rollout:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
+from spo import named
 from spo.config.recipe import Recipe
 from spo.config.shape import Growing
 from spo.engines.lanes import Lane
@@ -17,7 +19,7 @@ from spo.grow.shapes import Shape
 from spo.grow.stream import Stream, grow, require_fitting
 from spo.models.chat import warn_about_turn_end
 from spo.models.tokenizer import load_tokenizer, response_text, sampling_of
-from spo.records import Completion, Forest, Prompt, Request
+from spo.records import Completion, Forest, Origin, Prompt, Request
 from spo.tasks import prompts_of, task_of
 from spo.tasks.grading import Grader
 
@@ -45,6 +47,7 @@ class Sampler:
         rank: int = 0,
     ):
         self.recipe, self.rank = recipe, rank
+        self.origin = origin_of(recipe)
         self.tokenizer = tokenizer or load_tokenizer(recipe.policy)
         self._rescore = rescore
         self._shapes: dict[int, Shape] = {}  # by their limit
@@ -90,7 +93,8 @@ class Sampler:
         sampling = replace(self.sampling, seed=self.recipe.train.seed + 1_000_003 * self.rank)
         if temperature is not None:
             sampling = replace(sampling, temperature=temperature)
-        return RolloutOptions(sampling, iteration, self.recipe.sampling.truncated)
+        truncated = self.recipe.sampling.truncated
+        return RolloutOptions(sampling, iteration, truncated, origin=self.origin)
 
     def test_prompts(self) -> list[Prompt]:
         """The first `eval.problems` of the test split. Raises ValueError if there is none."""
@@ -149,3 +153,10 @@ class Sampler:
         if done[0].error is not None:
             raise RuntimeError(f"the engine failed on the probe: {done[0].error}")
         return done[0]
+
+
+def origin_of(recipe: Recipe) -> Origin:
+    """What a forest file says of the recipe that it was grown with."""
+    credit = {"type": os.path.basename(recipe.credit_type)}  # a file's folder is of one machine
+    credit |= named.settings_of(recipe.credit, "credit")
+    return Origin(recipe.name, recipe.policy.path, credit, recipe.loss.prob_threshold)

@@ -78,7 +78,8 @@ class Stream:
         if ages:
             stats.max_age = max(age for age, _ in ages)
             stats.mean_age = sum(age * size for age, size in ages) / sum(size for _, size in ages)
-        return assemble(trees, self.rollout.options.sampling.temperature), stats
+        options = self.rollout.options
+        return assemble(trees, options.sampling.temperature, options.origin), stats
 
     def _admit(self) -> bool:
         """Start the next prompt; False if there is none."""

@@ -28,14 +28,6 @@ def run(engine, grader, shape, options=OPTIONS, prompts=PROMPTS, text=rewarded):
     return grow(prompts, engine, shape, grader, text, options)
 
 
-def same(a: Forest, b: Forest) -> bool:
-    fields = [f.name for f in dataclasses.fields(Forest)]
-    return all(
-        torch.equal(x.nan_to_num(-9), y.nan_to_num(-9)) if isinstance(x, torch.Tensor) else x == y
-        for x, y in ((getattr(a, n), getattr(b, n)) for n in fields)
-    )
-
-
 TREE = TreeShape((3, 2, 2), (3, 3), 12)
 
 
@@ -83,7 +75,7 @@ def test_tree_structure_and_rewards(engine, grader):
 def test_same_seed_same_forest(tiny_model, grader, shape):
     first, _ = run(HFEngine(tiny_model, max_num_seqs=16), grader, shape)
     second, _ = run(HFEngine(tiny_model, max_num_seqs=16), grader, shape)
-    assert same(first, second)
+    assert first == second
     other, _ = run(HFEngine(tiny_model), grader, shape, dataclasses.replace(OPTIONS, iteration=1))
     assert canonical(other) != canonical(first)
 
@@ -238,7 +230,7 @@ def test_path_seeds_are_apart():
 def test_forest_file_round_trip(engine, grader, tmp_path):
     forest, _ = run(engine, grader, TREE)
     forest.save(tmp_path / "f.safetensors")
-    assert same(Forest.load(tmp_path / "f.safetensors"), forest)
+    assert Forest.load(tmp_path / "f.safetensors") == forest
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"bad\.safetensors"):
         Forest.load(tmp_path / "bad.safetensors")
