@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from spo.config.credit import Rule
     from spo.config.recipe import Recipe, load_recipe
     from spo.config.shape import ShapeConfig
-    from spo.records import Credit, Forest
+    from spo.forest import Forest
+    from spo.records import Credit
 
 __all__ = [
     "Credit",
@@ -36,7 +37,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "Credit": "spo.records",
-    "Forest": "spo.records",
+    "Forest": "spo.forest",
     "Recipe": "spo.config.recipe",
     "Rule": "spo.config.credit",
     "ShapeConfig": "spo.config.shape",

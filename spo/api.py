@@ -13,13 +13,13 @@ from spo import loop
 from spo.config.recipe import Recipe, check_recipe, load_recipe
 from spo.engines.make import engine_of
 from spo.engines.protocol import Engine
+from spo.forest import Forest
 from spo.grow.evaluate import Accuracy
 from spo.grow.rollout import RolloutStats
 from spo.grow.sampler import Sampler
 from spo.learn.checkpoint import latest_checkpoint
 from spo.learn.model import sequence_logprobs
 from spo.learn.policy import load_policy
-from spo.records import Forest
 
 RecipeLike = Recipe | str | os.PathLike
 """A recipe, the path of its YAML file, or the name of one that ships with the package."""
@@ -116,7 +116,8 @@ def rollout(
 
     with Sampler(recipe, engine=engine, rescore=rescore) as sampler:
         prompts = list(islice(sampler.train_prompts(), recipe.train.prompts))
-        return sampler.grow(prompts)
+        forest, stats = sampler.grow(prompts)
+        return Forest.of(forest, sampler.tokenizer), stats
 
 
 def compare(

@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--output", type=Path, help="default: beside the input")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="of the forest's recipe")
     sub.add_argument(
-        "--recipe", type=Path, help="recipe of the forest; default: that of the run around it"
+        "--recipe", type=Path, help="default: that of the run around it, else the file's own"
     )
     sub = command(
         "compare",

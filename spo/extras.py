@@ -8,6 +8,7 @@ EXTRA_OF = {
     "datasets": "train",
     "huggingface_hub": "train",
     "jinja2": "train",
+    "pandas": "train",
     "pyarrow": "train",
     "pydantic": "train",
     "rich": "train",

@@ -1,4 +1,4 @@
-"""Writes the report: data embedded as JSON, style and scripts inline, nothing loaded.
+"""Makes the report: data embedded as JSON, style and scripts inline, nothing loaded.
 
 Text of prompts and models is never markup. The page shows it through text nodes only, every `<` in
 the embedded JSON is escaped, and the page's content security policy allows only the scripts and
@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
 
@@ -45,6 +45,25 @@ class TreeView:
     kept: Tensor | None = None  # (T,) bool, rollout_logprobs < log(prob_threshold): underlined
 
 
+@dataclass(frozen=True)
+class Page:
+    """One self-contained HTML page; a notebook draws it in a frame of its own."""
+
+    html: str = field(repr=False)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it as a file."""
+        with open(path, "wb") as file:
+            file.write(self.html.encode())
+
+    def _repr_html_(self) -> str:
+        # The frame's scripts reach nothing of the notebook around it.
+        return (
+            f'<iframe srcdoc="{escape(self.html)}" sandbox="allow-scripts" '
+            'style="width: 100%; height: 45em; border: 0"></iframe>'
+        )
+
+
 def write_report(
     path: str | os.PathLike,
     runs: Sequence[RunCurve] = (),
@@ -52,7 +71,17 @@ def write_report(
     title: str = "SPO report",
     notes: Sequence[str] = (),
 ) -> None:
-    """Write one self-contained HTML file; the same input gives the same bytes.
+    """Write `report_page` as a file."""
+    report_page(runs, trees, title, notes).save(path)
+
+
+def report_page(
+    runs: Sequence[RunCurve] = (),
+    trees: Sequence[TreeView] = (),
+    title: str = "SPO report",
+    notes: Sequence[str] = (),
+) -> Page:
+    """Curves and trees as one page; the same input gives the same bytes.
 
     Raises ValueError if there is neither a run nor a tree, or a tensor does not fit its forest.
     """
@@ -74,8 +103,7 @@ def write_report(
     # Split once, so that the name of a slot inside the data is not replaced.
     pieces = _part("template.html").split("%%")
     page = "".join(slots[piece] if i % 2 else piece for i, piece in enumerate(pieces))
-    with open(path, "wb") as file:
-        file.write(page.encode("utf-8", "xmlcharrefreplace"))  # lone surrogates have no UTF-8
+    return Page(page.encode("utf-8", "xmlcharrefreplace").decode())  # surrogates have no UTF-8
 
 
 def embed_json(data: object) -> str:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from spo.config.recipe import Recipe, load_recipe
-from spo.credit.nodes import check_credit, of_nodes
 from spo.credit.values import Values
+from spo.credit.worth import NeedsModels
+from spo.forest import Forest
 from spo.learn.checkpoint import latest_checkpoint, load_saved
 from spo.metrics import read_metrics
-from spo.models.tokenizer import exact_text, load_tokenizer
-from spo.records import Forest
+from spo.models.tokenizer import load_tokenizer
 from spo.report.html import RunCurve, TreeView, write_report
 
 
@@ -40,10 +35,17 @@ def write_forest_page(
     overrides: Sequence[str] = (),
     output: Path | None = None,
 ) -> Path:
-    """The page of one forest file; the recipe is by default that of the run around it."""
+    """The page of one forest file.
+
+    The recipe is by default that of the run around it, else what the file says of its own.
+    """
     run = latest_checkpoint(path.parent)
-    chosen = load_recipe(recipe, overrides) if recipe or not run else load_saved(run, overrides)
-    view = tree_view(path.stem, path, chosen, load_tokenizer(chosen.policy))
+    forest = Forest.load(path)
+    if forest.origin is not None and not (recipe or run or overrides):
+        view = forest.view(path.stem, None, forest.origin.prob_threshold)
+    else:
+        chosen = load_recipe(recipe, overrides) if recipe or not run else load_saved(run, overrides)
+        view = tree_view(path.stem, path, chosen, load_tokenizer(chosen.policy))
     output = output or path.with_suffix(".html")
     write_report(output, [], [view], title=path.name)
     return output
@@ -73,30 +75,14 @@ def run_views(run: Path, name: str) -> list[TreeView]:
     return views
 
 
-class _NoModel(Exception):
-    """A page is made without the run's models."""
-
-
-class _NoModels:
-    def score(self, names: Sequence[str], *_: Any, **__: Any) -> list[Tensor]:
-        raise _NoModel(names)
-
-
 def tree_view(title: str, path: str | os.PathLike, recipe: Recipe, tokenizer) -> TreeView:
     """A forest file with the values and the credit of a recipe, ready to show.
 
     A rule that needs a model cannot compute its credit here; differences of values replace it.
     """
-    forest = Forest.load(path)
-    rule = recipe.credit if isinstance(recipe.credit, Values) else Values()
-    values = rule.values(forest)
+    forest = Forest.load(path).with_tokenizer(tokenizer)
+    threshold = recipe.loss.prob_threshold
     try:
-        credit = recipe.credit.assign(forest, _NoModels())
-    except _NoModel:
-        credit = rule.assign(forest)
-    check_credit(forest, credit)
-    kept = None
-    if recipe.loss.prob_threshold is not None:
-        kept = forest.rollout_logprobs < math.log(recipe.loss.prob_threshold)
-    shown = of_nodes(forest, credit.tokens)
-    return TreeView(title, forest, values, shown, partial(exact_text, tokenizer), kept)
+        return forest.view(title, recipe, threshold)
+    except NeedsModels:
+        return forest.view(title, Values(), threshold)

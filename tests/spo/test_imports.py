@@ -15,14 +15,14 @@ ORDER = [  # a room may import from rooms before it, and from its own
     ("credit",),
     ("learn",),
     ("plan", "loop"),
-    ("report",),
+    ("forest", "report"),
     ("api",),
     ("cli",),
     ("__main__",),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SIDE = {  # what they may import
-    "__init__": {"api", "config", "extras", "records"},
+    "__init__": {"api", "config", "extras", "forest", "records"},
 }
 
 
