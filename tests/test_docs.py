@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from spo import cli, load_recipe, train
+from spo import cli, load_recipe, rollout, train
 from spo.tasks import task_of
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +46,18 @@ def test_your_own_task_rule_and_shape(tmp_path):
         (trained,) = (line for line in lines if line["stage"] == "train")
         assert trained["skipped_steps"] == 0
         assert trained["mean_abs_advantage"] > 0 or name == "task"  # too easy, or too hard
+
+
+def test_a_look_into_a_forest(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    forest, _ = rollout("spo-tree", SMALL)
+    forest.save("forest.safetensors")
+    (code,) = blocks("docs/forest.md", "python")
+    exec(code, names := {})
+    assert names["best"] in names["siblings"] and names["best"].response in capsys.readouterr().out
+    assert names["values"].shape == names["leave_one_out"].shape == (forest.num_nodes,)
+    assert len(names["frame"]) == forest.num_nodes
+    assert Path("tree.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_the_readme_s_snippets_give_one_loss_and_one_gradient(tmp_path):

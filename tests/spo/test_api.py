@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from sentences import one_sentence
@@ -36,6 +37,13 @@ def test_a_recipe_loads_without_transformers():
     assert python(code) == "False"
 
 
+def test_a_forest_s_numbers_need_neither_transformers_nor_pandas():
+    file = Path(__file__).parents[2] / "docs" / "tree.safetensors"
+    code = f"import sys, spo; forest = spo.Forest.load({str(file)!r}); forest.advantages(); "
+    code += "print([m for m in ('transformers', 'pandas') if m in sys.modules])"
+    assert python(code) == "[]"
+
+
 def test_its_functions_are_functions_whatever_was_imported():
     imports = "spo.loop, spo.cli, spo.grow.rollout, spo.grow.evaluate, spo.config.train"
     names = ("train", "evaluate", "rollout", "load_recipe")
@@ -58,6 +66,9 @@ def test_one_engine_serves_all_three(tmp_path):
     assert [line["stage"] for line in lines] == ["eval", "train", "eval"]
     tested = spo.evaluate("spo-tree", SMALL, checkpoint=tmp_path, engine=engine)
     assert tested[0].pass_at_1 == lines[-1]["greedy"]  # it holds the trained weights
+    trained = spo.Forest.load(tmp_path / "forest-last.safetensors")
+    assert trained.origin == forest.origin and trained == forest  # the first iteration's
+    assert trained.node(1).text == forest.node(1).text != ""
     engine.close()
 
 
