@@ -212,7 +212,7 @@ class Forest(records.Forest):
         """
         index = self.tree(tree).index
         threshold = self.origin.prob_threshold if self.origin is not None else None
-        title = f"Tree {index} of {len(self.prompts)}"
+        title = f"Tree {index}"
         return report_page(trees=[self.view(title, rule, threshold, index)], title=title)
 
     def _repr_html_(self) -> str:
@@ -228,7 +228,7 @@ class Forest(records.Forest):
 class ForestTree:
     """One tree of a forest: a prompt, and what grew under it."""
 
-    forest: Forest = dataclasses.field(repr=False)
+    forest: Forest = dataclasses.field(repr=False, hash=False)
     index: int
 
     @property
@@ -261,7 +261,7 @@ class ForestTree:
 class ForestNode:
     """One node of a forest: a segment of tokens. Worth is by the forest's default rule."""
 
-    forest: Forest = dataclasses.field(repr=False)
+    forest: Forest = dataclasses.field(repr=False, hash=False)
     index: int  # in the forest's tensors
 
     @property

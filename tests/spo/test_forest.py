@@ -12,6 +12,7 @@ import torch
 from forests import random_forest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from sentences import one_sentence
 
 import spo
@@ -110,6 +111,7 @@ def test_a_tree_and_its_nodes():
     assert [leaf.index for leaf in tree.leaves] == [8, 9, 10, 11]
     six = tree.leaves[-1]
     assert six == forest.node(11) and six.parent == a and six.tree == tree
+    assert {six: 1}[forest.node(11)] == 1 and six not in (a, forest.node(10))
     assert six.path == [tree.root, a, six] and six.depth == 2
     assert six.response == "A: six" and six.token_ids == list(b"six") and six.num_tokens == 3
     assert six.logprobs.tolist() == [-0.5] * 3 and (six.reward, six.finish) == (0, "length")
@@ -270,6 +272,16 @@ def test_what_a_forest_came_from_stays_with_it(tmp_path):
     assert first != other and concat([first, other]).origin is None
     assert first != dataclasses.replace(first, rewards=first.rewards + 1)
     assert first != dataclasses.replace(first, prompts=()) and first != "a forest"
+
+
+def test_a_damaged_origin_is_one_sentence(tmp_path):
+    file = tmp_path / "f.safetensors"
+    tensors = {name: getattr(small(), name) for name in records.FOREST_TENSORS}
+    for origin in ({"recipe": "r"}, {"a": 1}, 3, []):
+        head = {"format": records.FOREST_FORMAT, "prompts": [], "temperature": 1.0}
+        save_file(tensors, file, metadata={"spo": json.dumps(head | {"origin": origin})})
+        with one_sentence(["f.safetensors is not a forest file"]):
+            spo.Forest.load(file)
 
 
 def test_a_file_of_an_earlier_version_loads():
