@@ -125,6 +125,7 @@ def train(
                 line |= {"time_train": trained - grown, "time_sync": time.perf_counter() - trained}
             generated, taken = forest.num_generated, grown - start
             line |= {"time_rollout": taken} | _costs(generated, costs, taken)
+            line |= _reward_parts(recipe, costs)
             line["replay_trees"] = len(buffer.forest.prompts) if buffer.forest is not None else 0
             state.generated_tokens += generated
             state.prompt_cursor += sum(c.trees + c.dropped_prompts + c.too_long for c in costs)
@@ -274,6 +275,22 @@ def _costs(generated: int, costs: Sequence[RolloutStats], seconds: float) -> dic
         "max_age": max(cost.max_age for cost in costs),
         "mean_age": sum(cost.mean_age for cost in costs) / len(costs),
     }
+
+
+def _reward_parts(recipe: Recipe, costs: Sequence[RolloutStats]) -> dict[str, float]:
+    """The mean of what each term of the recipe's reward says, without its weight."""
+    terms = () if recipe.reward is None else recipe.reward.terms
+    found = {}
+    for index, term in enumerate(terms):
+        total, count = (
+            sum(x) for x in zip(*(c.parts.get(index, (0, 0)) for c in costs), strict=True)
+        )
+        name = (
+            term.name if [t.name for t in terms].count(term.name) == 1 else f"{term.name}_{index}"
+        )
+        if count:
+            found[f"reward_{name}"] = total / count
+    return found
 
 
 def _finished(recipe: Recipe, state: checkpoint.State) -> bool:

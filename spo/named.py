@@ -1,4 +1,4 @@
-"""Tasks, shapes and credit rules by name: the package's own, `module:Name`, or `file.py:Name`.
+"""Tasks, shapes, rules and rewards by name: the package's own, `module:Name`, or `file.py:Name`.
 
 Each name stands for a dataclass: its fields are the settings that a recipe gives, its methods do
 the work. The package's own classes are loaded in the same way as those from outside.
@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -27,6 +27,14 @@ OWN: dict[str, dict[str, str]] = {
         "knights_knaves": "spo.tasks.knights_knaves:KnightsKnaves",
         "math": "spo.tasks.math:Math",
         "point24": "spo.tasks.point24:Point24",
+    },
+    "reward.rule": {
+        "boxed": "spo.tasks.rules:Boxed",
+        "number": "spo.tasks.rules:Number",
+        "answer": "spo.tasks.rules:Answer",
+        "exact": "spo.tasks.rules:Exact",
+        "format": "spo.tasks.rules:Format",
+        "overlong": "spo.tasks.rules:Overlong",
     },
     "shape.kind": {
         "star": "spo.grow.shapes:StarConfig",
@@ -46,12 +54,16 @@ METHODS = {
     "task": ("problems", "grade"),
     "shape.kind": ("make", "cost"),
     "credit.type": ("assign",),
+    "reward.rule": (),
 }
 """Methods that a class must have; docs/extend.md describes them."""
 
 BASES = {"shape.kind": "spo.config.shape:ShapeConfig", "credit.type": "spo.config.credit:Rule"}
 """Classes that it must inherit."""
 
+GIVEN = "python:"  # begins the name of what was given in Python
+
+_given: dict[str, Any] = {}
 _names: dict[tuple[str, type], str] = {}  # (key, class from outside) -> where it was found
 
 T = TypeVar("T")
@@ -64,24 +76,9 @@ def find(key: str, name: str, folder: Path | None = None) -> type[Any]:
     ValueError with one sentence if there is no such class, if it cannot be imported, or if it lacks
     a method.
     """
-    own = OWN[key].get(name)
-    where, separator, attribute = (own or name).rpartition(":")
-    if not separator or not where or not attribute.isidentifier():
-        raise ValueError(
-            f"{key}: expected {', '.join(OWN[key])}, module:Name or ./file.py:Name, found {name!r}"
-        )
-    if own:
-        module = importlib.import_module(where)
-    else:
-        path = _path_of(key, where, folder) if where.lower().endswith(".py") else None
-        try:
-            module = _from_file(path) if path else _from_module(where)
-        except (Exception, SystemExit) as error:  # whatever the user's own code raises
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"{key}: {where} cannot be imported ({reason})") from error
-        where = str(path or where)
-    kind = getattr(module, attribute, None)
+    kind, full = _found(key, name, folder)
     if not isinstance(kind, type):
+        where, _, attribute = full.rpartition(":")
         raise ValueError(f"{key}: {where} has no class {attribute}")
     if not dataclasses.is_dataclass(kind):
         raise ValueError(f"{key}: expected {name} to be a dataclass, whose fields are its settings")
@@ -95,9 +92,67 @@ def find(key: str, name: str, folder: Path | None = None) -> type[Any]:
         written = getattr(kind, method, None)
         if not callable(written) or written is getattr(base, method, None):
             raise ValueError(f"{key}: {name} has no method {method}")
-    if not own:
-        _names[key, kind] = f"{where}:{attribute}"
+    if name not in OWN[key]:
+        _names[key, kind] = full
     return kind
+
+
+def function(key: str, name: str, folder: Path | None = None) -> tuple[Callable[..., Any], str]:
+    """The function that `name` stands for, and its name that is valid from any folder.
+
+    Raises ValueError with one sentence if there is none.
+    """
+    if name.startswith(GIVEN):
+        if name not in _given:
+            raise ValueError(
+                f"{key}: {name.removeprefix(GIVEN)} was given in Python, and a recipe cannot bring "
+                "it back: give the same one again"
+            )
+        return _given[name], name
+    found, where = _found(key, name, folder)
+    if not callable(found):
+        raise ValueError(f"{key}: expected {name} to be a function, found {found!r:.80}")
+    return found, where
+
+
+def keep(thing: Any, fingerprint: str) -> str:
+    """A name, for a recipe, of something that lives in this process alone.
+
+    Args:
+        fingerprint: of its content; a resumed run asks for the same.
+    """
+    called = getattr(thing, "__qualname__", type(thing).__qualname__)
+    name = f"{GIVEN}{called.rpartition('.')[2]}#{fingerprint}"
+    _given[name] = thing
+    return name
+
+
+def restore(name: str, thing: Any) -> None:
+    """Keep what another process had kept under `name`."""
+    _given[name] = thing
+
+
+def _found(key: str, name: str, folder: Path | None) -> tuple[Any, str]:
+    """What a module or file calls `name`, and its full name, `module:Name` or `/file.py:Name`."""
+    own = OWN.get(key, {}).get(name)
+    where, separator, attribute = (own or name).rpartition(":")
+    if not separator or not where or not attribute.isidentifier():
+        known = "".join(f"{short}, " for short in OWN.get(key, ()))
+        raise ValueError(f"{key}: expected {known}module:Name or ./file.py:Name, found {name!r}")
+    if own:
+        module = importlib.import_module(where)
+    else:
+        path = _path_of(key, where, folder) if where.lower().endswith(".py") else None
+        try:
+            module = _from_file(path) if path else _from_module(where)
+        except (Exception, SystemExit) as error:  # whatever the user's own code raises
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{key}: {where} cannot be imported ({reason})") from error
+        where = str(path or where)
+    if not hasattr(module, attribute):
+        what = "class" if key in OWN else "function"
+        raise ValueError(f"{key}: {where} has no {what} {attribute}")
+    return getattr(module, attribute), f"{where}:{attribute}"
 
 
 def name_of(key: str, kind: type) -> str:

@@ -21,9 +21,11 @@ from spo.config.engine import EngineConfig
 from spo.config.evaluation import EvalConfig
 from spo.config.loss import LOSSES, LossConfig, PolicyLossConfig
 from spo.config.policy import PolicyConfig
+from spo.config.reward import RewardConfig, reward_settings
 from spo.config.sampling import SamplingConfig
 from spo.config.shape import Cost, ShapeConfig
 from spo.config.train import TrainConfig
+from spo.reward import reward_of, with_full_names
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 UNIONS = {"shape": "kind", "credit": "type"}  # group -> the key that chooses its class
@@ -51,6 +53,10 @@ class Recipe:
     """What each token is worth: `type` values, gae, correct, pairs, `module:Name` or
     `./file.py:Name`. The other keys are the settings of that rule, which also chooses the loss."""
     loss: LossConfig = field(default_factory=PolicyLossConfig)
+    reward: RewardConfig | None = None
+    """What a response earns in training; by default 1 if the task's own test says that it is right,
+    else 0. `module:function`, `./file.py:function`, a rule that ships (`{rule: boxed}`), or a list
+    of these with weights. docs/own-reward.md describes them."""
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -204,6 +210,9 @@ def _resolve(tree: Mapping[str, Any], folder: Path | None) -> Recipe:
             raise ValueError(f"{key}.{choice}: {name} has a field {choice}, which names the class")
         fields[key] = named.build(kind, settings, key, f"{key}.{choice}={name}")
     fields["loss"] = _loss(fields["credit"], _group(tree, "loss"))
+    if tree.get("reward") is not None:
+        reward = named.build(RewardConfig, reward_settings(tree["reward"]), "reward")
+        fields["reward"] = with_full_names(reward, folder)
     recipe = Recipe(**fields)
     check_recipe(recipe)
     return recipe
@@ -251,6 +260,7 @@ def check_recipe(recipe: Recipe) -> None:
             f"engine.max_model_len: expected more than sampling.max_new_tokens="
             f"{sampling.max_new_tokens}, to hold the prompt too, found {engine.max_model_len}"
         )
+    _check_reward(recipe)
     who = f"shape.kind={recipe.shape_kind}"
     cost = _asked(who, recipe.shape.cost, sampling.max_new_tokens)
     if not isinstance(cost, Cost):
@@ -260,6 +270,23 @@ def check_recipe(recipe: Recipe) -> None:
             _asked(who, recipe.shape.cost, limit)
         except ValueError as error:
             raise ValueError(f"sampling.stages: with a limit of {limit}, {error}") from error
+
+
+def _check_reward(recipe: Recipe) -> None:
+    """Raise ValueError if what a cut response earns is asked of nobody, or not asked for."""
+    cut = recipe.sampling.truncated
+    if recipe.reward is None:
+        if cut == "reward":
+            raise ValueError(
+                "sampling.truncated=reward: expected a reward in the recipe, found none"
+            )
+        return
+    reward = reward_of(recipe.reward)
+    if reward.asks("truncated") and cut != "reward":
+        raise ValueError(
+            f"reward: {', '.join(reward.names)} asks whether a response was truncated: expected "
+            f"sampling.truncated=reward, found {cut}"
+        )
 
 
 def _asked(who: str, function: Callable[[Any], Any], argument: Any) -> Any:

@@ -30,9 +30,10 @@ class SamplingConfig:
     """Shorter limits at first, for a context that grows: (share of the run, tokens) pairs. Until
     that share of `train.iterations` or `train.max_generated_tokens` is done, responses have at most
     that many tokens."""
-    truncated: Literal["zero", "drop", "penalty"] = "zero"
+    truncated: Literal["zero", "drop", "penalty", "reward"] = "zero"
     """What a response cut by the limit earns. zero: 0. penalty: -1. drop: it is left out (of a
-    chain only the segment that was cut, because probes value the others)."""
+    chain only the segment that was cut, because probes value the others). reward: what the recipe's
+    `reward` says, one of whose functions asks for `truncated`."""
 
     def __post_init__(self) -> None:
         if self.top_p != 1 or self.top_k != 0:

@@ -19,9 +19,11 @@ from spo.engines.protocol import Engine
 from spo.grow.assemble import is_leaf, leave_out_unrewarded
 from spo.grow.shapes import Growth, Shape, Tree
 from spo.records import LENGTH, Completion, Origin, Prompt, Request, Sampling
-from spo.tasks.grading import Grader
+from spo.reward import Response
+from spo.tasks.grading import Graded, Grader
 
 BARRIERS = ("none", "group", "level")
+SHOWN = 500  # characters of a response that failed
 MAX_INVALID_RATE = 0.5  # share of failed gradings in a rollout; above it the run stops
 
 
@@ -38,6 +40,8 @@ class RolloutStats:
     truncated: int = 0
     invalid_gradings: int = 0
     gradings: int = 0
+    parts: dict[int, list[float]] = field(default_factory=dict)
+    """Term of the reward -> sum of what it says, and how often it applied."""
     prefill_bound: int = 0  # prefix tokens that a cache without eviction must still compute
     max_age: int = 0  # weight versions since the forest's oldest token was sampled
     mean_age: float = 0.0  # mean over its tokens
@@ -58,14 +62,19 @@ class RolloutStats:
 class RolloutOptions:
     """How to sample; `sampling.seed` is that of the run, from which each sample's is made.
 
-    `truncated` says what a response cut by the token limit earns: "zero", "penalty" (-1) or "drop"
-    (it is left out of its parent's value and of training). `barrier` exists for comparisons:
+    `truncated` says what a response cut by the token limit earns: "zero", "penalty" (-1), "drop"
+    (it is left out of its parent's value and of training) or "reward" (as others). `read` turns a
+    prompt, response ids and whether they were cut into what the recipe's reward is asked about;
+    None asks the task. `success` is the reward from which a response counts as right, 1, the others
+    as 0. `barrier` exists for comparisons:
     "group" branches only when a whole sibling group has ended, "level" when all samples have.
     """
 
     sampling: Sampling
     iteration: int = 0
     truncated: str = "zero"
+    read: Callable[[Prompt, list[int], bool], Response] | None = None
+    success: float | None = None
     barrier: str = "none"
     max_retries: int = 1
     origin: Origin | None = None  # of the forests
@@ -98,6 +107,7 @@ class Rollout:
         self._retries: dict[tuple[int, tuple[int, ...], int], int] = {}
         self._leaves: dict[int, tuple[Tree, int]] = {}  # being graded, by the grader's key
         self._keys, self._serials = count(), count()
+        self._shown: set[str] = set()  # kinds of failures
 
     def admit(self, prompt: Prompt, index: int, iteration: int) -> Tree:
         """Start the tree of `prompt`, the one with this `index` in its iteration.
@@ -250,29 +260,51 @@ class Rollout:
 
     def _reward(self, tree: Tree, index: int) -> None:
         """Reward a leaf that was cut, or send a finished one to the grader."""
-        node = tree.nodes[index]
+        node, options = tree.nodes[index], self.options
         if not is_leaf(node):
             return
-        if node.finish == LENGTH:
-            self.stats.truncated += 1
-            node.reward = {"zero": 0.0, "penalty": -1.0, "drop": float("nan")}[
-                self.options.truncated
-            ]
+        cut = node.finish == LENGTH
+        self.stats.truncated += cut
+        if cut and options.truncated != "reward":
+            node.reward = {"zero": 0.0, "penalty": -1.0, "drop": float("nan")}[options.truncated]
             return
-        text = tree.prompt.opening + self.decode(tree.response_ids(index))
-        key = next(self._keys)
-        self.grader.submit(key, tree.prompt.task, text, tree.prompt.answer)
+        ids, key = tree.response_ids(index), next(self._keys)
+        if options.read is None:
+            text = tree.prompt.opening + self.decode(ids)
+            self.grader.submit(key, tree.prompt.task, text, tree.prompt.answer)
+        else:
+            self.grader.submit_reward(key, options.read(tree.prompt, ids, cut))
         self._leaves[key] = (tree, index)
         tree.open += 1
 
-    def _grade(self, graded, finished: list[Tree]) -> None:
+    def _grade(self, graded: Graded, finished: list[Tree]) -> None:
         tree, node = self._leaves.pop(graded.key)
         self.stats.gradings += 1
         if graded.reward is None:
             self.stats.invalid_gradings += 1
+            self._show(graded, tree, node)
+        elif self.options.success is not None:
+            tree.nodes[node].reward = float(graded.reward >= self.options.success)
         else:
             tree.nodes[node].reward = graded.reward
+        for index, part in enumerate(graded.parts):
+            if part is not None:
+                sums = self.stats.parts.setdefault(index, [0.0, 0])
+                self.stats.parts[index] = [sums[0] + part, sums[1] + 1]
         self._close_one(tree, finished)
+
+    def _show(self, graded: Graded, tree: Tree, node: int) -> None:
+        """Warn, once for each kind of failure, of a response that has no reward."""
+        kind = (graded.reason or "").partition(":")[0]
+        if not graded.trace or kind in self._shown:
+            return
+        self._shown.add(kind)
+        response = self.decode(tree.response_ids(node))
+        warnings.warn(
+            f"a response has no reward, as its function failed: {graded.reason}\n{graded.trace}\n"
+            f"the response: {response[:SHOWN]!r}{'…' if len(response) > SHOWN else ''}",
+            stacklevel=2,
+        )
 
     def _close_one(self, tree: Tree, finished: list[Tree]) -> None:
         tree.open -= 1

@@ -18,8 +18,9 @@ from spo.grow.rollout import Rollout, RolloutOptions, RolloutStats
 from spo.grow.shapes import Shape
 from spo.grow.stream import Stream, grow, require_fitting
 from spo.models.chat import warn_about_turn_end
-from spo.models.tokenizer import load_tokenizer, response_text, sampling_of
+from spo.models.tokenizer import exact_text, load_tokenizer, response_text, sampling_of
 from spo.records import Completion, Forest, Origin, Prompt, Request
+from spo.reward import Response, reward_of
 from spo.tasks import prompts_of, task_of
 from spo.tasks.grading import Grader
 
@@ -53,7 +54,10 @@ class Sampler:
         self._shapes: dict[int, Shape] = {}  # by their limit
         self.sampling = sampling_of(recipe, self.tokenizer)
         warn_about_turn_end(recipe.data, self.tokenizer, self.sampling.stop_token_ids)
-        self.grader = Grader({recipe.task: task_of(recipe)})
+        task = task_of(recipe)
+        timeout_s = 5.0 if recipe.reward is None else recipe.reward.timeout_s
+        self.grader = Grader({recipe.task: task}, reward=recipe.reward, timeout_s=timeout_s)
+        self._tested = getattr(task, "tested", True)
         self._own = engine is None
         try:
             self.engine = Lane(engine_of(recipe) if engine is None else engine)
@@ -93,8 +97,23 @@ class Sampler:
         sampling = replace(self.sampling, seed=self.recipe.train.seed + 1_000_003 * self.rank)
         if temperature is not None:
             sampling = replace(sampling, temperature=temperature)
-        truncated = self.recipe.sampling.truncated
-        return RolloutOptions(sampling, iteration, truncated, origin=self.origin)
+        reward, truncated = self.recipe.reward, self.recipe.sampling.truncated
+        options = RolloutOptions(sampling, iteration, truncated, origin=self.origin)
+        if reward is None or (iteration == EVALUATION and self._tested):
+            return options
+        success = reward.success if iteration == EVALUATION else None
+        return replace(options, read=self.response, success=success)
+
+    def response(self, prompt: Prompt, token_ids: list[int], truncated: bool) -> Response:
+        """What the reward is asked about."""
+        return Response(
+            prompt=exact_text(self.tokenizer, prompt.prompt_ids),
+            response=prompt.opening + self.decode(token_ids),
+            answer=prompt.answer,
+            columns=prompt.columns,
+            response_ids=token_ids,
+            truncated=truncated,
+        )
 
     def test_prompts(self) -> list[Prompt]:
         """The first `eval.problems` of the test split. Raises ValueError if there is none."""
@@ -107,7 +126,14 @@ class Sampler:
     def train_prompts(self, cursor: int = 0) -> Iterator[Prompt]:
         """The training prompts from index `cursor` on."""
         prompts = prompts_of(self.recipe, "train", self.tokenizer, self.recipe.train.seed)
-        return islice(prompts, cursor, None)
+        return islice(self._checked(prompts), cursor, None)
+
+    def _checked(self, prompts: Iterator[Prompt]) -> Iterator[Prompt]:
+        """The same prompts; the first must have what the reward needs."""
+        for index, prompt in enumerate(prompts):
+            if index == 0 and self.recipe.reward is not None:
+                reward_of(self.recipe.reward).check(prompt.columns)
+            yield prompt
 
     def grow(self, prompts: Sequence[Prompt]) -> tuple[Forest, RolloutStats]:
         """One forest of these prompts, with the seeds of a first iteration."""

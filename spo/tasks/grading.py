@@ -8,11 +8,11 @@ gives that item no reward, and sends the rest to a new worker.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import dataclasses
 import json
-import math
 import os
-import resource
 import select
 import signal
 import subprocess
@@ -20,16 +20,20 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any
 
 from spo import named
-from spo.tasks import OPTIONS, Task
+from spo.reward import Response, Result, reward_of
+from spo.tasks import Task
+from spo.tasks.worker import HEADER
+
+if TYPE_CHECKING:
+    from spo.config.reward import RewardConfig
+    from spo.tasks.calls import Calls
 
 START_TIMEOUT_S = 120.0  # a task may import torch from a slow disk
 BATCH_ITEMS, BATCH_CHARS = 512, 1 << 20  # maximum size of a message
-HEADER = 8  # bytes of a message's length, big endian
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,10 @@ class Graded:
     """One verdict."""
 
     key: int  # as submitted
-    reward: float | None  # 1 or 0; None if there is no verdict, which is never a zero
+    reward: float | None  # 1 or 0 of a task; None if there is no verdict, which is never a zero
     reason: str | None = None  # why there is no verdict
+    trace: str = field(default="", repr=False)  # where a reward function failed
+    parts: tuple[float | None, ...] = field(default=(), repr=False)  # of each term, unweighted
 
 
 class Grader:
@@ -47,6 +53,7 @@ class Grader:
     Args:
         tasks: value of `Prompt.task` -> the task that grades it. The package's own tasks may be
             left out; such a task restarts the worker at its first use.
+        reward: what `submit_reward` asks, in the process that it names.
         timeout_s: maximum time for one item; after it the worker is killed.
         memory_mb: memory that grading may map, beyond that of the worker with prepared tasks.
 
@@ -58,6 +65,7 @@ class Grader:
         self,
         tasks: Mapping[str, Task] | None = None,
         *,
+        reward: RewardConfig | None = None,
         timeout_s: float = 5.0,
         memory_mb: int = 1024,
     ) -> None:
@@ -67,6 +75,14 @@ class Grader:
         self._timeout_s = timeout_s
         self._memory_mb = memory_mb
         self._tasks = {name: _spec(task) for name, task in (tasks or {}).items()}
+        self._calls: Calls | None = None
+        self._reward: dict[str, Any] | None = None
+        if reward is not None and reward.process == "trainer":
+            from spo.tasks.calls import Calls  # imports what the worker does not need
+
+            self._calls = Calls(reward_of(reward), reward)
+        elif reward is not None:
+            self._reward = _reward_spec(reward)
         self._queue: deque[tuple[int, str]] = deque()  # key and item as JSON, not yet sent
         self._sent: deque[tuple[int, str]] = deque()  # with the worker, in order
         self._graded: list[Graded] = []
@@ -91,17 +107,31 @@ class Grader:
             self._restart(None)  # loading takes longer than an item may
         self._queue.append((key, item))
 
+    def submit_reward(self, key: int, response: Response) -> None:
+        """Queue one response for the reward. Raises TypeError if it is no JSON."""
+        if self._calls is not None:
+            self._calls.submit(key, response)
+        elif self._reward is None:
+            raise ValueError("submit_reward: expected a grader with a reward, found one without")
+        else:
+            self._queue.append((key, json.dumps([None, dataclasses.asdict(response)])))
+
     @property
     def pending(self) -> int:
         """Number of items that were submitted and that `poll` has not returned yet."""
-        return len(self._queue) + len(self._sent) + len(self._graded)
+        called = 0 if self._calls is None else self._calls.pending
+        return len(self._queue) + len(self._sent) + len(self._graded) + called
 
     def poll(self, timeout_s: float = 0.0) -> list[Graded]:
         """Verdicts since the last call, in the order of submission; sends waiting items.
 
         Waits up to `timeout_s` for the first one. Call it regularly: it also enforces the deadline.
         """
-        give_up = time.monotonic() + timeout_s
+        called = []
+        if self._calls is not None:
+            waits = 0.0 if self._queue or self._sent else timeout_s
+            called = [_of_result(key, result) for key, result in self._calls.poll(waits)]
+        give_up = time.monotonic() + (0.0 if called else timeout_s)
         while True:
             if not self._sent and self._queue:
                 self._send()
@@ -111,12 +141,14 @@ class Grader:
             self._receive(max(0.0, min(wait_s, self._deadline - time.monotonic())))
             if self._sent and (self._graded or time.monotonic() >= give_up):
                 break
-        graded, self._graded = self._graded, []
+        graded, self._graded = called + self._graded, []
         return graded
 
     def close(self) -> None:
         """Kill the worker and forget all pending items."""
         self._kill()
+        if self._calls is not None:
+            self._calls.close()
         self._queue.clear()
         self._sent.clear()
         self._graded.clear()
@@ -129,9 +161,9 @@ class Grader:
 
     def _start(self) -> None:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        arguments = [self._timeout_s, self._memory_mb, self._tasks]
+        arguments = [self._timeout_s, self._memory_mb, self._tasks, self._reward]
         process = self._process = subprocess.Popen(
-            [sys.executable, "-B", "-m", "spo.tasks.grading", json.dumps(arguments)],
+            [sys.executable, "-B", "-m", "spo.tasks.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -143,6 +175,8 @@ class Grader:
         self._stdin: IO[bytes] = process.stdin
         self._stdout: IO[bytes] = process.stdout
         self._unread = b""
+        with contextlib.suppress(BrokenPipeError):  # what it said tells why
+            self._write(json.dumps(arguments))
         ready, _, _ = select.select([self._stdout], [], [], START_TIMEOUT_S)
         said = os.read(self._stdout.fileno(), 1 << 16) if ready else b""
         if said != b"null\n":
@@ -177,14 +211,18 @@ class Grader:
             if self._sent and size > BATCH_CHARS:
                 break
             self._sent.append(self._queue.popleft())
-        body = f"[{','.join(item for _, item in self._sent)}]".encode()
-        message = memoryview(len(body).to_bytes(HEADER, "big") + body)
         try:
-            while message:
-                message = message[self._stdin.write(message) :]
+            self._write(f"[{','.join(item for _, item in self._sent)}]")
         except BrokenPipeError:  # it died while it waited, not because of an item
             self._restart(None)
         self._deadline = time.monotonic() + self._timeout_s
+
+    def _write(self, text: str) -> None:
+        """Send one message to the worker."""
+        body = text.encode()
+        message = memoryview(len(body).to_bytes(HEADER, "big") + body)
+        while message:
+            message = message[self._stdin.write(message) :]
 
     def _receive(self, wait_s: float) -> None:
         """Read the worker's answers; replace the worker if it is dead or late."""
@@ -211,6 +249,8 @@ class Grader:
             key, _ = self._sent.popleft()
             if isinstance(verdict, list):
                 self._graded.append(Graded(key, None, verdict[0]))
+            elif isinstance(verdict, dict):
+                self._graded.append(_of_result(key, Result(**verdict)))
             else:
                 self._graded.append(Graded(key, float(verdict)))
         self._deadline = time.monotonic() + self._timeout_s
@@ -222,62 +262,24 @@ def _spec(task: Task) -> tuple[str, dict[str, Any]]:
     return name, named.settings_of(task, f"task {name}")
 
 
-def _made(name: str, settings: dict[str, Any]) -> Task:
-    """The task of a `_spec`. The package's own tasks have plain settings and need no pydantic."""
-    kind = named.find("task", name)
-    return kind(**settings) if name in named.OWN["task"] else named.build(kind, settings, OPTIONS)
+def _of_result(key: int, result: Result) -> Graded:
+    return Graded(key, result.reward, result.reason, result.trace, tuple(result.parts))
 
 
-def _serve(timeout_s: float, memory_mb: int, specs: dict[str, tuple[str, dict[str, Any]]]) -> None:
-    """The worker writes `null` when ready, then a line per item: true, false or [the reason].
+def _reward_spec(config: RewardConfig) -> dict[str, Any]:
+    """A reward as JSON, from which the worker makes it: functions given in Python are pickled."""
+    import cloudpickle
 
-    An error that ends the worker is a line with a str.
-    """
-    answers = os.dup(1)  # what a grader prints must not look like a verdict
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-    def say(value: object) -> None:
-        os.write(answers, json.dumps(value).encode() + b"\n")
-
-    def words(kind: type, error: object) -> str:
-        return f"{kind.__name__}: {error}"[:1000]
-
-    sys.excepthook = lambda kind, error, _: say(words(kind, error))
-    tasks = {name: _made(*spec) for name, spec in specs.items()}
-    for task in tasks.values():
-        if prepare := getattr(task, "prepare", None):
-            prepare()
-    memory = _mapped() + (int(memory_mb) << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it writes no file
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    say(None)
-    while header := sys.stdin.buffer.read(HEADER):
-        batch = json.loads(sys.stdin.buffer.read(int.from_bytes(header, "big")))
-        for name, text, answer in batch:
-            _limit_cpu(timeout_s)
+    given = {}
+    for term in config.terms:
+        if term.function is not None and term.function.startswith(named.GIVEN):
+            function, _ = named.function("reward.function", term.function)
             try:
-                verdict = tasks[name].grade(text, answer)
-                if not isinstance(verdict, bool):
-                    raise TypeError(f"expected grade of {name} to return a bool, found {verdict!r}")
-            except Exception as error:  # of the user's code; a new worker would take seconds
-                verdict = [words(type(error), error)]
-            say(verdict)
-
-
-def _mapped() -> int:
-    """Bytes of address space of this process; libraries such as torch map a lot."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-def _limit_cpu(seconds: float) -> None:
-    """Let the kernel end an endless item, even if the parent is dead or does not poll."""
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    soft = math.ceil(time.process_time() + seconds) + 1
-    resource.setrlimit(
-        resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard)
-    )
-
-
-if __name__ == "__main__":
-    _serve(*json.loads(sys.argv[1]))
+                given[term.function] = base64.b64encode(cloudpickle.dumps(function)).decode()
+            except Exception as error:  # of whatever the function holds
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"reward: {term.name} cannot be sent to the grading worker ({reason}); "
+                    "reward.process=trainer calls it in this process"
+                ) from error
+    return {"given": given, "reward": named.settings_of(config, "reward")}

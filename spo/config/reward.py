@@ -1,0 +1,94 @@
+"""`reward`: what a response earns in training, where that is not the task's own verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from spo.config.ranges import Count, Positive
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+SHORT = "{terms: [{function: module:name}]}, a list of terms, one term, or module:name"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One of the functions whose weighted results are added up."""
+
+    function: str | None = None
+    """`module:name` or `./file.py:name` of a function; docs/own-reward.md has the signatures."""
+    rule: str | None = None
+    """One that ships: boxed, number, answer, exact, format, overlong."""
+    weight: Finite = 1.0
+    """What its result is multiplied by."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the rule, or further keyword arguments of the function."""
+
+    def __post_init__(self) -> None:
+        if (self.function is None) == (self.rule is None):
+            raise ValueError(
+                f"expected either function or rule, found {'both' if self.function else 'neither'}"
+            )
+
+    @property
+    def name(self) -> str:
+        """What metrics and errors call it."""
+        return self.rule or str(self.function).rpartition(":")[2].partition("#")[0]
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The sum of the terms, and where and how long they run."""
+
+    terms: tuple[Term, ...]
+    process: Literal["worker", "trainer"] = "worker"
+    """worker: in the grading process, which is killed at the deadline and has a memory limit.
+    trainer: in threads of the trainer's process, for functions that hold a model or a connection.
+    There a late call goes on unseen; its response has no reward."""
+    timeout_s: Positive = 5.0
+    """Deadline of one call."""
+    batch: Count = 1
+    """trainer: most responses in one call of a function that takes lists."""
+    parallel: Count = 16
+    """trainer: calls at the same time."""
+    success: Finite = 1.0
+    """What counts as right in evaluations of a task without a test of its own (`rows`): rewards of
+    at least this."""
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError("reward.terms: expected at least one term, found none")
+        if self.process == "worker" and self.batch > 1:
+            raise ValueError(
+                "reward.batch: expected 1 in the worker, where a response that fails takes none "
+                f"with it, found {self.batch}; reward.process=trainer allows more"
+            )
+
+
+def reward_settings(value: Any) -> dict[str, Any]:
+    """The settings of `RewardConfig` that a recipe's `reward` means, however short it is written.
+
+    Raises ValueError with one sentence if it means none.
+    """
+    if isinstance(value, str):
+        return {"terms": [{"function": value}]}
+    if isinstance(value, list | tuple):
+        return {"terms": [_term(term) for term in value]}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"reward: expected {SHORT}, found {value!r}")
+    if "terms" in value:
+        return dict(value) | {"terms": reward_settings(value["terms"])["terms"]}
+    own = {key: value[key] for key in ("function", "rule", "weight", "options") if key in value}
+    rest = {key: setting for key, setting in value.items() if key not in own}
+    return rest | {"terms": [own]}
+
+
+def _term(term: Any) -> dict[str, Any]:
+    if isinstance(term, str):
+        return {"function": term}
+    if not isinstance(term, Mapping):
+        raise ValueError(f"reward.terms: expected module:name or a group, found {term!r}")
+    return dict(term)

@@ -1,0 +1,123 @@
+"""Rewards in the trainer's process: coroutines on one event loop, other functions in threads."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from spo.config.reward import RewardConfig
+from spo.reward import Response, Result, Reward, failed
+
+Item = tuple[int, Response]
+
+
+class Calls:
+    """Rewards of responses: `submit`, then `poll` until `pending` is 0.
+
+    At most `config.parallel` calls run at the same time. A call that is late leaves its responses
+    without a reward and goes on in a thread that does not keep the process alive.
+    """
+
+    def __init__(self, reward: Reward, config: RewardConfig):
+        self._reward, self._config = reward, config
+        lists = all(function.takes_lists for function, _ in reward.terms)
+        self._size = config.batch if lists else 1
+        self._waiting: deque[Item] = deque()
+        self._done: queue.SimpleQueue[tuple[int, Result]] = queue.SimpleQueue()
+        self._running = 0  # calls
+        self.pending = 0  # responses that `poll` has not returned
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="spo-reward", daemon=True).start()
+
+    def submit(self, key: int, response: Response) -> None:
+        """Queue one response; the next `poll` starts its call."""
+        self._waiting.append((key, response))
+        self.pending += 1
+
+    def poll(self, timeout_s: float = 0.0) -> list[tuple[int, Result]]:
+        """Results since the last call, as they ended; waits up to `timeout_s` for the first."""
+        self._start()
+        found: list[tuple[int, Result]] = []
+        while self.pending > len(found):
+            try:
+                found.append(
+                    self._done.get(timeout=0 if found else timeout_s)
+                    if timeout_s
+                    else self._done.get_nowait()
+                )
+            except queue.Empty:
+                break
+        self.pending -= len(found)
+        return found
+
+    def close(self) -> None:
+        """Forget all responses and end the event loop."""
+        self._waiting.clear()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _start(self) -> None:
+        while self._waiting and self._running < self._config.parallel:
+            batch = [self._waiting.popleft() for _ in range(min(self._size, len(self._waiting)))]
+            self._running += 1
+            asyncio.run_coroutine_threadsafe(self._judge(batch), self._loop)
+
+    async def _judge(self, batch: list[Item]) -> None:
+        try:
+            results = await self._results([response for _, response in batch])
+            if len(batch) > 1 and results[0].trace:  # whose fault was it
+                results = [(await self._results([response]))[0] for _, response in batch]
+        finally:
+            self._running -= 1
+        for (key, _), result in zip(batch, results, strict=True):
+            self._done.put((key, result))
+
+    async def _results(self, responses: list[Response]) -> list[Result]:
+        limit = self._config.timeout_s
+        try:
+            return await asyncio.wait_for(self._asked(responses), limit)
+        except asyncio.TimeoutError:
+            return [Result(None, reason=f"timed out after {limit:g} s")] * len(responses)
+        except Exception as error:  # of the user's code
+            return [failed(error)] * len(responses)
+
+    async def _asked(self, responses: list[Response]) -> list[Result]:
+        columns = []
+        for function, _ in self._reward.terms:
+            if function.is_async:
+                returned = await function.call(responses)
+            else:
+                returned = await in_thread(lambda f=function: f.call(responses))
+            columns.append(function.results(returned, len(responses)))
+        return [self._reward.total(parts) for parts in zip(*columns, strict=True)]
+
+
+async def in_thread(function: Callable[[], Any]) -> Any:
+    """The result of a function that runs in a thread of its own, which ends with the process."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if future.done():  # it was late
+            return
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        value, problem = None, None
+        try:
+            value = function()
+        except Exception as error:  # of the user's code
+            problem = error
+        try:
+            loop.call_soon_threadsafe(settle, value, problem)
+        except RuntimeError:  # the loop has ended
+            return
+
+    threading.Thread(target=run, daemon=True).start()
+    return await future

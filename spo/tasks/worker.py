@@ -1,0 +1,105 @@
+"""The grading worker: a process that makes tasks and rewards and says what responses are worth."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import math
+import os
+import pickle
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from spo import named
+from spo.reward import Response, Reward, reward_of
+from spo.tasks import OPTIONS, Task
+
+HEADER = 8  # bytes of a message's length, big endian
+
+
+def _serve() -> None:
+    """The worker reads how to work, writes `null` when ready, then a line per item.
+
+    It says true, false or [the reason] of a task, a `Result` of the reward. An error that ends the
+    worker is a line with a str.
+    """
+    answers = os.dup(1)  # what a grader prints must not look like a verdict
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def say(value: object) -> None:
+        os.write(answers, json.dumps(value).encode() + b"\n")
+
+    def words(kind: type, error: object) -> str:
+        return f"{kind.__name__}: {error}"[:1000]
+
+    sys.excepthook = lambda kind, error, _: say(words(kind, error))
+    timeout_s, memory_mb, specs, rewarding = _message()
+    tasks = {name: _made(*spec) for name, spec in specs.items()}
+    reward = None if rewarding is None else _made_reward(rewarding)
+    for part in (*tasks.values(), *(reward.functions if reward else ())):
+        if prepare := getattr(part, "prepare", None):
+            prepare()
+    memory = _mapped() + (int(memory_mb) << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it writes no file
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    say(None)
+    while batch := _message():
+        for name, *item in batch:
+            _limit_cpu(timeout_s)
+            if reward is not None and name is None:
+                say(dataclasses.asdict(reward(Response(**item[0]))))
+                continue
+            text, answer = item
+            try:
+                verdict = tasks[name].grade(text, answer)
+                if not isinstance(verdict, bool):
+                    raise TypeError(f"expected grade of {name} to return a bool, found {verdict!r}")
+            except Exception as error:  # of the user's code; a new worker would take seconds
+                verdict = [words(type(error), error)]
+            say(verdict)
+
+
+def _made(name: str, settings: dict[str, Any]) -> Task:
+    """The task of a `_spec`. The package's own tasks have plain settings and need no pydantic."""
+    kind = named.find("task", name)
+    return kind(**settings) if name in named.OWN["task"] else named.build(kind, settings, OPTIONS)
+
+
+def _made_reward(spec: dict[str, Any]) -> Reward:
+    """The reward of a `_reward_spec`, with what its rules prepare."""
+    from spo.config.reward import RewardConfig
+
+    for name, pickled in spec["given"].items():
+        named.restore(name, pickle.loads(base64.b64decode(pickled)))
+    return reward_of(named.build(RewardConfig, spec["reward"], "reward"))
+
+
+def _message() -> Any:
+    """The next message of the parent, None at the end."""
+    header = sys.stdin.buffer.read(HEADER)
+    if not header:
+        return None
+    return json.loads(sys.stdin.buffer.read(int.from_bytes(header, "big")))
+
+
+def _mapped() -> int:
+    """Bytes of address space of this process; libraries such as torch map a lot."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def _limit_cpu(seconds: float) -> None:
+    """Let the kernel end an endless item, even if the parent is dead or does not poll."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    soft = math.ceil(time.process_time() + seconds) + 1
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard)
+    )
+
+
+if __name__ == "__main__":
+    _serve()
