@@ -48,6 +48,20 @@ def test_your_own_task_rule_and_shape(tmp_path):
         assert trained["mean_abs_advantage"] > 0 or name == "task"  # too easy, or too hard
 
 
+def test_your_own_reward(tmp_path):
+    page = "docs/own-reward.md"
+    (code,), (several, judged) = blocks(page, "python"), blocks(page, "yaml")
+    (tmp_path / "close.py").write_text(code)
+    (tmp_path / "judge.py").write_text("async def judge(response):\n    return len(response)\n")
+    (tmp_path / "several.yaml").write_text(several)
+    (tmp_path / "judged.yaml").write_text(judged)
+    assert load_recipe(tmp_path / "judged.yaml").reward.process == "trainer"
+    lines = train(tmp_path / "several.yaml", [*SMALL, f"out={tmp_path / 'run'}"])
+    (trained,) = (line for line in lines if line["stage"] == "train")
+    assert 0 < trained["reward_close"] <= 1 and 0 <= trained["reward_format"] <= 1
+    assert -1 <= trained["reward_overlong"] <= 0 and trained["invalid_gradings"] == 0
+
+
 def test_a_look_into_a_forest(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     forest, _ = rollout("spo-tree", SMALL)
