@@ -280,8 +280,10 @@ class Batch:
     targets: Tensor  # (N,) int64, token ids of the rows
     old_logprobs: Tensor  # (N,) fp32
     advantages: Tensor  # (N,) fp32
-    loss_mask: Tensor  # (N,) bool
+    loss_mask: Tensor  # (N,) bool; the KL term may cover the other rows too
     policy_norm: float  # Z of the whole optimiser step, over all micro-batches and ranks
+    kl_norm: float = 0.0  # tokens that the KL term covers, in the whole step
+    share: float = 1.0  # of the step's kept tokens
     ref_logprobs: Tensor | None = None  # (N,) fp32
     token_index: Tensor | None = None  # (N,) int64, index of each row's token in the forest
 

@@ -25,11 +25,14 @@ class PolicyLossConfig:
     constant: prompts of the step * sampling.max_new_tokens, so that the weight of a response does
     not depend on any length, and the step can be a multiple of the policy gradient."""
     kl_coef: NotNegative = 0.0
-    """Weight of the KL term towards the start policy; 0 loads no reference model."""
+    """Weight of the KL term towards the start policy, a mean over the tokens that it covers; 0
+    loads no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Per-token estimator of the KL term."""
     kl_scope: Literal["masked", "all"] = "masked"
-    """Tokens that the KL term covers: those of the mask, or every trained token."""
+    """Tokens that the KL term covers. masked: those that train and that the mask keeps. all: every
+    token of the responses, also of those whose advantage is 0 (probes and dropped responses are
+    left out)."""
 
 
 @dataclass(frozen=True)

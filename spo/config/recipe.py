@@ -255,6 +255,11 @@ def check_recipe(recipe: Recipe) -> None:
             f"train.replay_nodes: expected 0 with credit.type={recipe.credit_type}, whose credit "
             f"is true in its own iteration only, found {train.replay_nodes}"
         )
+    if train.replay_nodes and recipe.loss.kl_coef and recipe.loss.kl_scope == "all":
+        raise ValueError(
+            "train.replay_nodes: expected 0 with loss.kl_scope=all, as only nodes with an "
+            f"advantage are drawn from the buffer, found {train.replay_nodes}"
+        )
     if engine.max_model_len is not None and engine.max_model_len <= sampling.max_new_tokens:
         raise ValueError(
             f"engine.max_model_len: expected more than sampling.max_new_tokens="

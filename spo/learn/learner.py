@@ -29,7 +29,7 @@ from spo.models.load import saved_weights
 from spo.records import Batch, Credit, Forest, LossOutput, Replay, Targets
 
 # Over the batches of a step.
-SUMS = ("loss", "kl", "kept", "clipfrac", "entropy", "mismatch_kl", "router_loss")
+SUMS = ("loss", "kl", "covered", "kept", "clipfrac", "entropy", "mismatch_kl", "router_loss")
 
 
 class Learner:
@@ -226,7 +226,7 @@ class Learner:
         trees: Sequence[int] | None = None,
         masked: bool = True,
     ) -> tuple[list[Batch], PackStats]:
-        """This rank's batches of one step; without the mask every trained token has a row."""
+        """This rank's batches of one step; without the mask every token of nodes with credit."""
         loss = self.recipe.loss
         return pack(
             forest,
@@ -234,7 +234,7 @@ class Learner:
             prob_threshold=loss.prob_threshold if masked else None,
             tokens_per_batch=self.recipe.train.tokens_per_batch,
             trees=trees,
-            every_token=loss.kl_coef > 0 and loss.kl_scope == "all",
+            every_token=masked and loss.kl_coef > 0 and loss.kl_scope == "all",
             packing=self.recipe.policy.packing,
             share=(self.ranks.rank, self.ranks.world),
         )
@@ -309,7 +309,6 @@ def summarize(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     kept = max(total["kept"], 1.0)
     figures = {
         "loss": total["loss"] / len(steps),
-        "kl": total["kl"] / len(steps),
         "clipfrac": total["clipfrac"] / kept,
         "entropy": total["entropy"] / kept,
         "mismatch_kl": total["mismatch_kl"] / kept,
@@ -319,6 +318,8 @@ def summarize(steps: Sequence[dict[str, float]]) -> dict[str, float]:
         "grad_norm": total["grad_norm"] / len(steps),
         "lr": steps[-1]["lr"],
     }
+    if total["covered"]:
+        figures["kl"] = total["kl"] / total["covered"]
     if total["router_loss"]:
         figures["router_loss"] = total["router_loss"] / len(steps)
     own = {*SUMS, "ratio_max", "grad_norm", "lr", *(f.name for f in dataclasses.fields(PackStats))}

@@ -23,7 +23,7 @@ def policy_loss(
 ) -> LossOutput:
     """The clipped-ratio loss of a packed batch; the losses of a step's batches add up.
 
-    Rows that the mask drops never reach the vocabulary projection.
+    Rows that the mask drops never reach the vocabulary projection, unless the KL term covers them.
     """
     return LossOutput(*inside(model, _policy_loss, batch, config, temperature))
 
@@ -32,12 +32,13 @@ def _policy_loss(
     model: PreTrainedModel, batch: Batch, config: PolicyLossConfig, temperature: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
     layers = forward(model, batch, router_loss=True)
+    everywhere = config.kl_coef > 0 and config.kl_scope == "all"  # every row is in the KL term
     out = linear_masked_ppo_loss(
         **head_arguments(model, layers.states, batch.hidden_index),
         token_ids=batch.targets,
         old_logprobs=batch.old_logprobs,
         advantages=batch.advantages,
-        loss_mask=batch.loss_mask,
+        loss_mask=None if everywhere else batch.loss_mask,
         prob_threshold=config.prob_threshold,
         ref_logprobs=batch.ref_logprobs,
         temperature=temperature,
@@ -48,20 +49,22 @@ def _policy_loss(
         kl_estimator=config.kl_estimator,
         kl_scope=config.kl_scope,
         policy_norm=batch.policy_norm,
-        metrics=True,  # nodes without an advantage have no rows, so this costs next to nothing
+        kl_norm=batch.kl_norm,
+        metrics=True,  # every row with a logprob trains or is in the KL term
     )
     assert out.entropy is not None
     kept = policy_mask(batch.old_logprobs, batch.loss_mask, config.prob_threshold)
-    num_kept = float(out.num_kept)
+    num_kept = float(kept.sum())
     metrics = {
         "loss": float(out.loss.detach()),
-        "kl": float(out.kl),
         "kept": num_kept,
-        "clipfrac": float(out.clipfrac) * num_kept,
+        "clipfrac": float(out.clipfrac) * float(out.num_kept),  # without an advantage: not clipped
         "entropy": float(out.entropy[kept].sum()),
     }
-    share = num_kept / max(batch.policy_norm, 1.0)
-    loss, metrics = _with_router_loss(out.loss, metrics, layers, share)
+    if config.kl_coef:
+        covered = float(kept.numel()) if everywhere else num_kept
+        metrics |= {"kl": float(out.kl_mean) * covered, "covered": covered}
+    loss, metrics = _with_router_loss(out.loss, metrics, layers, batch.share)
     return loss, metrics | _mismatch((out.logprobs - batch.old_logprobs)[kept])
 
 
@@ -89,13 +92,11 @@ def _likelihood_loss(
     loss = -(batch.advantages * logprobs).sum() / max(batch.policy_norm, 1.0)
     metrics = {
         "loss": float(loss.detach()),
-        "kl": 0.0,
         "kept": float(logprobs.numel()),
         "clipfrac": 0.0,
         "entropy": float(entropy.detach().sum()),
     }
-    share = logprobs.numel() / max(batch.policy_norm, 1.0)
-    loss, metrics = _with_router_loss(loss, metrics, layers, share)
+    loss, metrics = _with_router_loss(loss, metrics, layers, batch.share)
     return loss, metrics | _mismatch(logprobs.detach() - batch.old_logprobs)
 
 

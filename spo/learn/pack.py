@@ -2,7 +2,8 @@
 
 In this order the descendants of a node are contiguous. So one integer per token, the end of its
 node's subtree, is the whole attention mask. Nodes with nothing to train in or below them are left
-out, and so is the end of a node after its last trained token if nothing below it trains.
+out, and so is the end of a node after its last trained token if nothing below it trains. A KL term
+over all tokens keeps nodes without an advantage.
 `packing="rows"` makes one sequence per node instead, for models that cannot be packed and for
 comparison.
 """
@@ -26,6 +27,7 @@ class PackStats:
     """Counts over one optimiser step."""
 
     kept_tokens: int  # Z: trained tokens that the mask keeps, times their weights
+    kl_tokens: int  # those that the KL term covers
     trained_tokens: int  # tokens of all nodes with an advantage, before the mask
     packed_tokens: int  # forwarded, over all ranks; padding not counted
     repeated_tokens: int  # of these, prefixes repeated because a tree was split
@@ -51,12 +53,14 @@ def pack(
         credit: (T,) fp32. A node trains if a token of it has credit.
         prob_threshold: of the loss's mask; tokens at or above it need no hidden state. None: all
             tokens need one.
-        every_token: the loss reads masked tokens too (a KL term over all tokens).
+        every_token: the KL term covers every token of the forest's trained nodes, masked ones and
+            those of nodes without credit too. They have rows, which `loss_mask` leaves out if
+            their node has no credit.
         packing: tree, or rows: one sequence per trained node, and padding counts as tokens.
         share: (rank, ranks) to pack for. All ranks have the same number of batches and about as
-            many tokens; `policy_norm` and the stats are those of the whole step on every rank.
+            many tokens; the norms and the stats are those of the whole step on every rank.
     """
-    plan = _Plan(forest, credit, None if every_token else prob_threshold)
+    plan = _Plan(forest, credit, prob_threshold, every_token)
     roots = torch.nonzero(forest.parent < 0)[:, 0].tolist()
     chosen = [roots[t] for t in (range(len(roots)) if trees is None else trees)]
     rank, ranks = share
@@ -64,20 +68,20 @@ def pack(
     largest = min(tokens_per_batch, -(-needed // ranks))  # no rank waits for one large tree
     cut = plan.rows if packing == "rows" else plan.split
     pieces = [piece for root in chosen for piece in cut(root, largest)]
-    kept_rows = np.concatenate([plan.loss_rows(n) for p in pieces for n in p.trained] or [_NONE])
-    kept = plan.logprobs[kept_rows] < _limit(prob_threshold)
-    policy_norm = int(kept.sum())
+    rows = np.concatenate([plan.loss_rows(n) for p in pieces for n in p.trained] or [_NONE])
+    kept = int(plan.kept[rows].sum())
     packed = sum(p.tokens for p in pieces)
     stats = PackStats(
-        kept_tokens=policy_norm,
+        kept_tokens=kept,
+        kl_tokens=rows.size if every_token else kept,
         trained_tokens=plan.trained_tokens(chosen),
         packed_tokens=packed,
         repeated_tokens=packed - needed,
     )
     grouped = [_groups(dealt, tokens_per_batch, packing) for dealt in _deal(pieces, ranks)]
-    batches = [plan.batch(group, float(policy_norm)) for group in grouped[rank]]
+    batches = [plan.batch(group, stats) for group in grouped[rank]]
     idle = max(map(len, grouped)) - len(batches)
-    return batches + [_idle_batch(float(policy_norm))] * idle, stats
+    return batches + [_idle_batch(stats)] * idle, stats
 
 
 def unpack(forest: Forest, batches: Sequence[Batch], rows: Sequence[Tensor]) -> Tensor:
@@ -98,7 +102,7 @@ class _Piece:
 
     nodes: list[int]  # depth-first
     sizes: list[int]  # tokens to forward in each node
-    trained: list[int]  # nodes whose loss belongs to this piece
+    trained: list[int]  # nodes whose rows belong to this piece
 
     @property
     def tokens(self) -> int:
@@ -108,7 +112,9 @@ class _Piece:
 class _Plan:
     """Which nodes and tokens of a forest must be forwarded."""
 
-    def __init__(self, forest: Forest, credit: Tensor, prob_threshold: float | None):
+    def __init__(
+        self, forest: Forest, credit: Tensor, prob_threshold: float | None, every_token: bool
+    ):
         self.token_ids = forest.token_ids.numpy()
         self.logprobs = forest.rollout_logprobs.numpy()
         self.weight = forest.weight.numpy()
@@ -116,11 +122,13 @@ class _Plan:
         self.full = forest.cu_tokens.diff().tolist()
         self.parent = forest.parent.tolist()
         self.node_of = np.repeat(np.arange(forest.num_nodes), self.full)
-        self.credit = credit.numpy()
         credited = np.zeros(forest.num_nodes, dtype=bool)
-        credited[self.node_of[np.abs(self.credit) > ZERO_CREDIT]] = True
+        credited[self.node_of[np.abs(credit.numpy()) > ZERO_CREDIT]] = True
         trained = forest.trained.numpy() & credited
-        active = (self.logprobs < _limit(prob_threshold)) & trained[self.node_of]
+        self.in_loss = trained[self.node_of]  # (T,) of a node with an advantage
+        self.credit = np.where(self.in_loss, credit.numpy(), np.float32(0))
+        self.kept = self.in_loss & (self.logprobs < _limit(prob_threshold))
+        active = forest.trained.numpy()[self.node_of] if every_token else self.kept
         where = np.flatnonzero(active)
         last = np.zeros(forest.num_nodes, dtype=np.int64)
         np.maximum.at(last, self.node_of[where], where + 1 - self.start[self.node_of[where]])
@@ -213,7 +221,7 @@ class _Plan:
         start = int(self.start[node])
         return np.repeat(np.arange(start, start + self.last[node]), int(self.weight[node]))
 
-    def batch(self, pieces: Sequence[_Piece], policy_norm: float) -> Batch:
+    def batch(self, pieces: Sequence[_Piece], stats: PackStats) -> Batch:
         ids, depth, until, hidden, rows = [], [], [], [], []
         begin_piece = 0
         for piece in pieces:
@@ -253,8 +261,10 @@ class _Plan:
             targets=torch.from_numpy(self.token_ids[where].astype(np.int64)),
             old_logprobs=torch.from_numpy(self.logprobs[where]),
             advantages=torch.from_numpy(self.credit[where]),
-            loss_mask=torch.ones(where.size, dtype=torch.bool),
-            policy_norm=policy_norm,
+            loss_mask=torch.from_numpy(self.in_loss[where]),
+            policy_norm=float(stats.kept_tokens),
+            kl_norm=float(stats.kl_tokens),
+            share=float(self.kept[where].sum()) / max(stats.kept_tokens, 1),
             token_index=torch.from_numpy(where),
         )
 
@@ -298,7 +308,7 @@ def _groups(pieces: Sequence[_Piece], budget: int, packing: str) -> list[list[_P
     return groups
 
 
-def _idle_batch(policy_norm: float) -> Batch:
+def _idle_batch(stats: PackStats) -> Batch:
     """One token and no loss, for a rank that has fewer batches than the others."""
     return Batch(
         token_ids=torch.zeros(1, dtype=torch.int64),
@@ -309,6 +319,8 @@ def _idle_batch(policy_norm: float) -> Batch:
         old_logprobs=torch.empty(0),
         advantages=torch.empty(0),
         loss_mask=torch.empty(0, dtype=torch.bool),
-        policy_norm=policy_norm,
+        policy_norm=float(stats.kept_tokens),
+        kl_norm=float(stats.kl_tokens),
+        share=0.0,
         token_index=torch.empty(0, dtype=torch.int64),
     )

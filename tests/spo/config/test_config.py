@@ -87,6 +87,7 @@ def test_saved_recipe_reads_back(tmp_path):
         (["credit.type=gae"], ["gae", "shape.kind=star"]),
         (["credit.type=pairs", "shape.kind=chain"], ["pairs", "shape.kind=star"]),
         (["credit.type=correct", "shape.kind=star", "train.replay_nodes=4"], ["replay_nodes", "4"]),
+        (["train.replay_nodes=4", "loss.kl_coef=1", "loss.kl_scope=all"], ["kl_scope", "4"]),
         (["shape.kind=chain", "credit.scale=std"], ["credit.scale=std", "siblings"]),
         (["shape.widths=[6,6]"], ["one length per level"]),
         (["sampling.max_new_tokens=60"], ["segment_tokens", "60"]),

@@ -19,7 +19,7 @@ from spo.loop import train
 from spo.metrics import read_metrics
 
 GRADIENTS = """
-import json, sys
+import dataclasses, json, sys
 import torch
 from forests import RHO, load_fp64, random_forest
 from spo.credit.nodes import of_tokens
@@ -29,6 +29,12 @@ from spo.config.loss import PolicyLossConfig
 from spo.learn.loss import policy_loss
 
 folder, out = sys.argv[1:]
+plain, near = PolicyLossConfig(), PolicyLossConfig(kl_coef=0.5, kl_scope="all")
+
+def loss_of(model, batch, config):
+    ref = -0.1 * batch.token_index.float()
+    return policy_loss(model, dataclasses.replace(batch, ref_logprobs=ref), config, 1.0)
+
 found = {}
 for mode in ("ddp", "fsdp"):
     ranks = distributed.join(mode, "cpu")
@@ -37,20 +43,23 @@ for mode in ("ddp", "fsdp"):
     if ranks.sharded:
         distributed.shard(model, None, "cpu")
     results = []
-    for seed, trees, budget in ((0, 4, 25), (1, 3, 10**6), (2, 1, 10**6), (3, 6, 40)):
+    for seed, trees, budget, config in (
+        (0, 4, 25, plain), (1, 3, 10**6, plain), (2, 1, 10**6, plain), (3, 6, 40, plain),
+        (4, 4, 25, near), (5, 1, 10**6, near),
+    ):
         forest, advantages = random_forest(seed, trees=trees)
-        options = {"prob_threshold": RHO, "tokens_per_batch": budget}
+        options = {"prob_threshold": RHO, "tokens_per_batch": budget, "every_token": config is near}
         single.zero_grad()
         whole, stats = pack(forest, of_tokens(forest, advantages), **options)
         for batch in whole:
-            policy_loss(single, batch, PolicyLossConfig(), 1.0).loss.backward()
+            loss_of(single, batch, config).loss.backward()
         model.zero_grad()
         credit = of_tokens(forest, advantages)
         mine, same = pack(forest, credit, **options, share=(ranks.rank, ranks.world))
         figures = {"loss": 0.0, "kept": 0.0, "ratio_max": 0.0}
         for i, batch in enumerate(mine):
             distributed.begin_batch(model, ranks, last=i == len(mine) - 1)
-            out_ = policy_loss(model, batch, PolicyLossConfig(), 1.0)
+            out_ = loss_of(model, batch, config)
             (out_.loss * distributed.loss_scale(ranks)).backward()
             for key in figures:
                 figures[key] += out_.metrics[key]
@@ -82,7 +91,7 @@ def gradients(tiny_model, tmp_path_factory):
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_ranks_have_the_gradient_of_one(gradients, mode):
-    assert len(gradients[mode]) == 4
+    assert len(gradients[mode]) == 6
     for error, norm, kept, expected, counts in gradients[mode]:
         assert error <= 1e-9 and norm > 0
         assert kept == expected  # figures are those of the whole step
