@@ -112,13 +112,13 @@ def train(
                     forest,
                     credit,
                     buffer,
-                    version=state.version,
+                    iteration=state.iteration,
                     nodes_per_prompt=settings.replay_nodes,
                     max_age=settings.replay_age,
                     seed=settings.seed * 1_000_003 + state.iteration,
                     max_nodes=settings.replay_samples,
                 )
-                line = {"stage": "train"} | credit.figures | learner.train(chosen, kept, state)
+                line = {"stage": "train"} | kept.figures | learner.train(chosen, kept, state)
                 trained = time.perf_counter()
                 state.version += 1
                 line["probe_difference"] = sync(learner, sampler, tests[0], state.version)

@@ -267,6 +267,7 @@ class Replay:
 
     forest: Forest | None = None  # None: empty
     credit: Tensor | None = None  # (T,) fp32
+    received: Tensor | None = None  # (B,) int64, iterations whose rollout each tree came from
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class TrainConfig:
     """Start every iteration's training from the start policy again; its rollouts come from the
     policy that the previous iteration trained (RestEM)."""
     minibatches: Count = 4
-    """Optimiser steps per epoch; the prompts are split among them."""
+    """Optimiser steps per epoch, at most one per prompt; the prompts are split among them."""
     tokens_per_batch: PositiveInt = 8192
     """Maximum number of packed tokens in one forward."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -58,7 +58,8 @@ class TrainConfig:
     """Maximum number of nodes that train in an iteration, over all prompts; the others stay in the
     buffer."""
     replay_age: PositiveInt = 8
-    """Nodes that are this many iterations old are dropped from the buffer."""
+    """Nodes that an iteration received this many iterations ago are dropped from the buffer; the
+    metric `replay_dropped` counts those that never trained. 1 keeps none."""
     max_skipped: NotNegativeInt = 3
     """Stop after this many steps in a row whose loss or gradient is not finite, and after this many
     iterations in a row from which no response has a reward."""

@@ -85,8 +85,9 @@ def save_checkpoint(
             torch.save({"optimizer": critic.optimizer}, temporary / "critic" / "optimizer.pt")
         if replay.forest is not None:
             replay.forest.save(temporary / "replay.safetensors")
-            assert replay.credit is not None
-            save_file({"credit": replay.credit}, temporary / "replay_credit.safetensors")
+            assert replay.credit is not None and replay.received is not None
+            tensors = {"credit": replay.credit, "received": replay.received}
+            save_file(tensors, temporary / "replay_credit.safetensors")
         (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
         save_recipe(recipe, temporary / "recipe.yaml")
         (temporary / "versions.json").write_text(json.dumps(versions(), indent=1))
@@ -191,10 +192,11 @@ def load_training(path: Path, optimizer: torch.optim.Optimizer) -> Replay:
     if not (path / "replay.safetensors").exists():
         return Replay()
     try:
-        credit = load_file(path / "replay_credit.safetensors")["credit"]
+        tensors = load_file(path / "replay_credit.safetensors")
+        credit, received = tensors["credit"], tensors["received"]
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"checkpoint {path}: its replay buffer is damaged ({error})") from error
-    return Replay(Forest.load(path / "replay.safetensors"), credit)
+    return Replay(Forest.load(path / "replay.safetensors"), credit, received)
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict:

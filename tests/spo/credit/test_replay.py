@@ -42,11 +42,11 @@ def test_concat_and_select_keep_trees_whole():
     assert trees_of(some) == [trees_of(a)[0], trees_of(b)[1]]
 
 
-def step(new, buffer, version, nodes=2, age=8, seed=0, most=None):
+def step(new, buffer, iteration, nodes=2, age=8, seed=0, most=None):
     """`merge` of a forest with (S,) advantages, which come back."""
     grown, advantages = new
     chosen, credit, left = merge(
-        grown, Credit(of_tokens(grown, advantages)), buffer, version=version,
+        grown, Credit(of_tokens(grown, advantages)), buffer, iteration=iteration,
         nodes_per_prompt=nodes, max_age=age, seed=seed, max_nodes=most,
     )  # fmt: skip
     return chosen, of_nodes(chosen, credit.tokens), left
@@ -59,7 +59,7 @@ def eligible(f, advantages):
 def test_off_passes_the_forest_through():
     new = forest(1)
     credit = Credit(torch.ones(new[0].token_ids.numel()))
-    passed = merge(new[0], credit, Replay(), version=0, nodes_per_prompt=0, max_age=8, seed=0)
+    passed = merge(new[0], credit, Replay(), iteration=0, nodes_per_prompt=0, max_age=8, seed=0)
     assert passed[0] is new[0] and passed[1] is credit and passed[2] == Replay()
 
 
@@ -67,6 +67,7 @@ def test_draws_at_most_n_per_prompt_and_keeps_the_rest():
     new = forest(3)
     able = eligible(*new)
     chosen, advantages, left = step(new, Replay(), 0, nodes=2)
+    assert chosen.prompts == new[0].prompts
     for tree in range(3):
         mine = chosen.prompt == tree
         assert int(chosen.trained[mine].sum()) == min(2, int(able[mine].sum()))
@@ -82,8 +83,9 @@ def test_an_iteration_takes_no_more_than_its_samples():
     assert int(chosen.trained.sum()) == 3 and int(left.forest.trained.sum()) == able - 3
     others = {tuple(step(new, Replay(), 0, seed=s, most=3)[0].trained.tolist()) for s in range(9)}
     assert len(others) > 1
-    trees = [chosen.prompt[step(new, Replay(), 0, seed=s, most=3)[0].trained] for s in range(9)]
-    assert set(torch.cat(trees).tolist()) == {0, 1, 2}
+    drawn = [step(new, Replay(), 0, seed=s, most=1)[0].prompts for s in range(40)]
+    assert all(len(prompts) == 1 for prompts in drawn)  # no step is spent on other trees
+    assert len({prompts[0].prompt_ids for prompts in drawn}) == 3
 
 
 def test_every_node_trains_exactly_once():
@@ -94,19 +96,37 @@ def test_every_node_trains_exactly_once():
     chosen, credit, buffer = step(second, buffer, 1, nodes=1, age=50)
     trained += int(chosen.trained.sum())
     empty = dataclasses.replace(second[0], trained=torch.zeros_like(second[0].trained))
-    for version in range(2, 12):
-        chosen, credit, buffer = step((empty, second[1]), buffer, version, nodes=1, age=50)
+    for iteration in range(2, 12):
+        chosen, credit, buffer = step((empty, second[1]), buffer, iteration, nodes=1, age=50)
         assert (credit[chosen.trained].abs() > 1e-6).all()
         trained += int(chosen.trained.sum())
     assert trained == total and buffer.forest is None
 
 
-def test_old_nodes_are_dropped():
-    _, _, buffer = step(forest(6, born=0), Replay(), 0, nodes=1, age=2)
-    assert buffer.forest is not None
-    new = forest(7, born=2)
-    chosen, _, _ = step(new, buffer, 2, nodes=100, age=2)
-    assert set(chosen.born[chosen.trained].tolist()) == {2}
+def test_old_nodes_are_dropped_and_counted():
+    """Whatever version sampled them: a stream's nodes may be older than their iteration."""
+    old, new = forest(6, born=0), forest(7, born=1)
+    first, _, buffer = step(old, Replay(), 3, nodes=1, age=2)
+    assert set(first.born[first.trained].tolist()) == {0}  # three versions old, and yet it trains
+    waiting = int(buffer.forest.trained.sum())
+    assert waiting == int(eligible(*old).sum()) - int(first.trained.sum()) > 0
+    assert buffer.received.tolist() == [3] * len(buffer.forest.prompts)
+    credit = Credit(of_tokens(*new), {"reward_mean": 0.5})
+    for iteration, dropped, ages in ((4, 0, {0, 1}), (5, waiting, {1})):
+        chosen, kept, left = merge(
+            new[0], credit, buffer, iteration=iteration, nodes_per_prompt=100, max_age=2, seed=0
+        )
+        assert set(chosen.born[chosen.trained].tolist()) == ages
+        assert kept.figures == {"reward_mean": 0.5, "replay_dropped": dropped}
+        assert left == Replay()
+    _, _, mixed = step(new, buffer, 4, nodes=1, age=3)
+    by_prompt = {p.answer: i for p, i in zip(mixed.forest.prompts, mixed.received, strict=True)}
+    assert {k: int(v) for k, v in by_prompt.items()} == {6: 3, 7: 4}
+    chosen, kept, left = merge(
+        new[0], credit, Replay(), iteration=9, nodes_per_prompt=1, max_age=1, seed=0
+    )
+    others = int(eligible(*new).sum()) - int(chosen.trained.sum())
+    assert kept.figures["replay_dropped"] == others > 0 and left == Replay()  # at once
 
 
 @pytest.mark.parametrize("seed", [0, 1])
