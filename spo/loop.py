@@ -21,6 +21,7 @@ from spo.learn.agreement import check_engine, compare_logprobs, sync
 from spo.learn.distributed import Ranks
 from spo.learn.learner import Learner
 from spo.learn.model import sequence_logprobs
+from spo.learn.schedule import share_done
 from spo.metrics import MetricsWriter
 from spo.models.tokenizer import load_tokenizer
 from spo.records import Credit, Forest, Prompt, Replay, concat
@@ -118,7 +119,8 @@ def train(
                     seed=settings.seed * 1_000_003 + state.iteration,
                     max_nodes=settings.replay_samples,
                 )
-                line = {"stage": "train"} | kept.figures | learner.train(chosen, kept, state)
+                line = {"stage": "train"} | kept.figures
+                line |= learner.train(chosen, kept, state, forest.num_generated)
                 trained = time.perf_counter()
                 state.version += 1
                 line["probe_difference"] = sync(learner, sampler, tests[0], state.version)
@@ -133,6 +135,7 @@ def train(
             write(line)
             _check_skipped(recipe, line, empty)
             state.iteration += 1
+            learner.refresh_reference(state.iteration)
             if state.iteration % settings.checkpoint_every == 0 or _finished(recipe, state):
                 learner.save(state, buffer)
         sampler.engine.abort()  # samples of later iterations
@@ -160,10 +163,7 @@ def evaluate(sampler: Sampler, tests: Sequence[Prompt], ranks: Ranks) -> dict:
 
 def response_limit(recipe: Recipe, state: checkpoint.State) -> int:
     """Maximum length of a response now: that of the first stage that is not over yet."""
-    train = recipe.train
-    done = state.iteration / train.iterations
-    if train.max_generated_tokens is not None:
-        done = max(done, state.generated_tokens / train.max_generated_tokens)
+    done = share_done(recipe.train, state.iteration, state.generated_tokens)
     limits = [tokens for share, tokens in recipe.sampling.stages if done < share]
     return limits[0] if limits else recipe.sampling.max_new_tokens
 

@@ -283,8 +283,8 @@ class Batch:
     advantages: Tensor  # (N,) fp32
     loss_mask: Tensor  # (N,) bool; the KL term may cover the other rows too
     policy_norm: float  # Z of the whole optimiser step, over all micro-batches and ranks
-    kl_norm: float = 0.0  # tokens that the KL term covers, in the whole step
-    share: float = 1.0  # of the step's kept tokens
+    kl_norm: float  # tokens that the KL term covers in the whole step
+    share: float  # of the step's kept tokens, those in this batch
     ref_logprobs: Tensor | None = None  # (N,) fp32
     token_index: Tensor | None = None  # (N,) int64, index of each row's token in the forest
 

@@ -44,7 +44,8 @@ class Rule:
     critic: CriticConfig | None = None
     """Settings of the critic that the rule uses and trains; a field of rules that have one."""
     reference: ClassVar[bool] = False
-    """Whether the rule uses the start policy."""
+    """Whether the rule uses the reference: the start policy, or the one that
+    `train.reference_every` puts in its place."""
     replayable: ClassVar[bool] = False
     """Whether a node's credit stays true in later iterations."""
 

@@ -25,8 +25,8 @@ class PolicyLossConfig:
     constant: prompts of the step * sampling.max_new_tokens, so that the weight of a response does
     not depend on any length, and the step can be a multiple of the policy gradient."""
     kl_coef: NotNegative = 0.0
-    """Weight of the KL term towards the start policy, a mean over the tokens that it covers; 0
-    loads no reference model."""
+    """Weight of the KL term, a mean over the tokens that it covers, towards the reference: the
+    start policy, or that of `train.reference_every`. 0 loads no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Per-token estimator of the KL term."""
     kl_scope: Literal["masked", "all"] = "masked"

@@ -255,10 +255,20 @@ def check_recipe(recipe: Recipe) -> None:
             f"train.replay_nodes: expected 0 with credit.type={recipe.credit_type}, whose credit "
             f"is true in its own iteration only, found {train.replay_nodes}"
         )
+    if train.reference_every and not (recipe.loss.kl_coef or recipe.credit.reference):
+        raise ValueError(
+            "train.reference_every: expected 0, as loss.kl_coef is 0 and "
+            f"credit.type={recipe.credit_type} has no reference, found {train.reference_every}"
+        )
     if train.replay_nodes and recipe.loss.kl_coef and recipe.loss.kl_scope == "all":
         raise ValueError(
             "train.replay_nodes: expected 0 with loss.kl_scope=all, as only nodes with an "
             f"advantage are drawn from the buffer, found {train.replay_nodes}"
+        )
+    if recipe.shape.rescores and train.stream_depth:
+        raise ValueError(
+            "shape.rescore=true: expected train.stream_depth=0, as the trainer's weights are newer "
+            f"than those that sampled a stream's first tokens, found {train.stream_depth}"
         )
     if engine.max_model_len is not None and engine.max_model_len <= sampling.max_new_tokens:
         raise ValueError(

@@ -15,6 +15,8 @@ from spo.config.ranges import (
     Share,
 )
 
+Schedule = Literal["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -44,9 +46,13 @@ class TrainConfig:
     learning_rate: Positive = 1e-6
     """Peak learning rate of AdamW."""
     warmup_share: Share = 0.03
-    """Share of the optimiser steps over which the rate rises linearly."""
-    decay: Literal["linear", "constant"] = "linear"
-    """The learning rate after the warm-up."""
+    """Share of the run over which the rate rises linearly."""
+    decay: Schedule = "linear"
+    """The learning rate after the warm-up, as transformers names it; linear and cosine end at 0.
+    The run ends at `iterations` or at `max_generated_tokens`, whichever is nearer. constant is
+    constant_with_warmup."""
+    min_lr_rate: Share = 0.0
+    """cosine_with_min_lr: share of the peak rate that it ends at."""
     weight_decay: NotNegative = 0.0
     """AdamW's decoupled decay."""
     max_grad_norm: Positive = 1.0
@@ -60,6 +66,9 @@ class TrainConfig:
     replay_age: PositiveInt = 8
     """Nodes that an iteration received this many iterations ago are dropped from the buffer; the
     metric `replay_dropped` counts those that never trained. 1 keeps none."""
+    reference_every: NotNegativeInt = 0
+    """Iterations after which the policy as it is then becomes the reference; 0 keeps the start
+    policy."""
     max_skipped: NotNegativeInt = 3
     """Stop after this many steps in a row whose loss or gradient is not finite, and after this many
     iterations in a row from which no response has a reward."""
@@ -72,6 +81,11 @@ class TrainConfig:
     """Seed of prompts, sampling and the order of training."""
 
     def __post_init__(self) -> None:
+        if (self.decay == "cosine_with_min_lr") != (self.min_lr_rate > 0):
+            raise ValueError(
+                "train.min_lr_rate: expected a share above 0 with train.decay=cosine_with_min_lr, "
+                f"and 0 with any other, found {self.min_lr_rate:g} with {self.decay}"
+            )
         if self.restart and self.parallel == "fsdp":
             raise ValueError("train.restart: expected train.parallel=ddp, found fsdp")
         if self.replay_samples is not None and not self.replay_nodes:

@@ -38,6 +38,8 @@ FIXED = (  # settings that a resumed run must keep
 
 EXACT = "weights.safetensors"
 """The weights in training precision, where the policy's folder holds fewer bits of them."""
+REFERENCE = "reference.safetensors"
+"""The weights of a reference that is no longer the start policy."""
 
 
 @dataclass
@@ -63,6 +65,7 @@ def save_checkpoint(
     state: State,
     replay: Replay,
     critic: Whole | None = None,
+    reference: Whole | None = None,
 ) -> Path:
     """Write `out_dir/checkpoints/iter-NNNNNN` and remove the earlier ones.
 
@@ -83,6 +86,9 @@ def save_checkpoint(
         if critic is not None:
             critic.model.save_pretrained(temporary / "critic", state_dict=dict(critic.weights))
             torch.save({"optimizer": critic.optimizer}, temporary / "critic" / "optimizer.pt")
+        if reference is not None:
+            tensors = {name: tensor.contiguous() for name, tensor in reference.weights.items()}
+            save_file(tensors, temporary / REFERENCE)
         if replay.forest is not None:
             replay.forest.save(temporary / "replay.safetensors")
             assert replay.credit is not None and replay.received is not None
@@ -168,19 +174,20 @@ def check_resumed(path: Path, recipe: Recipe) -> None:
         )
 
 
-def load_weights(path: Path, model: torch.nn.Module) -> None:
-    """Give the policy loaded from a checkpoint the weights that were trained, if these are wider.
+def load_weights(path: Path, model: torch.nn.Module, file: str = EXACT) -> bool:
+    """Give a model the weights of a checkpoint's `file`, if it has one; returns whether it has.
 
     Raises ValueError with the checkpoint's name if they are damaged.
     """
-    if not (path / EXACT).exists():
-        return
+    if not (path / file).exists():
+        return False
     loaded = model.state_dict()
     try:
-        for name, tensor in load_file(path / EXACT).items():
+        for name, tensor in load_file(path / file).items():
             loaded[name].copy_(tensor)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"checkpoint {path}: {EXACT} is damaged ({error})") from error
+        raise ValueError(f"checkpoint {path}: {file} is damaged ({error})") from error
+    return True
 
 
 def load_training(path: Path, optimizer: torch.optim.Optimizer) -> Replay:

@@ -150,8 +150,16 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Give `target` the weights of `source`, both whole or sharded alike."""
+    for model in (source, target):
+        if isinstance(model, FSDPModule):
+            model.reshard()  # as for `Whole`
+    target.load_state_dict(source.state_dict())
+
+
 class Whole:
-    """A model, its weights and its optimiser's state as one process saves them.
+    """A model, its weights and its optimiser's state, if it has one, as one process saves them.
 
     All ranks make it if the model is sharded.
 
@@ -159,7 +167,7 @@ class Whole:
         weights: parameters and saved buffers by name; tied ones once.
     """
 
-    def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer):
+    def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None):
         sharded = isinstance(model, FSDPModule)
         if isinstance(model, FSDPModule):
             model.reshard()  # a forward without a backward leaves the root's weights gathered
@@ -170,7 +178,7 @@ class Whole:
         kept = model.state_dict()
         tensors: dict[str, Tensor] = dict(model.named_parameters())
         tensors |= {name: kept[name] for name, _ in model.named_buffers() if name in kept}
-        saved = optimizer.state_dict()
+        saved = optimizer.state_dict() if optimizer is not None else {"state": {}}
         self.model = model
         self.weights: dict[str, Tensor] = {n: whole(t.detach()) for n, t in tensors.items()}
         self.optimizer: dict[str, Any] = saved | {

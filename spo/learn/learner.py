@@ -20,16 +20,15 @@ from spo.engines.protocol import Engine
 from spo.learn import checkpoint, distributed
 from spo.learn.critic import explained_variance, load_critic, row_values, value_loss
 from spo.learn.distributed import Ranks
+from spo.learn.figures import SUMS, summarize
 from spo.learn.loss import LOSSES
 from spo.learn.model import row_logprobs, score, to_device
 from spo.learn.pack import PackStats, pack, unpack
 from spo.learn.policy import load_policy
 from spo.learn.policy_folder import as_stored
+from spo.learn.schedule import rate, share_done
 from spo.models.load import saved_weights
 from spo.records import Batch, Credit, Forest, LossOutput, Replay, Targets
-
-# Over the batches of a step.
-SUMS = ("loss", "kl", "covered", "kept", "clipfrac", "entropy", "mismatch_kl", "router_loss")
 
 
 class Learner:
@@ -44,9 +43,13 @@ class Learner:
             checkpoint.load_weights(saved, self.model)
         self.optimizer = _adamw(self.model, recipe, recipe.train.learning_rate)
         self.models = {"policy": self.model}
+        self.refreshed = False  # whether the reference is no longer the start policy
         self.optimizers = {"policy": self.optimizer}
         if recipe.loss.kl_coef or recipe.credit.reference:
             self.models["reference"] = self._load().eval().requires_grad_(False)
+            if saved:
+                file = checkpoint.REFERENCE
+                self.refreshed = checkpoint.load_weights(saved, self.models["reference"], file)
         if critic is not None:
             start = str(saved / "critic") if saved else None
             model = load_critic(policy, start, limit=recipe.engine.max_model_len)
@@ -85,6 +88,13 @@ class Learner:
         self.model.load_state_dict(self._load().state_dict())
         self.optimizer.state.clear()
 
+    def refresh_reference(self, iterations: int) -> None:
+        """Make the policy the reference, if that is due after so many iterations."""
+        every = self.recipe.train.reference_every
+        if every and iterations % every == 0:
+            distributed.copy_weights(self.model, self.models["reference"])
+            self.refreshed = True
+
     def _load(self, path: str | None = None) -> PreTrainedModel:
         """The start policy, or the one in a checkpoint's folder."""
         return load_policy(self.recipe.policy, path, limit=self.recipe.engine.max_model_len)
@@ -113,17 +123,29 @@ class Learner:
 
         return [self._score(forest, packs, partial(rows, name)) for name in names]
 
-    def train(self, forest: Forest, credit: Credit, state: checkpoint.State) -> dict[str, float]:
-        """Run the optimiser steps on one forest; returns their mean figures."""
+    def train(
+        self, forest: Forest, credit: Credit, state: checkpoint.State, generated: int = 0
+    ) -> dict[str, float]:
+        """Run the optimiser steps on one forest; returns their mean figures.
+
+        Args:
+            generated: tokens of the iteration, which `state` does not count yet.
+        """
         train = self.recipe.train
+        start = share_done(train, state.iteration, state.generated_tokens)
+        end = share_done(train, state.iteration + 1, state.generated_tokens + generated)
         if train.restart:
             self.restart()
         generator = torch.Generator().manual_seed(train.seed * 1_000_003 + state.iteration)
         steps: list[dict[str, float]] = []
+        splits: list[Tensor] = []  # the trees of every step
         for _ in range(train.epochs):
             order = torch.randperm(len(forest.prompts), generator=generator)
-            for trees in order.tensor_split(min(train.minibatches, len(order))):
-                steps.append(self.step(forest, credit, trees.tolist(), state))
+            splits += order.tensor_split(min(train.minibatches, len(order)))
+        share = (end - start) / len(splits)
+        for i, trees in enumerate(splits):
+            share_of_peak = rate(train, start + i * share, start + (i + 1) * share)
+            steps.append(self.step(forest, credit, trees.tolist(), state, share_of_peak))
         figures = summarize(steps) | {"skipped_steps": state.skipped_steps}
         if credit.targets is not None:
             trained = of_tokens(forest, forest.trained)
@@ -133,7 +155,12 @@ class Learner:
         return figures
 
     def step(
-        self, forest: Forest, credit: Credit, trees: Sequence[int], state: checkpoint.State
+        self,
+        forest: Forest,
+        credit: Credit,
+        trees: Sequence[int],
+        state: checkpoint.State,
+        rate: float,  # share of the peak rates
     ) -> dict[str, float]:
         """One optimiser step on `trees`: of the policy, then of the critic if there is one."""
         recipe, rule = self.recipe, self.recipe.credit
@@ -148,7 +175,6 @@ class Learner:
             norm = float(len(trees) * recipe.sampling.max_new_tokens)
         if norm is not None:
             packs = [dataclasses.replace(packed, policy_norm=norm) for packed in packs]
-        rate = self.rate(state.optimizer_steps)
         figures = self._update(
             self.model, self.optimizer, packs, self._policy_loss, rate * recipe.train.learning_rate
         )
@@ -177,25 +203,14 @@ class Learner:
         state.optimizer_steps += 1
         return figures | dataclasses.asdict(stats) | extra
 
-    def rate(self, step: int) -> float:
-        """Share of the peak rate: a linear warm-up, then constant or a linear decay to 0."""
-        train = self.recipe.train
-        steps = train.epochs * min(train.minibatches, train.prompts)
-        total = train.iterations * steps
-        warmup = round(total * train.warmup_share)
-        if step < warmup:
-            return (step + 1) / warmup
-        if train.decay == "constant":
-            return 1.0
-        return max(total - step, 0) / max(total - warmup, 1)
-
     def save(self, state: checkpoint.State, buffer: Replay) -> None:
         """Rank 0 writes a checkpoint; the other ranks help to gather sharded weights."""
         if not (self.ranks.main or self.ranks.sharded):
             return
         parts = {
-            name: distributed.Whole(self.models[name], optimizer)
-            for name, optimizer in self.optimizers.items()
+            name: distributed.Whole(model, self.optimizers.get(name))
+            for name, model in self.models.items()
+            if name in self.optimizers or self.refreshed
         }
         if self.ranks.main:
             checkpoint.save_checkpoint(
@@ -205,6 +220,7 @@ class Learner:
                 state=state,
                 replay=buffer,
                 critic=parts.get("critic"),
+                reference=parts.get("reference"),
             )
 
     def _policy_loss(self, packed: Batch) -> LossOutput:
@@ -297,36 +313,6 @@ class Learner:
         policy = self.recipe.policy
         device = torch.device(policy.device).type
         return torch.autocast(device, torch.bfloat16) if policy.autocast else nullcontext()
-
-
-def summarize(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The figures of an iteration, from those of its steps.
-
-    A figure that only some steps have (of a rule or of the critic) is the mean over these steps.
-    """
-    every = set.intersection(*(set(step) for step in steps))
-    total = {key: sum(step[key] for step in steps) for key in every}
-    kept = max(total["kept"], 1.0)
-    figures = {
-        "loss": total["loss"] / len(steps),
-        "clipfrac": total["clipfrac"] / kept,
-        "entropy": total["entropy"] / kept,
-        "mismatch_kl": total["mismatch_kl"] / kept,
-        "ratio_max": max(step["ratio_max"] for step in steps),
-        "kept_share": total["kept_tokens"] / max(total["trained_tokens"], 1),
-        "packed_tokens": total["packed_tokens"],
-        "grad_norm": total["grad_norm"] / len(steps),
-        "lr": steps[-1]["lr"],
-    }
-    if total["covered"]:
-        figures["kl"] = total["kl"] / total["covered"]
-    if total["router_loss"]:
-        figures["router_loss"] = total["router_loss"] / len(steps)
-    own = {*SUMS, "ratio_max", "grad_norm", "lr", *(f.name for f in dataclasses.fields(PackStats))}
-    for key in sorted({key for step in steps for key in step} - own):
-        values = [step[key] for step in steps if key in step]
-        figures[key] = sum(values) / len(values)
-    return figures
 
 
 def _adamw(model: torch.nn.Module, recipe: Recipe, learning_rate: float) -> torch.optim.AdamW:

@@ -172,6 +172,8 @@ def scored_batch(targets: Tensor, **tensors: Tensor) -> Batch:
         advantages=torch.zeros(size),
         loss_mask=torch.ones(size, dtype=torch.bool),
         policy_norm=1.0,
+        kl_norm=1.0,
+        share=1.0,
         **tensors,
     )
 

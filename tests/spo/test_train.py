@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from spo.config.recipe import load_recipe
 from spo.credit.values import Values
 from spo.engines.hf import HFEngine
 from spo.learn.checkpoint import latest_checkpoint, load_state
-from spo.learn.learner import Learner
 from spo.learn.loss import LOSSES
 from spo.loop import train
 from spo.metrics import read_metrics
@@ -353,15 +351,6 @@ def test_a_constant_norm_divides_by_what_no_sample_decides(tmp_path):
     for key in ("loss", "grad_norm"):
         expected = lines["tokens"][key] * kept / (4 * 40)
         assert lines["constant"][key] == pytest.approx(expected, rel=1e-4)
-
-
-def test_the_rate_rises_and_falls_by_hand():
-    """Ten steps, of which two warm up."""
-    ten = ["train={iterations: 5, minibatches: 2, prompts: 4, warmup_share: 0.2}"]
-    for decay, expected in (("linear", [0.5, 1, 1, 0.5, 0.125]), ("constant", [0.5, 1, 1, 1, 1])):
-        recipe = load_recipe(None, [*ten, f"train.decay={decay}"])
-        rates = [Learner.rate(SimpleNamespace(recipe=recipe), step) for step in (0, 1, 2, 6, 9)]
-        assert rates == pytest.approx(expected)
 
 
 def test_stale_weights_are_noticed(tmp_path):

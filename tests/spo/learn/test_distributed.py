@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from ranks import distance, torchrun
+from safetensors.torch import load_file
 from test_train import MIXED
 from trained import trained_weights
 
@@ -113,6 +114,7 @@ SMALL = [
     "train.tokens_per_batch=120",
     "train.replay_nodes=2",
     "loss.kl_coef=0.1",
+    "train.reference_every=1",
     "eval.every=0",
     "eval.problems=4",
 ]
@@ -160,6 +162,8 @@ def resumed(begun, tmp_path_factory):
 def test_a_sharded_checkpoint_resumes_in_either_mode(begun, resumed, mode):
     (one_iteration, two_iterations), out = begun, resumed / mode
     before = trained_weights(one_iteration)
+    reference = load_file(latest_checkpoint(one_iteration) / "reference.safetensors")
+    assert distance(reference, before) == 0
     moved = distance(before, trained_weights(two_iterations))
     assert distance(trained_weights(out), trained_weights(two_iterations)) * 50 < moved
     state, expected = (load_state(latest_checkpoint(x)) for x in (out, two_iterations))

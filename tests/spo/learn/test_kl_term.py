@@ -7,7 +7,7 @@ import torch
 from forests import forest_of, load_fp64, packed, random_forest
 
 from spo.config.loss import PolicyLossConfig
-from spo.learn.learner import summarize
+from spo.learn.figures import summarize
 from spo.learn.loss import policy_loss
 from spo.learn.model import row_logprobs
 from spo.learn.pack import unpack
