@@ -98,6 +98,7 @@ def train(
             stream.rollout.shape = sampler.shape(response_limit(recipe, state))
             forest, costs = _grow(recipe, stream, ranks)
             grown = time.perf_counter()
+            generated = forest.num_generated + sum(cost.dropped_tokens for cost in costs)
             if state.iteration == 0:
                 _warn_if_none_stopped(costs, sampler)
             line = {"stage": "skipped"}
@@ -120,12 +121,12 @@ def train(
                     max_nodes=settings.replay_samples,
                 )
                 line = {"stage": "train"} | kept.figures
-                line |= learner.train(chosen, kept, state, forest.num_generated)
+                line |= learner.train(chosen, kept, state, generated)
                 trained = time.perf_counter()
                 state.version += 1
                 line["probe_difference"] = sync(learner, sampler, tests[0], state.version)
                 line |= {"time_train": trained - grown, "time_sync": time.perf_counter() - trained}
-            generated, taken = forest.num_generated, grown - start
+            taken = grown - start
             line |= {"time_rollout": taken} | _costs(generated, costs, taken)
             line |= _reward_parts(recipe, costs)
             line["replay_trees"] = len(buffer.forest.prompts) if buffer.forest is not None else 0

@@ -49,6 +49,9 @@ class Rule:
     replayable: ClassVar[bool] = False
     """Whether a node's credit stays true in later iterations."""
 
+    compares: ClassVar[bool] = False
+    """Whether one response to a prompt alone has no credit, as it is compared with others."""
+
     def check(self, shape: ShapeConfig) -> None:
         """Raise ValueError if the rule cannot credit what the shape grows."""
 

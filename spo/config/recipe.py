@@ -280,6 +280,11 @@ def check_recipe(recipe: Recipe) -> None:
     cost = _asked(who, recipe.shape.cost, sampling.max_new_tokens)
     if not isinstance(cost, Cost):
         raise ValueError(f"{who}: expected cost to return spo.config.shape.Cost, found {cost!r}")
+    if cost.graded == 1 and recipe.credit.compares:
+        raise ValueError(
+            f"{who}: expected several responses to a prompt with credit.type={recipe.credit_type}, "
+            "which compares them, found one"
+        )
     for _, limit in sampling.stages:
         try:
             _asked(who, recipe.shape.cost, limit)

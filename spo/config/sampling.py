@@ -29,7 +29,7 @@ class SamplingConfig:
     stages: tuple[tuple[Share, PositiveInt], ...] = ()
     """Shorter limits at first, for a context that grows: (share of the run, tokens) pairs. Until
     that share of `train.iterations` or `train.max_generated_tokens` is done, responses have at most
-    that many tokens."""
+    that many tokens. Prompts that `train.stream_depth` admits early keep the limit of then."""
     truncated: Literal["zero", "drop", "penalty", "reward"] = "zero"
     """What a response cut by the limit earns. zero: 0. penalty: -1. drop: it is left out (of a
     chain only the segment that was cut, because probes value the others). reward: what the recipe's

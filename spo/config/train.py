@@ -25,7 +25,8 @@ class TrainConfig:
     iterations: PositiveInt = 100
     """Rollouts, each followed by training."""
     max_generated_tokens: PositiveInt | None = None
-    """Stop after the iteration that reaches this number of generated tokens."""
+    """Stop after the iteration that reaches this number of generated tokens, those of dropped
+    prompts included."""
     prompts: Count = 16
     """Prompts per iteration."""
     stream_depth: NotNegativeInt = 0
@@ -40,7 +41,7 @@ class TrainConfig:
     minibatches: Count = 4
     """Optimiser steps per epoch, at most one per prompt; the prompts are split among them."""
     tokens_per_batch: PositiveInt = 8192
-    """Maximum number of packed tokens in one forward."""
+    """Maximum number of packed tokens in one forward; a longer path is one of its own."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: ddp keeps the whole weights on every rank, fsdp shards them (FSDP2)."""
     learning_rate: Positive = 1e-6
@@ -71,7 +72,7 @@ class TrainConfig:
     policy."""
     max_skipped: NotNegativeInt = 3
     """Stop after this many steps in a row whose loss or gradient is not finite, and after this many
-    iterations in a row from which no response has a reward."""
+    iterations in a row from which no response has a reward; 0 is as 1."""
     probe_tolerance: NotNegative = 0.05
     """Maximum difference between the trainer's and the engine's logprobs of a fixed prompt after a
     weight update; the run stops if it is exceeded."""

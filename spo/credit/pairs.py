@@ -38,6 +38,7 @@ class Pairs(Rule):
 
     loss: ClassVar[str] = "likelihood"
     reference: ClassVar[bool] = True
+    compares: ClassVar[bool] = True
 
     beta: Positive = 0.1
     """DPO's beta: a larger one keeps the policy closer to the reference."""

@@ -24,6 +24,7 @@ class Values(Rule):
     """
 
     replayable: ClassVar[bool] = True
+    compares: ClassVar[bool] = True
 
     baseline: Literal["parent", "loo"] = "parent"
     """parent: V(node) - V(parent). loo: V(node) minus the mean of the other siblings (trees and

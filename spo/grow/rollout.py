@@ -35,6 +35,7 @@ class RolloutStats:
     idle_seconds: float = 0.0  # of these, only waiting for the grader
     trees: int = 0
     dropped_prompts: int = 0
+    dropped_tokens: int = 0  # sampled under them
     too_long: int = 0  # prompts left out, as a response may not fit the context
     retried: int = 0
     truncated: int = 0

@@ -73,6 +73,8 @@ class Stream:
         stats = self.rollout.take_stats()
         stats.trees, stats.too_long = len(trees), sum(tree.too_long for tree in admitted)
         stats.dropped_prompts = len(admitted) - stats.trees - stats.too_long
+        dropped = [node for tree in admitted if tree.dropped for node in tree.nodes[1:]]
+        stats.dropped_tokens = sum(len(node.token_ids) for node in dropped)
         version = self.rollout.engine.version
         ages = [(version - n.born, len(n.token_ids)) for t in trees for n in t.nodes[1:]]
         if ages:

@@ -127,3 +127,14 @@ def test_what_a_stream_received_late_trains(tmp_path):
     few = [*stream[:2], "train.replay_nodes=1", *more, "train.iterations=2"]
     lines = [line for line in train(config(tmp_path / "few", *few)) if line["stage"] == "train"]
     assert all(line["replay_dropped"] > 0 and line["replay_trees"] == 0 for line in lines)
+
+
+def test_tokens_of_dropped_prompts_count_towards_the_end_of_a_run(tmp_path):
+    """Every response is cut, so that no prompt is left of any iteration."""
+    settings = ["sampling={max_new_tokens: 10, truncated: drop}", "train.max_generated_tokens=300"]
+    settings += ["train.iterations=9", "train.max_skipped=9", *EVALS]
+    with pytest.warns(UserWarning, match="all 24 responses"):
+        lines = train(config(tmp_path, *settings))
+    tokens = [line["generated_tokens"] for line in lines if line["stage"] == "skipped"]
+    each = 4 * (3 * 8 + 6 * 2)  # trees of 3 segments of 8 tokens, and 6 of the last 2
+    assert tokens == [each * i for i in range(1, 4)]
