@@ -124,7 +124,7 @@ class Learner:
         return [self._score(forest, packs, partial(rows, name)) for name in names]
 
     def train(
-        self, forest: Forest, credit: Credit, state: checkpoint.State, generated: int = 0
+        self, forest: Forest, credit: Credit, state: checkpoint.State, generated: int
     ) -> dict[str, float]:
         """Run the optimiser steps on one forest; returns their mean figures.
 
