@@ -27,6 +27,7 @@ OWN: dict[str, dict[str, str]] = {
         "knights_knaves": "spo.tasks.knights_knaves:KnightsKnaves",
         "math": "spo.tasks.math:Math",
         "point24": "spo.tasks.point24:Point24",
+        "rows": "spo.tasks.rows:Rows",
     },
     "reward.rule": {
         "boxed": "spo.tasks.rules:Boxed",

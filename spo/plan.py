@@ -7,7 +7,7 @@ from pathlib import Path
 from spo.config.policy import PolicyConfig
 from spo.config.recipe import Recipe
 from spo.config.shape import Cost
-from spo.tasks import source_of, task_of
+from spo.tasks import sources_of, task_of
 from spo.tasks.sources import state
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -130,9 +130,8 @@ def _is_here(policy: PolicyConfig) -> bool:
 def _data(recipe: Recipe) -> list[str]:
     task, lines = task_of(recipe), []
     for split in ("train", "test"):
-        source = source_of(recipe, task, split)
-        where = f"{source}: {STATES[state(source)]}" if source else "generated"
-        lines.append(f"{split:7s} {where}")
+        found = [f"{s}: {STATES[state(s)]}" for s in sources_of(recipe, task, split)]
+        lines += [f"{split:7s} {where}" for where in found or ["generated"]]
     return lines
 
 

@@ -36,8 +36,7 @@ class Prompt:
     answer: Any  # JSON value that the task's grader understands
     task: str  # name of the task that grades it
     opening: str = ""  # start of the response that is part of the prompt, for the grader
-    columns: dict[str, Any] = field(default_factory=dict, hash=False)
-    """The other columns of its row, JSON values, for rewards."""
+    columns: dict[str, Any] = field(default_factory=dict, hash=False)  # others of the row, JSON
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,100 @@
 from __future__ import annotations
 
 import datetime
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from spo.config.ranges import PositiveInt
 
 PROBLEM = "{problem}"  # stands for the problem; other braces are kept
+SAME = "same"  # as `data.test`: the training problems
+NAMES = ("problem", "answer")  # what `data.columns` may name
+
+
+@dataclass(frozen=True)
+class Part:
+    """One data set of a mixture."""
+
+    path: str
+    weight: float = 1.0
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+def parts_of(train: Any) -> tuple[Part, ...]:
+    """The data sets that `data.train` names. Raises ValueError with one sentence if it is wrong."""
+    if train is None or isinstance(train, str):
+        return (Part(train),) if train else ()
+    if isinstance(train, dict):
+        parts = [Part(path, weight) for path, weight in train.items()]
+    elif isinstance(train, list | tuple) and all(isinstance(part, dict) for part in train):
+        for key in (key for part in train for key in part):
+            if key not in ("path", "weight", "columns"):
+                raise ValueError(f"data.train: expected path, weight or columns, found {key}")
+        parts = [Part(**({"path": None} | part)) for part in train]
+    else:
+        parts = []
+    if not parts:
+        raise ValueError(
+            "data.train: expected a data set, {path: weight} or a list of {path, weight}, found "
+            f"{train!r}"
+        )
+    for part in parts:
+        if not isinstance(part.path, str) or not part.path:
+            raise ValueError(f"data.train: expected a data set in each part, found {part.path!r}")
+        number = isinstance(part.weight, int | float) and not isinstance(part.weight, bool)
+        if not number or not 0 < part.weight < math.inf:
+            raise ValueError(
+                f"data.train: expected a positive weight for {part.path}, found {part.weight!r}"
+            )
+        _check_columns(part.columns)
+    paths = [part.path for part in parts]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"data.train: expected each data set once, found {path} twice")
+    return tuple(parts)
+
+
+def _check_columns(columns: Any) -> Any:
+    if not isinstance(columns, dict):
+        raise ValueError(f"data.columns: expected {{problem: column}}, found {columns!r}")
+    for name, column in columns.items():
+        if name not in NAMES:
+            raise ValueError(f"data.columns: expected {' or '.join(NAMES)}, found {name}")
+        if not isinstance(column, str) or not column:
+            raise ValueError(f"data.columns.{name}: expected a column's name, found {column!r}")
+    return columns
+
+
+def _check_train(train: Any) -> Any:
+    parts_of(train)
+    return train
+
+
+Train = Annotated[
+    str | dict[str, float] | list[dict[str, Any]] | None, BeforeValidator(_check_train)
+]
+Columns = Annotated[dict[str, str], BeforeValidator(_check_columns)]
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where a task's problems come from, and how they become prompts."""
 
-    train: str | None = None
-    """File, folder or hub data set (owner/name, owner/name@revision, owner/name/folder) of the
-    training problems; by default the task's own."""
+    train: Train = None
+    """File, folder or hub data set (owner/name, owner/name@revision) of the training problems, with
+    `:configuration` and `#split` where it has several; by default the task's own. A mixture is
+    {path: weight}, or a list of {path, weight, columns}."""
     test: str | None = None
-    """The same for the test problems."""
+    """One data set of the test problems, or `same`: the training problems. By default the task's
+    own, or the test split of `data.train`."""
+    test_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Hold this share of the training problems out as the test problems."""
+    columns: Columns = field(default_factory=dict)
+    """The columns of the data, in any case: {problem: question, answer: final}; by default those
+    with a usual name. A dot leads into a column: reward_model.ground_truth."""
     template: str = PROBLEM
     """A prompt of plain text, with `{problem}` for the problem. Special tokens are those that it
     spells out, the first one (such as <bos>) included; other braces are kept."""
@@ -42,11 +119,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.template.count(PROBLEM) != 1:
             raise ValueError(f"data.template: expected {{problem}} once, found {self.template!r}")
-        for name in ("thinking", "chat_options"):
-            if getattr(self, name) not in (None, {}) and not self.chat:
-                raise ValueError(
-                    f"data.{name}: expected data.system or data.messages beside it, found neither"
-                )
+        if self.test is not None and self.test_share is not None:
+            raise ValueError(f"data.test_share: expected no data.test beside it, found {self.test}")
+        if self.columns and self.train is None and self.test is None:
+            raise ValueError("data.columns: expected data.train or data.test beside it")
         if self.template != PROBLEM and self.chat:
             raise ValueError(
                 "data.template: expected none beside data.system or data.messages, which use the "

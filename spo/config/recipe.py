@@ -38,8 +38,9 @@ class Recipe:
     name: str = "run"
     """Shown in reports and used as the default output folder, runs/<name>."""
     task: str = "arithmetic"
-    """The task: arithmetic, countdown, knights_knaves, point24, gsm8k, math, aime24, or a task of
-    your own, `module:Name` or `./file.py:Name`. `data.options` holds its settings."""
+    """The task: arithmetic, countdown, knights_knaves, point24, gsm8k, math, aime24, rows (any
+    table), or a task of your own, `module:Name` or `./file.py:Name`. `data.options` holds its
+    settings."""
     out: str | None = None
     """Folder for checkpoints, metrics and the report."""
     data: DataConfig = field(default_factory=DataConfig)

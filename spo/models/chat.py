@@ -4,35 +4,67 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
 from spo.config.data import PROBLEM, DataConfig
 
 MARK = "spo-mark"  # stands for a response
+OWN = "the problems' messages"  # in errors, in place of a setting
 
 
-def prompt_writer(data: DataConfig, tokenizer: Any) -> Callable[[str], str]:
-    """Problem -> the text of its prompt, special tokens spelled out.
+Messages = Sequence[Mapping[str, Any]]
 
-    Raises ValueError with one sentence if the settings do not fit the tokenizer's chat template.
+
+def prompt_writer(data: DataConfig, tokenizer: Any) -> Callable[[str, Messages | None], str]:
+    """(problem, its own chat or None) -> the text of its prompt, special tokens spelled out.
+
+    Raises ValueError with one sentence if the settings do not fit the tokenizer's chat template, as
+    the function does for a problem that does not fit the settings.
     """
-    if not data.chat:
-        return lambda problem: data.template.replace(PROBLEM, problem)
-    write = _renderer(data, tokenizer)
+    write = _renderer(data, tokenizer) if data.chat else None
 
-    def written(problem: str) -> str:
-        return write(
-            [m | {"content": m["content"].replace(PROBLEM, problem)} for m in data.chat], True
-        )
+    def written(problem: str, messages: Messages | None = None) -> str:
+        if messages is not None:
+            return _renderer(data, tokenizer, OWN)(_with_system(data, messages), True)
+        if write is not None:
+            return write(
+                [m | {"content": m["content"].replace(PROBLEM, problem)} for m in data.chat], True
+            )
+        for name in ("thinking", "chat_options"):
+            if getattr(data, name) not in (None, {}):
+                raise ValueError(
+                    f"data.{name}: expected data.system or data.messages beside it, found neither"
+                )
+        return data.template.replace(PROBLEM, problem)
 
     return written
 
 
-def warn_about_prompt(data: DataConfig, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
-    """Warn of a prompt without the start token or the chat that the model was trained with."""
-    if getattr(tokenizer, "chat_template", None) and not data.chat:
+def _with_system(data: DataConfig, messages: Messages) -> list[dict[str, Any]]:
+    """A problem's own chat, with the recipe's system text. Raises ValueError if they conflict."""
+    for name, given in (("template", data.template != PROBLEM), ("messages", data.messages)):
+        if given:
+            raise ValueError(f"data.{name}: expected none, as the problems are chat messages")
+    turns = [dict(message) for message in messages]
+    if data.system is None:
+        return turns
+    if any(turn["role"] == "system" for turn in turns):
+        raise ValueError("data.system: expected none, as the problems' messages have a system text")
+    return [{"role": "system", "content": data.system}, *turns]
+
+
+def warn_about_prompt(
+    data: DataConfig, tokenizer: Any, prompt_ids: Sequence[int], chat: bool
+) -> None:
+    """Warn of a prompt without the start token or the chat that the model was trained with.
+
+    Args:
+        chat: the problem is chat messages.
+    """
+    chat = chat or bool(data.chat)
+    if getattr(tokenizer, "chat_template", None) and not chat:
         if not set(prompt_ids) & set(tokenizer.added_tokens_decoder):
             warnings.warn(
                 "data.template: the model has a chat template, and prompts hold none of its "
@@ -43,7 +75,7 @@ def warn_about_prompt(data: DataConfig, tokenizer: Any, prompt_ids: Sequence[int
     start = list(takewhile(lambda token: token not in bare, whole)) if bare else []
     if start and list(prompt_ids[: len(start)]) != start:
         text = tokenizer.decode(start)
-        where = "the chat template does not" if data.chat else "data.template can"
+        where = "the chat template does not" if chat else "data.template can"
         warnings.warn(
             f"prompts do not begin with {text!r}, which the tokenizer puts in front of a text; "
             f"{where} write it",
@@ -69,15 +101,21 @@ def warn_about_turn_end(data: DataConfig, tokenizer: Any, stop_token_ids: Sequen
         )
 
 
-def _renderer(data: DataConfig, tokenizer: Any) -> Callable[[list[dict[str, str]], bool], str]:
-    """(messages, whether a response follows) -> text, by the tokenizer's chat template."""
+def _renderer(
+    data: DataConfig, tokenizer: Any, where: str = ""
+) -> Callable[[list[dict[str, Any]], bool], str]:
+    """(messages, whether a response follows) -> text, by the tokenizer's chat template.
+
+    `where` says in errors what the messages are, by default the setting that has them.
+    """
     template = getattr(tokenizer, "chat_template", None)
     if not template:
+        advice = "" if where else "; write the prompt in data.template"
         raise ValueError(
-            "data.system or data.messages: expected a tokenizer with a chat template, found none; "
-            "write the prompt in data.template"
+            f"{where or 'data.system or data.messages'}: expected a tokenizer with a chat "
+            f"template, found none{advice}"
         )
-    where = "data.messages" if data.system is None else "data.system"
+    where = where or ("data.messages" if data.system is None else "data.system")
     options = dict(data.chat_options)
     if data.thinking is not None:
         options["enable_thinking"] = data.thinking
@@ -87,7 +125,7 @@ def _renderer(data: DataConfig, tokenizer: Any) -> Callable[[list[dict[str, str]
             raise ValueError(f"{setting}: the chat template has no variable {name}")
     fixed = {"tokenize": False, "strftime_now": data.date.strftime}  # in place of today
 
-    def render(messages: list[dict[str, str]], open_turn: bool) -> str:
+    def render(messages: list[dict[str, Any]], open_turn: bool) -> str:
         try:
             return tokenizer.apply_chat_template(
                 messages, **options | fixed | {"add_generation_prompt": open_turn}

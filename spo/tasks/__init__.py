@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from spo import named
 from spo.tasks.answers import THINK
-from spo.tasks.problem import Problem
+from spo.tasks.problem import Problem, mixture
+from spo.tasks.sources import CHOICES, Source
 from spo.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -19,9 +22,19 @@ if TYPE_CHECKING:
     from spo.config.recipe import Recipe
     from spo.records import Prompt
 
-__all__ = ["Problem", "Task", "get_task", "prompts", "prompts_of", "source_of", "task_of"]
+__all__ = [
+    "Problem",
+    "Task",
+    "get_task",
+    "problems_of",
+    "prompts",
+    "prompts_of",
+    "sources_of",
+    "task_of",
+]
 
 ALL_TOO_LONG = 20_000  # so many too long prompts in a row mean that all are too long
+PARTS = 1_000_003  # between the seeds of two data sets of a mixture
 OPTIONS = "data.options"  # where a recipe sets the fields of its task
 
 
@@ -39,17 +52,44 @@ def task_of(recipe: Recipe) -> Task:
     return get_task(recipe.task, recipe.data.options)
 
 
-def source_of(recipe: Recipe, task: Task, split: str) -> str | None:
-    """The data set of a split: the recipe's, else the task's own; None if problems are generated.
+def sources_of(recipe: Recipe, task: Task, split: str) -> tuple[Source, ...]:
+    """The data sets of a split: the recipe's, else the task's own; () if problems are generated.
 
-    Raises ValueError if the recipe names one and the task reads none.
+    Several are a mixture. Raises ValueError if the recipe names one and the task reads none, and if
+    it does not say what to test on.
     """
-    source = recipe.data.train if split == "train" else recipe.data.test
-    if "source" in inspect.signature(task.problems).parameters:
-        return source or getattr(task, "sources", {}).get(split)
-    if source is not None:
-        raise ValueError(f"data.{split}: task {recipe.task} reads no data set, found {source}")
-    return None
+    from spo.config.data import SAME, parts_of  # imports pydantic, as the worker need not
+
+    data, own = recipe.data, getattr(task, "sources", None)
+    if "source" not in inspect.signature(task.problems).parameters:
+        for name in ("train", "test", "test_share", "columns"):
+            if found := getattr(data, name):
+                raise ValueError(
+                    f"data.{name}: task {recipe.task} reads no data set, found {found}"
+                )
+        return ()
+    parts = parts_of(data.train)
+    train = tuple(Source(p.path, p.columns or data.columns, p.weight) for p in parts)
+    if not train and own and "train" in own:
+        train = (Source(own["train"]),)
+    held_out = data.test_share or 0.0
+    test: tuple[Source, ...] = ()
+    if data.test == SAME or held_out:
+        name = "test_share" if held_out else "test"
+        if not train:
+            raise ValueError(f"data.{name}: expected data.train beside it, found none")
+        test = tuple(replace(source, reads="train", share=held_out) for source in train)
+    elif data.test:
+        test = (Source(data.test, data.columns),)
+    elif own and "test" in own:
+        test = (Source(own["test"]),)
+    elif own is not None and len(train) == 1:
+        test = (replace(train[0], given=False),)
+    elif own is not None and train and split == "test":
+        raise ValueError(f"data.test: expected the problems to test on beside a mixture; {CHOICES}")
+    if split == "test":
+        return test
+    return train if data.test == SAME else tuple(replace(s, apart=test) for s in train)
 
 
 def prompts_of(
@@ -58,31 +98,47 @@ def prompts_of(
     """The prompts of a recipe: its problems in its template or chat, each tokenised once.
 
     Training problems longer than `data.max_prompt_tokens` are left out; test problems never are.
-    Raises ValueError for an unknown task or split, for options that the task does not have, for a
-    chat that the tokenizer's template refuses, for tokens that the model lacks, and if the data
-    cannot be read.
+    Those of a mixture are drawn with `seed`. Raises ValueError for an unknown task or split, for
+    options that the task does not have, for a chat that the tokenizer's template refuses, for
+    tokens that the model lacks, and if the data cannot be read.
     """
     # Here, since they import transformers, which the grading worker does not need.
     from spo.models import chat
     from spo.models.tokenizer import model_vocab_size
 
-    data, task = recipe.data, task_of(recipe)
-    limit = data.max_prompt_tokens if split == "train" else None
-    source = source_of(recipe, task, split)
-    options: dict[str, Any] = {} if source is None else {"source": source}
-    problems = _problems(recipe.task, partial(task.problems, split, seed, **options))
-    write = chat.prompt_writer(data, tokenizer)
-    known = model_vocab_size(recipe.policy)
-    found = _prompts(recipe.task, problems, tokenizer, write, limit, known)
-    return _looked_at(found, partial(chat.warn_about_prompt, data, tokenizer))
+    data = recipe.data
+    return _prompts(
+        recipe.task,
+        problems_of(recipe, split, seed),
+        tokenizer,
+        chat.prompt_writer(data, tokenizer),
+        data.max_prompt_tokens if split == "train" else None,
+        model_vocab_size(recipe.policy),
+        partial(chat.warn_about_prompt, data, tokenizer),
+    )
 
 
-def _looked_at(found: Iterator[Prompt], look: Callable[[Sequence[int]], None]) -> Iterator[Prompt]:
-    """The same prompts, of which the first is looked at."""
-    for index, prompt in enumerate(found):
-        if index == 0:
-            look(prompt.prompt_ids)
-        yield prompt
+def problems_of(recipe: Recipe, split: str, seed: int = 0) -> Iterator[Problem]:
+    """The problems of a recipe's split, in an order that follows from `seed`.
+
+    Raises ValueError for settings that do not fit the task, and if the data cannot be read.
+    """
+    task = task_of(recipe)
+    sources = sources_of(recipe, task, split)
+    return _problems(recipe.task, partial(_drawn, task, split, seed, sources))
+
+
+def _drawn(task: Task, split: str, seed: int, sources: Sequence[Source]) -> Iterator[Problem]:
+    """The problems of a split: generated, of one data set, or of several."""
+    if not sources:
+        return task.problems(split, seed)
+    streams = []
+    for index, source in enumerate(sources):
+        options: dict[str, Any] = {"source": source}
+        streams.append(task.problems(split, seed + index * PARTS, **options))
+    if split == "train" and len(streams) > 1:
+        return mixture(streams, [source.weight for source in sources], seed)
+    return chain.from_iterable(streams)
 
 
 def _problems(task: str, draw: Callable[[], Iterable[Problem]]) -> Iterator[Problem]:
@@ -91,7 +147,7 @@ def _problems(task: str, draw: Callable[[], Iterable[Problem]]) -> Iterator[Prob
         for problem in draw():
             if not isinstance(problem, Problem):
                 raise ValueError(f"expected problems to yield Problem, found {problem!r:.60}")
-            json.dumps(problem.answer)
+            json.dumps([problem.answer, problem.columns])
             yield problem
     except ValueError as error:
         named_already = task in str(error) or task in named.OWN["task"]
@@ -115,15 +171,16 @@ def _prompts(
     task: str,
     problems: Iterable[Problem],
     tokenizer: PreTrainedTokenizerBase,
-    write: Callable[[str], str] = str,
+    write: Callable[[str, Sequence[Mapping] | None], str] = lambda text, messages: text,
     limit: int | None = None,
     known: int | None = None,  # the model has no row for ids from here on
+    look: Callable[[Sequence[int], bool], None] | None = None,  # at the first: ids, is it a chat
 ) -> Iterator[Prompt]:
     from spo.records import Prompt  # imports torch, which the grading worker does not need
 
     too_long = 0
     for problem in problems:
-        text = write(problem.text)
+        text = write(problem.text, problem.messages)
         # The text spells out its special tokens, so the tokenizer adds none.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         unknown = tokenizer.unk_token_id
@@ -153,5 +210,8 @@ def _prompts(
                 )
             continue
         too_long = 0
+        if look is not None:
+            look(ids, problem.messages is not None)
+            look = None
         opening = THINK if text.rstrip().endswith(THINK) else ""
-        yield Prompt(tuple(ids), problem.answer, task, opening)
+        yield Prompt(tuple(ids), problem.answer, task, opening, problem.columns)

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from spo.tasks import latex
 from spo.tasks.answers import after_think, exact_number, last_boxed
-from spo.tasks.problem import Problem, column, problem_stream
-from spo.tasks.sources import read_problems
+from spo.tasks.problem import Problem, column, is_empty, problem_stream
+from spo.tasks.reading import read_problems
+from spo.tasks.sources import Source
 
 NAME = "aime24"
 MAX_LENGTH = 100  # characters of an answer
@@ -21,7 +22,9 @@ class Aime24:
 
     sources: ClassVar[Mapping[str, str]] = {"test": "HuggingFaceH4/aime_2024"}
 
-    def problems(self, split: str, seed: int, source: str | None = None) -> Iterator[Problem]:
+    def problems(
+        self, split: str, seed: int, source: Source | str | None = None
+    ) -> Iterator[Problem]:
         """The rows `problem`, `answer` (or a boxed `solution`) of a source; see `read_problems`.
 
         All files of the source are read: publishers put these problems into either split.
@@ -46,8 +49,8 @@ class Aime24:
 
 def _problem(row: dict, where: str) -> Problem:
     answer = row.get("answer")
-    if answer is None:
-        answer = last_boxed(str(column(row, where, "solution")))
+    if is_empty(answer):
+        answer = last_boxed(str(column(row, where, "answer", "solution")))
     value = exact_number(str(answer))
     if value is None or value.denominator != 1:
         raise ValueError(f"{where}: expected an integer answer, found {answer!r}")

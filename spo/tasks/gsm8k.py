@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from spo.tasks.answers import after_think, exact_number
 from spo.tasks.problem import Problem, column, problem_stream
-from spo.tasks.sources import read_problems
+from spo.tasks.reading import read_problems
+from spo.tasks.sources import Source
 
 NAME = "gsm8k"
 MARK = "####"
@@ -23,7 +24,9 @@ class Gsm8k:
         "test": "openai/gsm8k/main",
     }
 
-    def problems(self, split: str, seed: int, source: str | None = None) -> Iterator[Problem]:
+    def problems(
+        self, split: str, seed: int, source: Source | str | None = None
+    ) -> Iterator[Problem]:
         """The rows `question`, `answer` of a source; see `read_problems`."""
         read = read_problems(NAME, split, source or self.sources.get(split), _problem)
         return problem_stream(NAME, split, seed, read)
@@ -44,4 +47,4 @@ def _problem(row: dict, where: str) -> Problem:
         raise ValueError(
             f"{where}: expected a number after {MARK} in answer, found {answer[:60]!r}"
         )
-    return Problem(str(column(row, where, "question")), answer)
+    return Problem(str(column(row, where, "problem", "question")), answer)

@@ -16,7 +16,8 @@ from typing import Annotated, TypeGuard
 from annotated_types import Ge, Le
 
 from spo.tasks.problem import Problem, answer_span, column, problem_stream, stream, tag
-from spo.tasks.sources import read_problems
+from spo.tasks.reading import read_problems
+from spo.tasks.sources import Source
 
 NAME = "knights_knaves"
 PEOPLE = ("Ann", "Bob", "Cat", "Dan", "Eve", "Fay", "Gus", "Hal")
@@ -41,7 +42,9 @@ class KnightsKnaves:
 
     people: Annotated[int, Ge(2), Le(len(PEOPLE))] = 3
 
-    def problems(self, split: str, seed: int, source: str | None = None) -> Iterator[Problem]:
+    def problems(
+        self, split: str, seed: int, source: Source | str | None = None
+    ) -> Iterator[Problem]:
         """Distinct problems; see `stream` for the splits.
 
         With a `source` they are its rows `quiz`, `names`, `solution` (who is a knight) with that
@@ -76,14 +79,16 @@ class KnightsKnaves:
 
 
 def _problem(row: dict, where: str) -> Problem:
-    names, roles = column(row, where, "names"), column(row, where, "solution")
+    names, roles = column(row, where, "names"), column(row, where, "answer", "solution")
     if not _names(names) or not isinstance(roles, list) or len(names) != len(roles):
         raise ValueError(
             f"{where}: expected lists of equal length in names and solution, "
             f"found {names!r:.80} and {roles!r:.80}"
         )
     knights = [name for name, knight in zip(names, roles, strict=True) if knight]
-    return Problem(str(column(row, where, "quiz")), {"people": names, "knights": knights})
+    return Problem(
+        str(column(row, where, "problem", "quiz")), {"people": names, "knights": knights}
+    )
 
 
 def _draw(rng: random.Random, count: int) -> Problem:

@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 
 from spo.tasks import latex
 from spo.tasks.answers import after_think, exact_number, last_boxed
-from spo.tasks.problem import Problem, column, problem_stream
-from spo.tasks.sources import read_problems
+from spo.tasks.problem import Problem, column, is_empty, problem_stream
+from spo.tasks.reading import read_problems
+from spo.tasks.sources import Source
 
 NAME = "math"
 MAX_LENGTH = 600  # characters of an answer; the longest of MATH has about 200
@@ -43,7 +44,9 @@ class Math:
         "test": "HuggingFaceH4/MATH-500",
     }
 
-    def problems(self, split: str, seed: int, source: str | None = None) -> Iterator[Problem]:
+    def problems(
+        self, split: str, seed: int, source: Source | str | None = None
+    ) -> Iterator[Problem]:
         """The rows `problem` and `answer` (or a boxed `solution`); see `read_problems`."""
         if importlib.util.find_spec("math_verify") is None:
             raise ValueError(_MISSING)
@@ -66,7 +69,7 @@ class Math:
 
 def _problem(row: dict, where: str) -> Problem:
     answer = row.get("answer")
-    if answer is None or "\\boxed" in str(answer):
+    if is_empty(answer) or "\\boxed" in str(answer):
         solution = str(column(row, where, "answer", "solution"))
         answer = last_boxed(solution)
         if not answer:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -24,6 +25,20 @@ class Problem:
 
     text: str  # the prompt
     answer: Any  # JSON value that the task's grader understands
+    # The prompt as the data's own chat, each turn with `role` and `content`; `text` is then only
+    # shown. It is written in the tokenizer's chat template.
+    messages: tuple[dict, ...] | None = field(default=None, hash=False)
+    # The row's other columns, JSON values, for rewards; names as the data writes them.
+    columns: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def prompt(self) -> str:
+        """What the policy reads, to tell problems apart."""
+        return self.text if self.messages is None else json.dumps(self.messages, sort_keys=True)
+
+
+class Missing(ValueError):
+    """A row without a problem or without an answer."""
 
 
 def stream(
@@ -81,12 +96,40 @@ def problem_stream(
         yield from rng.sample(problems, len(problems))
 
 
+def mixture(
+    streams: Sequence[Iterator[Problem]], weights: Sequence[float], seed: int
+) -> Iterator[Problem]:
+    """Problems of several streams, each drawn by its weight; a stream that ends is drawn no more.
+
+    The order follows from the seed, so the n-th problem is the same in a resumed run.
+    """
+    rng = random.Random(f"mixture {seed}")
+    live = list(zip(streams, weights, strict=True))
+    while live:
+        (index,) = rng.choices(range(len(live)), [weight for _, weight in live])
+        problem = next(live[index][0], None)
+        if problem is None:
+            del live[index]
+        else:
+            yield problem
+
+
 def column(row: dict, where: str, *names: str) -> object:
-    """The first of the named columns that the row has. Raises ValueError if it has none."""
+    """The first of the named columns that holds something.
+
+    Raises Missing if such columns are there and empty, ValueError if there is none.
+    """
     for name in names:
-        if row.get(name) is not None:
+        if not is_empty(row.get(name)):
             return row[name]
+    if any(name in row for name in names):
+        raise Missing(f"{where}: expected a value in {' or '.join(names)}, found none")
     raise ValueError(f"{where}: expected a column {' or '.join(names)}, found {', '.join(row)}")
+
+
+def is_empty(value: object) -> bool:
+    """Whether a cell of a table holds nothing."""
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def answer_span(text: str) -> str | None:

@@ -1,110 +1,208 @@
-"""Rows of data sets, read with `datasets`: files and folders of this machine or of the hub.
+"""Where rows come from: which files a name stands for, and in which order they are read.
 
-Offline, a missing data set raises one sentence at once. The `datasets` library only reads files.
-This module decides which files, and in which order, so that streams of problems stay the same.
+A name is a file, a folder (also of `save_to_disk`) or a hub data set, `owner/name`, perhaps with a
+revision, `owner/name@revision`. A folder or a hub data set takes a configuration, `:configuration`
+(or a path inside, `owner/name/folder`), and a split, `#validation`; `:*` reads all configurations
+as one. Rows of a Python caller have names too: see `spo.tasks.memory`.
 """
 
 from __future__ import annotations
 
-import glob
-import importlib.util
-import json
 import re
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from spo.tasks.problem import Problem
+from spo.tasks import hub, memory
+from spo.tasks.files import KINDS, READERS, rows_of_files
 
-READERS = {  # if a folder holds several kinds, the first of these is read
-    ".parquet": "parquet",
-    ".arrow": "arrow",  # as `save_to_disk` writes it
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-}
-KINDS = ", ".join(READERS)
+ALL = "*"  # the configuration that stands for all
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= {name: "validation" for name in ("validation", "valid", "val", "dev")}
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-CARD = "README.md"
-HUB_TIMEOUT_S = 10.0  # of the request that shows whether the hub can be reached
-MANY = 64  # this many files or more are opened together, which is ten times as fast
 
-_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+?))?/?")
+CHOICES = (
+    "set data.test=same to test on the training problems, data.test_share=0.05 to hold some out, "
+    "or name another set in data.test"
+)
+
+_NAME = re.compile(r"(.+?)(?::(\*|\w[\w.+/-]*))?(?:#([\w.+-]+))?", re.DOTALL)
+_SHARD = re.compile(r"-\d+-of-\d+$")
 
 
-def read_problems(
-    task: str,
-    split: str,
-    source: str | None,
-    problem_of: Callable[[dict, str], Problem],
-    *,
-    every_file: bool = False,
-) -> list[Problem]:
-    """The problems of one split, in the order of the source.
+class NoSplit(ValueError):
+    """A data set without files of the split that is asked for."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the problems of one split come from; as a path it is its name."""
+
+    path: str
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)  # as `data.columns`
+    weight: float = 1.0  # in a mixture
+    reads: str | None = None  # the split whose files are read; None: the one that is asked for
+    share: float = 0.0  # of its problems that are the test problems; 0: all
+    given: bool = True  # False: the training set, which must have test files of its own
+    apart: tuple[Source, ...] = ()  # test sets, whose problems do not train
+
+    def __str__(self) -> str:
+        return self.path
+
+    def __fspath__(self) -> str:
+        return self.path
+
+
+def read_rows(source: Source | str, split: str | None) -> list[tuple[dict, str]]:
+    """The rows of a split, as they are in the files, each with its location.
 
     Args:
-        source: a file, which is read as a whole; a folder, whose files are read if their path names
-            the split (all files, if no path names a split); or a hub data set `owner/name`,
-            optionally with a revision, `owner/name@revision`, and with a folder, a file or a
-            configuration, `owner/name/folder`.
-        problem_of: makes a problem from a row (lower-case column name -> value) and from the row's
-            location, which it names in errors.
-        every_file: also read files of other splits.
+        source: a `Source`, or its name. A file is read as a whole. Of a folder or a hub data set
+            those files are read whose path names the split; all files, if no path names a split.
+        split: "train", "test" or another split by name; None reads the files of every split.
 
-    Raises ValueError with one sentence if there is nothing to read or a file is damaged.
+    Raises ValueError with one sentence if there is nothing to read, if several configurations are
+    there and none is chosen, or if a file is damaged.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f'split: expected "train" or "test", found {split!r}')
-    if source is None:
-        raise ValueError(f"{task} has no {split} problems: name a file in data.{split} to use one")
-    if importlib.util.find_spec("datasets") is None:
-        raise ValueError(f"task {task} reads data sets: pip install 'spo-kernels[train]'")
-    rows = _rows(_paths(source, None if every_file else split))
+    path = str(source)
+    if path.startswith(memory.PREFIX):
+        return [(row, f"{path}, row {i}") for i, row in enumerate(memory.rows(path), 1)]
+    rows = rows_of_files(paths_of(path, split))
     if not rows:
-        raise ValueError(f"data set {source}: its {split} files hold no rows")
-    return [problem_of({name.lower(): v for name, v in row.items()}, at) for row, at in rows]
+        raise ValueError(f"data set {path}: its {split or 'data'} files hold no rows")
+    return rows
 
 
-def state(source: str) -> str:
-    """Whether `source` is "local", "cached" from the hub, or a "download"; asks no server."""
-    if Path(source).exists():
+def has_own_test(path: str) -> bool:
+    """Whether a training set has test files beside those that train."""
+    if path.startswith(memory.PREFIX):
+        return False
+    try:
+        return paths_of(path, "train") != paths_of(path, "test")
+    except NoSplit:
+        return False
+
+
+def state(source: Source | str) -> str:
+    """Whether a source is "local", "cached" from the hub, or a "download"; asks no server."""
+    path = str(source)
+    root, configuration, _ = _parts(path)
+    if path.startswith(memory.PREFIX) or Path(root).exists():
         return "local"
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    repo, revision, inside = hub.hub_name(root)
     try:
-        _download(*_hub_name(source), local_files_only=True)
+        hub.download(repo, revision, _inside(inside, configuration), local_files_only=True)
     except LocalEntryNotFoundError:
         return "download"
     return "cached"
 
 
-# Which files
+def paths_of(path: str, split: str | None) -> list[Path]:
+    """The files of a split, those of a folder in a fixed order. Raises as `read_rows` does."""
+    root, configuration, named = _parts(path)
+    split = named or split
+    if Path(root).is_file():
+        if configuration or named:
+            raise ValueError(f"data set {path}: {root} is one file, without parts to choose from")
+        return [Path(root)]
+    if Path(root).exists():
+        whole, inside = Path(root), _inside("", configuration)
+    else:
+        repo, revision, inside = hub.hub_name(root)
+        inside = _inside(inside, configuration)
+        if not inside and configuration is None:  # before anything large is downloaded
+            _require_one(path, hub.configurations(hub.snapshot(path, repo, revision, hub.CARD)))
+        whole = hub.snapshot(path, repo, revision, inside)
+        if not (whole / inside).exists():
+            whole = hub.snapshot(path, repo, revision, "")
+    folder = whole / inside
+    if folder.is_file():
+        return [folder]
+    if not folder.exists():
+        return _by_card(path, whole, inside, split)
+    listed = hub.configurations(folder)
+    if configuration is None:
+        _require_one(path, listed)
+    found = _files(folder)
+    if split and len(listed) == 1 and (named or not any(map(_split_of, found))):
+        if split in (splits := hub.card_files(path, folder, listed[0])):
+            return splits[split]
+    files = _of_split(path, found, split)
+    if configuration != ALL:
+        _require_one(path, [_folders(file) or "." for file in files])
+        _require_one(path, [_split_name(file, split) for file in files], "#")
+    return [folder / file for file in _of_one_kind(files)]
 
 
-def _paths(source: str, split: str | None) -> list[Path]:
-    """The files to read, those of a folder in a fixed order."""
-    root = Path(source)
-    if not root.exists():
-        repo, revision, inside = _hub_name(source)
-        folder = _snapshot(source, repo, revision, inside)
-        root = folder / inside
-        if not root.exists():
-            return _configured(source, _snapshot(source, repo, revision, ""), inside, split)
-    if root.is_file():
-        return [root]
-    files = [p.relative_to(root) for p in root.rglob("*") if p.suffix in READERS and p.is_file()]
-    files = [path for path in files if not _is_about(path)]
+# Names
+
+
+def _parts(path: str) -> tuple[str, str | None, str | None]:
+    """Folder, file or repository; configuration; split."""
+    match = None if Path(path).exists() else _NAME.fullmatch(path)
+    return (match[1], match[2], match[3]) if match else (path, None, None)
+
+
+def _inside(inside: str, configuration: str | None) -> str:
+    """The folder of a configuration inside a data set."""
+    return "/".join(filter(None, [inside, configuration if configuration != ALL else None]))
+
+
+def _require_one(path: str, names: Sequence[str], sign: str = ":") -> None:
+    """Raise ValueError if there are several configurations (or splits, with another sign)."""
+    several = sorted(set(names))
+    if len(several) < 2:
+        return
+    what = "configurations" if sign == ":" else "splits of this kind"
+    named = next((name for name in several if name != "."), several[0])
+    root = path.partition("#")[0]
+    raise ValueError(
+        f"data set {path}: expected one of its {what} {', '.join(several)}, found none chosen; "
+        f"write {root}{sign}{named}, or {root}:{ALL} to read all as one"
+    )
+
+
+# Files of a folder
+
+
+def _files(folder: Path) -> list[Path]:
+    """The data files in a folder, without caches and what describes the data set."""
+    found = [p.relative_to(folder) for p in folder.rglob("*") if p.suffix in READERS]
+    return [path for path in found if (folder / path).is_file() and not _is_about(path)]
+
+
+def _of_split(path: str, files: list[Path], split: str | None) -> list[Path]:
+    """The files of a split: all, if no path names a usual split."""
     found = {name for name in map(_split_of, files) if name}
-    if split is not None and found:
-        files = [path for path in files if _split_of(path) == split]
-    if not files:
-        held = f"it holds {', '.join(sorted(found))}" if found else f"none ends in {KINDS}"
-        raise ValueError(f"data set {source}: no {split or 'data'} files; {held}")
+    chosen = files
+    if split is not None and split not in ("train", "test"):
+        chosen = [f for f in files if split in _words(f)]
+        chosen = chosen or [f for f in files if split in SPLITS and _split_of(f) == SPLITS[split]]
+        found = found or {"no split by name"}
+    elif split is not None and found:
+        chosen = [file for file in files if _split_of(file) == split]
+    if not chosen:
+        held = f"it holds {', '.join(sorted(found))}" if files else f"none ends in {KINDS}"
+        raise NoSplit(f"data set {path}: no {split or 'data'} files; {held}")
+    return chosen
+
+
+def _of_one_kind(files: list[Path]) -> list[Path]:
     kind = min((path.suffix for path in files), key=list(READERS).index)
-    return [root / path for path in sorted(files, key=_in_order) if path.suffix == kind]
+    return [path for path in sorted(files, key=_in_order) if path.suffix == kind]
+
+
+def _by_card(path: str, folder: Path, name: str, split: str | None) -> list[Path]:
+    """The files of a configuration that is no folder, as the data set's card lists them."""
+    found = hub.card_files(path, folder, name)
+    usual = SPLITS.get(split or "", split)
+    keys = [key for key in found if split in (None, key)]
+    keys = keys or [key for key in found if SPLITS.get(key) == usual]
+    if not keys:
+        raise NoSplit(f"data set {path}: no {split} files; it holds {', '.join(found)}")
+    return [file for key in keys for file in found[key]]
 
 
 def _is_about(path: Path) -> bool:
@@ -113,148 +211,41 @@ def _is_about(path: Path) -> bool:
     return hidden or path.name in ABOUT or path.name.startswith("cache-")
 
 
+def _split_in(part: str) -> str | None:
+    """The split that one part of a path names: "train" of Train-00000-of-00002."""
+    words = re.split(r"[^a-z]+", part.lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), None)
+
+
 def _split_of(path: Path) -> str | None:
     """The split that a path names, the innermost part first: train/algebra/1.json."""
-    for part in reversed(path.with_suffix("").parts):
-        for word in re.split(r"[^a-z]+", part.lower()):
-            if word in SPLITS:
-                return SPLITS[word]
-    return None
+    return next(filter(None, map(_split_in, reversed(path.with_suffix("").parts))), None)
+
+
+def _words(path: Path) -> list[str]:
+    """What the parts of a path say, without the numbers of shards: test_sft."""
+    return [_SHARD.sub("", part) for part in path.with_suffix("").parts]
+
+
+def _folders(path: Path) -> str:
+    """The folders that a path is in; none if one of them names a split, as in train/algebra."""
+    folders = path.parent.parts
+    while folders and _split_in(folders[-1]):
+        folders = folders[:-1]
+    return "" if any(map(_split_in, folders)) else "/".join(folders)
+
+
+def _split_name(path: Path, split: str | None) -> str:
+    """The split as a path writes it, such as train_sft; the usual name where it adds nothing."""
+    usual = SPLITS.get(split or "", split or "")
+    for part in reversed(_words(path)):
+        if _split_in(part) == usual:
+            plain = re.sub(r"[\W\d_]+", "", part.lower())
+            return usual if SPLITS.get(plain) == usual else part
+    return usual
 
 
 def _in_order(path: Path) -> tuple:
     """Sorts 2.json before 10.json."""
     parts = re.split(r"([0-9]+)", path.as_posix())
     return tuple((int(p), "") if p.isdecimal() else (-1, p) for p in parts)
-
-
-# The hub
-
-
-def _hub_name(source: str) -> tuple[str, str | None, str]:
-    """Repository, revision and path inside it. Raises ValueError if it cannot be a hub name."""
-    match = _HUB.fullmatch(source)
-    local = Path(source).suffix in READERS and source.count("/") < 2
-    if match is None or local or source.startswith((".", "/", "~")):
-        raise ValueError(f"data set {source}: there is no such file or folder")
-    return match[1], match[2], match[3] or ""
-
-
-def _snapshot(source: str, repo: str, revision: str | None, inside: str) -> Path:
-    """The folder of a data set's repository, with its data files below `inside`."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    # OSError and those of the transport in use
-    unreachable: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
-    try:
-        # Asked first: a download would wait for the hub forever.
-        HfApi().dataset_info(repo, revision=revision, timeout=HUB_TIMEOUT_S)
-        return _download(repo, revision, inside)
-    except unreachable as error:
-        try:
-            return _download(repo, revision, inside, local_files_only=True)
-        except LocalEntryNotFoundError:
-            raise ValueError(
-                f"data set {source}: no such file or folder here, none in the hub's cache, and the "
-                f"hub does not give it ({_short(error)}); without a network, name local files"
-            ) from error
-
-
-def _download(repo: str, revision: str | None, inside: str, **options: Any) -> Path:
-    from huggingface_hub import snapshot_download
-
-    one_file = Path(inside).suffix in READERS
-    files = [inside] if one_file else [f"{inside}*{kind}" for kind in READERS]
-    options |= {"repo_type": "dataset", "revision": revision, "allow_patterns": [CARD, *files]}
-    return Path(snapshot_download(repo, **options))
-
-
-def _configured(source: str, folder: Path, name: str, split: str | None) -> list[Path]:
-    """The files of a configuration, as the data set's card lists them."""
-    from datasets import load_dataset_builder
-
-    try:
-        with tempfile.TemporaryDirectory() as cache:
-            found = load_dataset_builder(str(folder), name, cache_dir=cache).config.data_files or {}
-    except (ValueError, OSError) as error:
-        raise ValueError(f"data set {source}: no folder {name}, and {_short(error)}") from error
-    files = [f for key in found if split in (None, SPLITS.get(key)) for f in found[key]]
-    if not files:
-        raise ValueError(f"data set {source}: no {split} files; it holds {', '.join(found)}")
-    return [Path(file) for file in files]
-
-
-# Files
-
-
-def _rows(paths: Sequence[Path]) -> list[tuple[dict, str]]:
-    """The rows of files of one kind, each with its location."""
-    if len(paths) >= MANY:
-        try:
-            rows = _read(paths)
-        except ValueError:
-            rows = []  # read one by one: to name the bad file, or because columns differ
-        if len(rows) == len(paths):
-            return list(zip(rows, map(str, paths), strict=True))
-    found: list[tuple[dict, str]] = []
-    for path in paths:
-        rows = _read([path])
-        several = len(rows) > 1
-        found += [(r, f"{path}, row {i}" if several else str(path)) for i, r in enumerate(rows, 1)]
-    return found
-
-
-def _read(paths: Sequence[Path]) -> list[dict]:
-    import datasets.config
-    import pyarrow
-
-    kind = paths[0].suffix
-    if kind not in READERS:
-        raise ValueError(f"data file {paths[0]}: expected {KINDS}, found {kind or 'no suffix'}")
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells the hub of local files too
-    try:
-        # The first chunk decides the types of columns, so it must be the whole file.
-        size = max(path.stat().st_size for path in paths) + 1
-        options = {
-            "json": {"chunksize": size},
-            "csv": {"chunksize": size, "keep_default_na": False},  # "None" may be an answer
-        }.get(READERS[kind], {})
-        # Streaming writes nothing but locks.
-        with tempfile.TemporaryDirectory() as cache:
-            files = [glob.escape(str(path.absolute())) for path in paths]
-            return list(
-                datasets.load_dataset(
-                    READERS[kind],
-                    data_files=files,
-                    split="train",
-                    streaming=True,
-                    cache_dir=cache,
-                    **options,
-                )
-            )
-    except StopIteration:  # raised by the library for an empty JSON file
-        return []
-    except OSError as error:
-        raise ValueError(f"data file {paths[0]}: cannot be read ({_short(error)})") from error
-    except (ValueError, TypeError, RecursionError, pyarrow.ArrowException) as error:
-        line = _damaged_line(paths[0]) if kind == ".jsonl" else ""
-        reason = f"damaged or of another kind ({_short(error)})"
-        raise ValueError(f"data file {paths[0]}{line}: {reason}") from error
-
-
-def _damaged_line(path: Path) -> str:
-    """The first line that is not JSON; the library only counts rows within a block of the file."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                json.loads(line.strip() or b"0")
-            except (ValueError, RecursionError):
-                return f", line {number}"
-    return ""
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

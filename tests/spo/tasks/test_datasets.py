@@ -14,8 +14,8 @@ import pyarrow.parquet as parquet
 import pytest
 from sentences import one_sentence
 
-from spo.tasks import get_task, sources
-from spo.tasks.sources import read_problems
+from spo.tasks import files, get_task
+from spo.tasks.sources import read_rows
 
 QUESTION = "Natalia sold 48/2 = <<48/2=24>>24 clips in May and 48 in April. How many in all?"
 GSM8K = [
@@ -67,7 +67,10 @@ def read(task: str, split: str, source: Path, **options) -> list:
 
 
 def rows(source: object, split: str) -> list[dict]:
-    return read_problems("any", split, str(source), lambda row, where: row)
+    return [
+        {name.lower(): value for name, value in row.items()}
+        for row, _ in read_rows(str(source), split)
+    ]
 
 
 # Formats
@@ -145,12 +148,16 @@ def test_math_folders_are_read_in_the_order_of_their_numbers(tmp_path):
     assert read("math", "test", tmp_path) == expected
 
 
-def test_math_parquet_of_several_subjects(tmp_path):
+def test_math_parquet_of_several_subjects_is_read_as_one_if_asked(tmp_path):
     write_parquet(tmp_path / "algebra/test-00000-of-00001.parquet", MATH[:2])
     write_parquet(tmp_path / "geometry/test-00000-of-00001.parquet", MATH[2:3])
     write_parquet(tmp_path / "geometry/train-00000-of-00001.parquet", MATH[3:])
-    found = read("math", "test", tmp_path)
+    found = read("math", "test", f"{tmp_path}:*")
     assert [text for text, _ in found] == [row["problem"] for row in MATH[:3]]
+    assert len(read("math", "test", f"{tmp_path}:geometry")) == 1
+    with one_sentence(["algebra, geometry", "found none chosen", f"write {tmp_path}:algebra"]):
+        read("math", "test", tmp_path)
+    assert len(read("math", "train", tmp_path)) == 100  # geometry alone has such files
 
 
 def test_math500_takes_the_answer_column(tmp_path):
@@ -289,7 +296,7 @@ def test_words_of_a_table_that_stand_for_nothing_elsewhere_are_answers(tmp_path)
 
 
 def test_many_small_files_are_read_in_order_and_named(tmp_path):
-    count = sources.MANY + 6
+    count = files.MANY + 6
     for i in range(count):
         row = {"problem": f"p{i}", "solution": f"\\boxed{{{i}}}"}
         (tmp_path / f"{i}.json").write_text(json.dumps(row))

@@ -7,9 +7,11 @@ import threading
 import time
 
 import pytest
+from sentences import one_sentence
 from test_datasets import GSM8K, gsm8k_parquet, rows, write_parquet
 
-from spo.tasks import get_task, sources
+from spo.tasks import get_task
+from spo.tasks import hub as hub_files
 from spo.tasks.sources import state
 
 
@@ -96,7 +98,7 @@ def test_an_unreachable_hub_is_one_sentence_at_once(hub):
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
-    monkeypatch.setattr(sources, "HUB_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(hub_files, "HUB_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         start = time.monotonic()
@@ -145,9 +147,38 @@ def test_a_configuration_that_is_no_folder_is_what_the_card_says(served):
     )
     assert len(rows("openai/gsm8k/easy", "test")) == 3
     assert len(rows("openai/gsm8k/easy", "train")) == 1
+    assert len(rows("openai/gsm8k:easy", "test")) == 3
     with pytest.raises(ValueError, match="openai/gsm8k/hard: no folder .*easy") as error:
         rows("openai/gsm8k/hard", "test")
     assert "\n" not in str(error.value)
+
+
+def test_several_configurations_are_named_before_anything_is_downloaded(served):
+    root, asked = served
+    gsm8k_parquet(root)
+    write_parquet(root / "socratic/test-00000-of-00001.parquet", GSM8K * 2)
+    card = "---\nconfigs:\n- config_name: main\n- config_name: socratic\n---\n"
+    (root / "README.md").write_text(card)
+    with one_sentence(["openai/gsm8k@v1: expected one of its configurations main, socratic"]):
+        rows("openai/gsm8k@v1", "test")
+    with one_sentence(["write openai/gsm8k:main, or openai/gsm8k:* to read all"]):
+        rows("openai/gsm8k", "test")
+    assert not [path for path in asked if path.endswith(".parquet")]
+    assert len(rows("openai/gsm8k@v1:main", "test")) == 3
+    assert len(rows("openai/gsm8k@v1:main#train", "test")) == 1
+    assert len(rows("openai/gsm8k:*", "test")) == 9
+    assert state("openai/gsm8k:main") == state("openai/gsm8k:main#train") == "cached"
+
+
+def test_a_card_s_files_are_those_of_its_only_configuration(served):
+    root, _ = served
+    write_parquet(root / "a.parquet", GSM8K[:1])
+    write_parquet(root / "b.parquet", GSM8K)
+    (root / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n"
+        "  - {split: train, path: a.parquet}\n  - {split: test, path: b.parquet}\n---\n"
+    )
+    assert (len(rows("openai/gsm8k", "train")), len(rows("openai/gsm8k", "test"))) == (1, 3)
 
 
 def test_the_cache_serves_without_a_network(hub, tmp_path):

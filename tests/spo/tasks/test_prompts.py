@@ -24,7 +24,7 @@ def tokenizer():
 
 
 def recipe(path: Path, **data) -> Recipe:
-    return Recipe(task="gsm8k", data=DataConfig(train=str(path), test=str(path), **data))
+    return Recipe(task="gsm8k", data=DataConfig(**{"train": str(path), "test": str(path)} | data))
 
 
 def test_a_template_holds_the_problem_and_spells_out_special_tokens(tmp_path, tokenizer):
@@ -44,12 +44,12 @@ def test_a_template_holds_the_problem_and_spells_out_special_tokens(tmp_path, to
 def test_long_problems_are_left_out_of_training_only(tmp_path, tokenizer, monkeypatch):
     short = {"question": "clips in May", "answer": "#### 1"}
     path = write_lines(tmp_path / "g.jsonl", [GSM8K[0], short])
-    config = recipe(path, max_prompt_tokens=5)
+    config = recipe(path, test="same", max_prompt_tokens=5)
     answers = {p.answer for p in islice(prompts_of(config, "train", tokenizer), 20)}
     assert answers == {"1"} and len(list(prompts_of(config, "test", tokenizer))) == 2
     monkeypatch.setattr("spo.tasks.ALL_TOO_LONG", 50)
     with pytest.raises(ValueError, match="data.max_prompt_tokens: 50 gsm8k problems in a row"):
-        next(prompts_of(recipe(path, max_prompt_tokens=2), "train", tokenizer))
+        next(prompts_of(recipe(path, test="same", max_prompt_tokens=2), "train", tokenizer))
 
 
 def test_options_that_a_task_lacks_are_refused(tokenizer):

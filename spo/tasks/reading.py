@@ -1,0 +1,177 @@
+"""From rows to the problems of a split: columns by name, each problem once, test apart from train.
+
+What is left out is counted, in one warning for each split of each data set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from typing import Any
+
+from spo.tasks.memory import json_values
+from spo.tasks.problem import Missing, Problem
+from spo.tasks.sources import CHOICES, Source, has_own_test, read_rows, state
+
+
+def read_problems(
+    task: str,
+    split: str,
+    source: Source | str | None,
+    problem_of: Callable[[dict, str], Problem],
+    *,
+    every_file: bool = False,
+) -> list[Problem]:
+    """The distinct problems of one split, in the order of the source.
+
+    Left out, counted and warned of: rows without a problem or an answer (where `problem_of` raises
+    Missing), problems that occur a second time with the same answer, and training problems that the
+    test set holds. Each problem gets the row's other columns, as far as JSON can hold them.
+
+    Args:
+        source: what `problems` of the task was given; see `spo.tasks.sources`.
+        problem_of: makes a problem from a row (lower-case column name -> value, and what
+            `data.columns` names) and from the row's location, which it names in errors.
+        every_file: also read files of other splits.
+
+    Raises ValueError with one sentence if there is nothing to read, if no problem is left, or if a
+    file is damaged.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'split: expected "train" or "test", found {split!r}')
+    if source is None:
+        raise ValueError(f"{task} has no {split} problems: name a file in data.{split} to use one")
+    if importlib.util.find_spec("datasets") is None:
+        raise ValueError(f"task {task} reads data sets: pip install 'spo-kernels[train]'")
+    source = source if isinstance(source, Source) else Source(source)
+    if not source.given and not has_own_test(source.path):
+        raise ValueError(f"data.test: {source} has no test split of its own; {CHOICES}")
+    problems, counts = _read(split, source, problem_of, every_file)
+    held = _of_tests(source, problem_of, every_file)
+    kept = [problem for problem in problems if problem.prompt not in held]
+    if not kept:
+        raise ValueError(
+            f"data set {source}: each of its {len(problems)} {split} problems is a test problem "
+            f"too; {CHOICES}"
+        )
+    shared = [p for p in problems if held.get(p.prompt)]
+    _warn(source, source.reads or split, counts | {"in the test set too": len(shared)})
+    return kept
+
+
+def _read(
+    split: str, source: Source, problem_of: Callable[[dict, str], Problem], every_file: bool
+) -> tuple[list[Problem], dict[str, int]]:
+    """The distinct problems of a source, and how many rows were read and left out."""
+    files = source.reads or split
+    rows = read_rows(source, None if every_file else files)
+    problems: dict[str, Problem] = {}
+    missing = 0
+    for row, where in rows:
+        try:
+            problem = problem_of(_named(row, source.columns, where), where)
+        except Missing:
+            missing += 1
+            continue
+        problem = _with_columns(problem, row)
+        problems.setdefault(_identity(problem), problem)
+    if not problems:
+        raise ValueError(
+            f"data set {source}: none of its {len(rows)} {files} rows has a problem and an answer"
+        )
+    distinct = list(problems.values())
+    counts = {
+        "rows": len(rows),
+        "without a problem or an answer": missing,
+        "there before": len(rows) - missing - len(distinct),
+    }
+    if source.share:
+        held = _held_out([problem.prompt for problem in distinct], source)
+        distinct = [problem for problem in distinct if problem.prompt in held]
+    return distinct, counts
+
+
+def _of_tests(
+    source: Source, problem_of: Callable[[dict, str], Problem], every_file: bool
+) -> dict[str, bool]:
+    """Prompts of the test sets -> whether their absence from training is news."""
+    found: dict[str, bool] = {}
+    for test in source.apart:
+        here = test.path == source.path or state(test) != "download"
+        if not here:  # a rollout needs no test set; a run has read it before
+            continue
+        if not test.given and not has_own_test(test.path):
+            continue
+        problems, _ = _read("test", test, problem_of, every_file)
+        found |= {problem.prompt: not test.share for problem in problems}
+    return found
+
+
+def _held_out(prompts: list[str], source: Source) -> set[str]:
+    """The share of the prompts that are for testing: chosen by their hashes, whatever the order."""
+    distinct = set(prompts)
+    count = max(1, round(source.share * len(distinct)))
+    if count >= len(distinct):
+        raise ValueError(
+            f"data.test_share: {source.share:g} of the {len(distinct)} problems of {source} leaves "
+            "none to train on"
+        )
+    return set(sorted(distinct, key=lambda p: blake2b(p.encode(), digest_size=8).digest())[:count])
+
+
+def _identity(problem: Problem) -> str:
+    """Equal for problems of which one is enough; without an answer, the other columns count too."""
+    rest = problem.columns if problem.answer is None else None
+    return json.dumps([problem.prompt, problem.answer, rest], sort_keys=True)
+
+
+def _named(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+    """A row with lower-case names, and with the columns that `data.columns` names."""
+    lower = {name.lower(): value for name, value in row.items()}
+    found = dict(lower)
+    for name, column in columns.items():
+        found[name] = _cell(lower, column.lower())
+        if found[name] is _NONE:
+            raise ValueError(
+                f"data.columns.{name}: expected one of the columns {', '.join(row)}, found "
+                f"{column!r} ({where})"
+            )
+    return found
+
+
+_NONE = object()
+
+
+def _cell(row: Mapping[str, Any], column: str) -> object:
+    """A column, or by dots what is inside of one: reward_model.ground_truth."""
+    if column in row:
+        return row[column]
+    outer, _, inner = column.partition(".")
+    cell = row.get(outer)
+    if not inner or not isinstance(cell, Mapping):
+        return _NONE
+    return _cell({str(name).lower(): value for name, value in cell.items()}, inner)
+
+
+def _with_columns(problem: Problem, row: Mapping[str, Any]) -> Problem:
+    """The problem with the row's columns, that of the prompt left out, unless it has some."""
+    if problem.columns:
+        return problem
+    prompt = [problem.text, list(problem.messages or ())]
+    columns = {name: value for name, value in json_values(row).items() if value not in prompt}
+    return dataclasses.replace(problem, columns=columns)
+
+
+def _warn(source: Source, split: str, counts: dict[str, int]) -> None:
+    """Say how many rows of a data set were left out, and why."""
+    rows = counts.pop("rows")
+    reasons = [f"{count} {why}" for why, count in counts.items() if count]
+    if reasons:
+        warnings.warn(
+            f"data set {source}: of {rows} {split} rows, these are left out: {', '.join(reasons)}",
+            stacklevel=2,
+        )
