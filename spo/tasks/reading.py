@@ -14,8 +14,25 @@ from hashlib import blake2b
 from typing import Any
 
 from spo.tasks.memory import json_values
-from spo.tasks.problem import Missing, Problem
+from spo.tasks.problem import Missing, Problem, is_empty
 from spo.tasks.sources import CHOICES, Source, has_own_test, read_rows, state
+
+PROBLEMS = ("problem", "question", "prompt", "instruction")
+ANSWERS = ("answer", "solution", "final_answer", "ground_truth", "target")
+VERL = "reward_model"  # verl's column with the answer, `ground_truth`
+USUAL = {"problem": PROBLEMS, "answer": (*ANSWERS, VERL)}
+
+
+def problem_column(row: Mapping[str, Any]) -> str | None:
+    """The column of a row (with lower-case names) that holds its problem, found by its name."""
+    if is_chat(row.get("prompt")):
+        return "prompt"
+    return next((name for name in PROBLEMS if not is_empty(row.get(name))), None)
+
+
+def is_chat(value: object) -> bool:
+    """Whether a cell of a table holds messages."""
+    return isinstance(value, list) and bool(value) and all(isinstance(t, Mapping) for t in value)
 
 
 def read_problems(
@@ -77,7 +94,7 @@ def _read(
         except Missing:
             missing += 1
             continue
-        problem = _with_columns(problem, row)
+        problem = _with_columns(problem, row, source.columns)
         problems.setdefault(_identity(problem), problem)
     if not problems:
         raise ValueError(
@@ -130,16 +147,18 @@ def _identity(problem: Problem) -> str:
 
 
 def _named(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    """A row with lower-case names, and with the columns that `data.columns` names."""
+    """A row with lower-case names; what `data.columns` names replaces the columns usual for it."""
     lower = {name.lower(): value for name, value in row.items()}
-    found = dict(lower)
+    found = lower
     for name, column in columns.items():
-        found[name] = _cell(lower, column.lower())
-        if found[name] is _NONE:
+        cell = _cell(lower, column.lower())
+        if cell is _NONE:
             raise ValueError(
                 f"data.columns.{name}: expected one of the columns {', '.join(row)}, found "
                 f"{column!r} ({where})"
             )
+        rest = {key: value for key, value in found.items() if key not in USUAL[name]}
+        found = rest | {name: cell}
     return found
 
 
@@ -157,13 +176,13 @@ def _cell(row: Mapping[str, Any], column: str) -> object:
     return _cell({str(name).lower(): value for name, value in cell.items()}, inner)
 
 
-def _with_columns(problem: Problem, row: Mapping[str, Any]) -> Problem:
-    """The problem with the row's columns, that of the prompt left out, unless it has some."""
+def _with_columns(problem: Problem, row: Mapping[str, Any], columns: Mapping[str, str]) -> Problem:
+    """The problem with the row's columns, that of the problem left out, unless it has some."""
     if problem.columns:
         return problem
-    prompt = [problem.text, list(problem.messages or ())]
-    columns = {name: value for name, value in json_values(row).items() if value not in prompt}
-    return dataclasses.replace(problem, columns=columns)
+    given = columns.get("problem") or problem_column({k.lower(): v for k, v in row.items()}) or ""
+    rest = {k: v for k, v in json_values(row).items() if k.lower() != given.lower()}
+    return dataclasses.replace(problem, columns=rest)
 
 
 def _warn(source: Source, split: str, counts: dict[str, int]) -> None:

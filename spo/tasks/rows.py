@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from spo.tasks.problem import Missing, Problem, column, is_empty, problem_stream
-from spo.tasks.reading import read_problems
+from spo.tasks.reading import ANSWERS, PROBLEMS, VERL, is_chat, problem_column, read_problems
 from spo.tasks.sources import Source
 
 NAME = "rows"
-PROBLEMS = ("problem", "question", "prompt", "instruction")
-ANSWERS = ("answer", "solution", "final_answer", "ground_truth", "target")
-VERL = "reward_model"  # verl's column with the answer, `ground_truth`
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,11 @@ def problem_of(row: dict, where: str) -> Problem:
     Raises Missing if the cell of the problem or of the answer is empty, ValueError if no column
     looks like a problem, or if messages are not as chats have them.
     """
-    chat = row.get("prompt")
-    given: Any = chat if _is_chat(chat) else _problem(row, where)
-    answer = _answer(row, where)
-    if not _is_chat(given):
-        return Problem(given if isinstance(given, str) else str(given), answer)
+    given, answer = _problem(row, where), _answer(row, where)
+    if not is_chat(given):
+        if isinstance(given, list | Mapping):
+            raise ValueError(f"{where}: expected a text or messages, found {given!r:.80}")
+        return Problem(str(given), answer)
     messages = tuple(_message(turn, where) for turn in given)
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"{where}: expected the last message to be the user's, found assistant's")
@@ -57,12 +54,15 @@ def problem_of(row: dict, where: str) -> Problem:
 
 
 def _problem(row: dict, where: str) -> Any:
-    if not any(name in row for name in PROBLEMS):
-        raise ValueError(
-            f"{where}: expected a column {' or '.join(PROBLEMS)}, found {', '.join(row)}; name the "
-            "problem's column in data.columns.problem"
-        )
-    return column(row, where, *PROBLEMS)
+    name = problem_column(row)
+    if name is not None:
+        return row[name]
+    if any(name in row for name in PROBLEMS):
+        raise Missing(f"{where}: expected a problem, found none")
+    raise ValueError(
+        f"{where}: expected a column {' or '.join(PROBLEMS)}, found {', '.join(row)}; name the "
+        "problem's column in data.columns.problem"
+    )
 
 
 def _answer(row: dict, where: str) -> Any:
@@ -73,10 +73,6 @@ def _answer(row: dict, where: str) -> Any:
             raise Missing(f"{where}: expected a value in {VERL}.ground_truth, found none")
         return verl["ground_truth"]
     return column(row, where, *names) if names else None
-
-
-def _is_chat(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(t, Mapping) for t in value)
 
 
 def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:

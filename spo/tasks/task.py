@@ -16,8 +16,9 @@ class Task(Protocol):
     are checked by their annotations, ranges included: `Annotated[int, annotated_types.Ge(2)]`.
 
     Two attributes are optional. `sources` maps "train" and "test" to the hub ids that are read if
-    the recipe names no data. `prepare(self) -> None` loads what `grade` needs, such as slow
-    libraries, before the worker's deadline starts to count; the top of the module can do so too.
+    the recipe names no data; a task that has it, if empty, generates no problems.
+    `prepare(self) -> None` loads what `grade` needs, such as slow libraries, before the worker's
+    deadline starts to count; the top of the module can do so too.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # of every dataclass
@@ -25,9 +26,10 @@ class Task(Protocol):
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
         """The problems of "train", endless and drawn from `seed`, or of "test", always the same.
 
-        A task that reads data sets has a third parameter `source: str | None = None`, for the
-        recipe's `data.train` or `data.test`. Raises ValueError with one sentence for another split
-        and for data that cannot be read.
+        A task that reads data sets has a third parameter `source: Source | None = None`, the
+        recipe's `data.train` or `data.test` as a path (of a mixture it is called once for each
+        set); `spo.tasks.reading.read_problems` reads it. Raises ValueError with one sentence for
+        another split and for data that cannot be read.
         """
         ...
 

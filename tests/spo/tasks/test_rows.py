@@ -95,12 +95,18 @@ def test_trl_s_layouts(tmp_path):
     found = one(tmp_path, {"prompt": [SYSTEM, USER], "length": 20, "problem": "raw"})
     assert (found.text, found.messages) == (USER["content"], (SYSTEM, USER))
     assert found.columns == {"length": 20, "problem": "raw"} and found.answer is None
+    named = one(tmp_path, {"prompt": [USER], "q": "Why?"}, {"problem": "q"})
+    assert (named.text, named.messages, named.columns) == ("Why?", None, {"prompt": [USER]})
+    same = one(tmp_path, {"prompt": [USER], "said": USER["content"], "question": ""})
+    assert same.columns == {"said": USER["content"], "question": ""}
 
 
 def test_verl_s_layout(tmp_path):
     (found,) = read(write_parquet(tmp_path / "train.parquet", [VERL]))
     rest = {name: value for name, value in VERL.items() if name != "prompt"}
     assert found == Problem(USER["content"], "2", (USER,), rest)
+    named = one(tmp_path, VERL, {"answer": "extra_info.index"})
+    assert named.answer == 0 and named.columns == rest
     empty = [VERL, VERL | {"reward_model": {"style": "rule", "ground_truth": ""}}]
     with pytest.warns(UserWarning, match="of 2 test rows, .*: 1 without a problem or an answer"):
         assert read(write_parquet(tmp_path / "train.parquet", empty)) == [found]
@@ -110,6 +116,7 @@ def test_verl_s_layout(tmp_path):
     ("messages", "words"),
     [
         ([USER, {"role": "assistant", "content": "2"}], ["the last message to be the user's"]),
+        ([1, 2], ["expected a text or messages, found [1, 2]"]),
         ([{"role": "user"}], ["expected messages with role and content", "{'role': 'user'}"]),
     ],
 )
