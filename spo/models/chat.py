@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import takewhile
 from typing import Any
 
@@ -24,10 +25,11 @@ def prompt_writer(data: DataConfig, tokenizer: Any) -> Callable[[str, Messages |
     the function does for a problem that does not fit the settings.
     """
     write = _renderer(data, tokenizer) if data.chat else None
+    write_own = cache(lambda: _renderer(data, tokenizer, OWN))  # made if there is such a problem
 
     def written(problem: str, messages: Messages | None = None) -> str:
         if messages is not None:
-            return _renderer(data, tokenizer, OWN)(_with_system(data, messages), True)
+            return write_own()(_with_system(data, messages), True)
         if write is not None:
             return write(
                 [m | {"content": m["content"].replace(PROBLEM, problem)} for m in data.chat], True
@@ -50,7 +52,7 @@ def _with_system(data: DataConfig, messages: Messages) -> list[dict[str, Any]]:
     turns = [dict(message) for message in messages]
     if data.system is None:
         return turns
-    if any(turn["role"] == "system" for turn in turns):
+    if any(turn.get("role") == "system" for turn in turns):
         raise ValueError("data.system: expected none, as the problems' messages have a system text")
     return [{"role": "system", "content": data.system}, *turns]
 
@@ -132,7 +134,7 @@ def _renderer(
             )
         except Exception as error:  # of whatever the template does
             reason = " ".join(str(error).split())[:200]
-            roles = ", ".join(message["role"] for message in messages)
+            roles = ", ".join(str(message.get("role")) for message in messages)
             raise ValueError(
                 f"{where}: the chat template refuses the roles {roles} ({reason})"
             ) from error

@@ -33,8 +33,9 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """What the policy reads, to tell problems apart."""
-        return self.text if self.messages is None else json.dumps(self.messages, sort_keys=True)
+        """What tells problems apart: the text, without space around it, or the messages."""
+        chat = self.messages
+        return self.text.strip() if chat is None else json.dumps(chat, sort_keys=True)
 
 
 class Missing(ValueError):

@@ -95,7 +95,7 @@ def _read(
             missing += 1
             continue
         problem = _with_columns(problem, row, source.columns)
-        problems.setdefault(_identity(problem), problem)
+        problems.setdefault(_identity(problem, where), problem)
     if not problems:
         raise ValueError(
             f"data set {source}: none of its {len(rows)} {files} rows has a problem and an answer"
@@ -140,10 +140,15 @@ def _held_out(prompts: list[str], source: Source) -> set[str]:
     return set(sorted(distinct, key=lambda p: blake2b(p.encode(), digest_size=8).digest())[:count])
 
 
-def _identity(problem: Problem) -> str:
+def _identity(problem: Problem, where: str) -> str:
     """Equal for problems of which one is enough; without an answer, the other columns count too."""
     rest = problem.columns if problem.answer is None else None
-    return json.dumps([problem.prompt, problem.answer, rest], sort_keys=True)
+    try:
+        return json.dumps([problem.prompt, problem.answer, rest], sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: expected an answer that JSON can hold, found {problem.answer!r:.60}"
+        ) from error
 
 
 def _named(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:

@@ -137,7 +137,8 @@ def test_what_is_left_out_is_counted(tmp_path):
     table = [*numbered(1, 2, 3, 3, 1), {"question": "Which?", "answer": " "}]
     table += [{"question": None, "answer": "5"}, {"question": "Question 2?", "answer": "two"}]
     train = str(write_lines(tmp_path / "train.jsonl", table))
-    test = str(write_lines(tmp_path / "test.jsonl", numbered(3, 3, 4)))
+    shown = {"question": "\nQuestion 3? ", "answer": "3"}
+    test = str(write_lines(tmp_path / "test.jsonl", [shown, *numbered(3, 4)]))
     words = "of 8 train rows, .*: 2 without a problem or an answer, 2 there before, 1 in the test"
     with pytest.warns(UserWarning, match=words) as warned:
         assert {*drawn("train", train=train, test=test)} == {"1", "2", "two"}
@@ -306,6 +307,9 @@ def test_values_that_json_cannot_hold_stay_out_of_columns():
     mine = data_settings([{"prompt": "Why?", "raw": b"x", "answer": 1, "level": 2}])
     (found,) = get_task("rows").problems("test", 0, source=mine["train"])
     assert found.columns == {"answer": 1, "level": 2}
+    mine = data_settings([{"prompt": "Why?", "answer": b"x"}])
+    with one_sentence(["row 1: expected an answer that JSON can hold, found b'x'"]):
+        get_task("rows").problems("test", 0, source=mine["train"])
 
 
 # Orders that a resumed run relies on: the same on every machine, whatever the process's hashes
