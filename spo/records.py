@@ -48,6 +48,18 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()  # a sample ends with the first of these
     stop: tuple[str, ...] = ()  # and with the token that completes one of these texts
     vocab_size: int | None = None  # ids from here on are never sampled; None: every id may be
+    # For evaluation alone: of the probabilities at the temperature, `min_p` drops those below this
+    # share of the largest, `top_k` then keeps so many (0: all), and `top_p` the fewest whose sum is
+    # at least this share of what is left. Logprobs stay those of the whole distribution.
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some ids that the policy may draw are never sampled."""
+        off = self.top_p >= 1 and self.top_k == 0 and self.min_p == 0
+        return self.temperature > 0 and not off
 
 
 @dataclass(frozen=True)

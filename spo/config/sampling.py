@@ -18,6 +18,8 @@ class SamplingConfig:
     """Only 1 is allowed: a truncated distribution biases the ratio by the mass it drops."""
     top_k: int = 0
     """Only 0 (off) is allowed, for the same reason."""
+    min_p: float = 0.0
+    """Only 0 (off) is allowed, for the same reason."""
     max_new_tokens: PositiveInt = 64
     """Maximum length of a response, in tokens."""
     stop_token_ids: tuple[NotNegativeInt, ...] = ()
@@ -36,11 +38,12 @@ class SamplingConfig:
     `reward` says, one of whose functions asks for `truncated`."""
 
     def __post_init__(self) -> None:
-        if self.top_p != 1 or self.top_k != 0:
-            raise ValueError(
-                "sampling.top_p: expected 1 (and sampling.top_k 0) for training, as a truncated "
-                f"distribution biases the ratio, found {self.top_p:g} and {self.top_k}"
-            )
+        for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
+            if (found := getattr(self, name)) != off:
+                raise ValueError(
+                    f"sampling.{name}: expected {off} for training, as a truncated distribution "
+                    f"biases the ratio, found {found:g}; eval.{name} truncates in evaluations"
+                )
         if "" in self.stop:
             raise ValueError(f"sampling.stop: expected texts, found an empty one in {self.stop}")
         starts = [0.0, *(share for share, _ in self.stages), 1.0]

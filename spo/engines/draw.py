@@ -20,7 +20,10 @@ def draw(
     seeds: np.ndarray,  # (R,) uint64
     depth: np.ndarray,  # (R,) uint64, tokens drawn before this one
 ) -> tuple[np.ndarray, np.ndarray]:  # (R,) int64; (R,) fp32
-    """Token ids and their logprobs, at each row's temperature and over the ids that it may draw."""
+    """Token ids and their logprobs, at each row's temperature and over the ids that it may draw.
+
+    Rows that truncate draw from what `truncated` leaves; their logprobs are those of all ids.
+    """
     temperature = np.array([s.temperature for s in sampling])
     divisor = np.where(temperature > 0, temperature, 1.0).astype(np.float32)
     sizes = [logits.shape[1] if s.vocab_size is None else s.vocab_size for s in sampling]
@@ -31,12 +34,38 @@ def draw(
         logits = logits.masked_fill(outside, -torch.inf)
     logprobs = torch.log_softmax(logits, -1)
     noise = torch.from_numpy(uniform(seeds, depth)).to(logits.device)
-    token_ids = inverse_cdf(logprobs.exp(), noise)
+    probs = logprobs.exp()
+    cut = [row for row, one in enumerate(sampling) if one.truncates]
+    if cut:
+        probs[cut] = truncated(probs[cut], [sampling[row] for row in cut])
+    token_ids = inverse_cdf(probs, noise)
     if (temperature <= 0).any():
         greedy = torch.from_numpy(temperature <= 0).to(logits.device)
         token_ids = torch.where(greedy, logits.argmax(-1), token_ids)
     chosen = logprobs.gather(-1, token_ids[:, None])[:, 0]
     return token_ids.cpu().numpy(), chosen.cpu().numpy()
+
+
+def truncated(
+    probs: Tensor,  # (R, V) fp32
+    sampling: Sequence[Sampling],  # of each row
+) -> Tensor:  # (R, V) fp32, not renormalised
+    """`probs` with 0 for the ids that min-p, then top-k, then top-p of what is left drop.
+
+    That is vLLM's order. Of equal probabilities the lower ids stay.
+    """
+    min_p, top_p = (
+        torch.tensor([[getattr(s, name)] for s in sampling]).double().to(probs.device)
+        for name in ("min_p", "top_p")
+    )
+    top_k = torch.tensor([[s.top_k or probs.shape[1]] for s in sampling], device=probs.device)
+    ranked, ids = probs.sort(dim=-1, descending=True, stable=True)
+    keep = ranked >= min_p * ranked[:, :1]
+    keep &= torch.arange(probs.shape[1], device=probs.device) < top_k
+    left = (ranked * keep).double()
+    above = left.cumsum(-1) - left  # of the more likely ids
+    keep &= (above < top_p * left.sum(-1, keepdim=True)) | (top_p >= 1)
+    return torch.zeros_like(probs).scatter(-1, ids, ranked * keep)
 
 
 def inverse_cdf(

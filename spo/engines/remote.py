@@ -26,6 +26,7 @@ from torch import Tensor
 
 from spo.engines.protocol import COUNTERS, check_request, check_vocabulary
 from spo.engines.stops import StopTexts, drawn_before, stop_texts
+from spo.engines.vllm_sampler import CANNOT, parameters
 from spo.records import LENGTH, STOP, Completion, Request, Sampling
 
 GENERATE = "/inference/v1/generate"
@@ -136,6 +137,7 @@ class RemoteEngine:
         self._serials = itertools.count()
         self._in_flight = 0
         self._vocab_size: int | None = None
+        self._truncates = False  # whether its logprobs are the policy's where samples truncate
         self._model = model
         self._stops: StopTexts | None = None  # made when the first request has stop texts
         self._own: dict[str, float] = {"generated": 0, "step_seconds": 0.0}
@@ -159,6 +161,10 @@ class RemoteEngine:
             check_vocabulary(size, self._vocab_size, self._in_flight)
             self._rpc("spo_limit_vocabulary", size)
             self._vocab_size = size
+        if request.sampling.truncates and not self._truncates:
+            if not self._rpc("spo_keep_policy_logprobs"):
+                raise ValueError(f"{CANNOT}; the server is {self.address}")
+            self._truncates = True
         if request.sampling.stop and self._stops is None:
             if self._model is None:
                 raise ValueError("model: expected one, as the request has stop texts, found none")
@@ -284,15 +290,7 @@ class RemoteEngine:
         body = {
             "token_ids": request.prefix_ids,
             "priority": request.priority,
-            "sampling_params": {
-                "temperature": request.sampling.temperature,
-                "max_tokens": request.max_new_tokens,
-                "stop_token_ids": request.sampling.stop_token_ids,
-                "ignore_eos": True,  # only the request's stop tokens stop it
-                "seed": request.sampling.seed + index,
-                "logprobs": 0,  # only of the sampled token
-                "detokenize": False,
-            },
+            "sampling_params": parameters(request, index),
         }
         try:
             answer = self._ask(client, "POST", GENERATE, body)

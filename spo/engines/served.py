@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from spo.engines.protocol import COUNTERS
 from spo.engines.vllm import count_step, limit_vocabulary, repack_cpu_linears
+from spo.engines.vllm_sampler import keep_policy_logprobs
 
 EXTENSION = "spo.engines.served.Served"
 
@@ -56,6 +57,10 @@ class Served:
     def spo_limit_vocabulary(self, size: int | None) -> None:
         """Never sample the ids from `size` on; None: every id may be sampled."""
         limit_vocabulary(self.get_model(), size)
+
+    def spo_keep_policy_logprobs(self) -> bool:
+        """Return the policy's logprobs also of samples that truncate; False if vLLM cannot."""
+        return keep_policy_logprobs(self)
 
     def spo_counters(self) -> dict[str, float]:
         return dict(self._spo_totals)

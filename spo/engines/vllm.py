@@ -16,6 +16,7 @@ from torch import Tensor
 from spo.engines.protocol import COUNTERS, check_request, check_vocabulary
 from spo.engines.stops import StopTexts, drawn_before, stop_texts
 from spo.engines.vllm_classes import build_apart
+from spo.engines.vllm_sampler import CANNOT, keep_policy_logprobs, parameters
 from spo.records import LENGTH, STOP, Completion, Request
 
 QUIET = {
@@ -115,6 +116,7 @@ class VLLMEngine:
         self._requests: dict[str, tuple[Request, int, int, str]] = {}
         self._serial = 0
         self._vocab_size: int | None = None  # the model's own
+        self._truncates = False  # whether its logprobs are the policy's where samples truncate
         self._model = model
         self._stops: StopTexts | None = None  # made when the first request has stop texts
         self._counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
@@ -132,6 +134,10 @@ class VLLMEngine:
             check_vocabulary(size, self._vocab_size, len(self._requests))
             self.engine.apply_model(partial(limit_vocabulary, size=size))
             self._vocab_size = size
+        if request.sampling.truncates and not self._truncates:
+            if not all(self.engine.collective_rpc(keep_policy_logprobs)):
+                raise ValueError(CANNOT)
+            self._truncates = True
         if request.sampling.stop and self._stops is None:
             self._stops = stop_texts(self._model)
         sampling_params, final_only = self._params
@@ -139,14 +145,8 @@ class VLLMEngine:
             name = str(self._serial)
             self._serial += 1
             params = sampling_params(
-                temperature=request.sampling.temperature,
-                max_tokens=request.max_new_tokens,
-                stop_token_ids=list(request.sampling.stop_token_ids),
-                ignore_eos=True,  # only the request's stop tokens stop it
-                seed=request.sampling.seed + index,
-                logprobs=0,
+                **parameters(request, index),
                 flat_logprobs=True,
-                detokenize=False,
                 output_kind=final_only,
                 skip_reading_prefix_cache=not self.reuse_prefixes,
             )

@@ -156,3 +156,55 @@ def assert_frequencies(counts, probabilities):
     chi2 = float(((counts - expected) ** 2 / expected)[likely].sum())
     freedom = int(likely.sum())
     assert chi2 < freedom + 5 * (2 * freedom) ** 0.5
+
+
+SHARES = (0.3, 0.05, 0.15, 0.1, 0.4)
+TRUNCATIONS = [  # with the ids that each leaves of `SHARES`, most likely first
+    ({"top_k": 3}, (4, 0, 2)),
+    ({"top_p": 0.6}, (4, 0)),  # .4 + .3 first reach it
+    ({"top_p": 0.39}, (4,)),  # reached at once
+    ({"min_p": 0.3}, (4, 0, 2)),  # at least .12
+    ({"min_p": 0.3, "top_p": 0.75}, (4, 0)),  # .7 of the .85 that min-p leaves is .82
+    ({"top_k": 2, "top_p": 0.5}, (4,)),  # .4 of the .7 that top-k leaves is .57
+]
+
+
+def check_truncated(engine, model, prefix=(5, 9, 3), count=1500):
+    """Samples are drawn from exactly what is left; logprobs are those of the whole policy."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prefix])).logits[0, -1].double()
+    for heat, options in ((0.7, {"top_k": 5}), (1.3, {"top_p": 0.8}), (1.0, {"min_p": 0.2})):
+        probs = (logits / heat).softmax(-1)
+        left = kept_of(probs.tolist(), **options)
+        assert 1 < len(left) < 40
+        engine.submit(Request(0, prefix, count, 1, Sampling(11, heat, **options)))
+        engine.submit(Request(1, prefix, 40, 1, Sampling(5, heat)))  # beside them, nothing is cut
+        counts = torch.zeros(len(probs))
+        for c in drain(engine, count + 40):
+            assert abs(c.logprobs[0] - float(probs[c.token_ids[0]].log())) < 1e-4
+            if c.key == 0:
+                counts[c.token_ids[0]] += 1
+        assert counts.nonzero()[:, 0].tolist() == sorted(left)
+        assert_frequencies(counts[sorted(left)], probs[sorted(left)] / probs[left].sum())
+
+
+def kept_of(probs, top_p=1.0, top_k=0, min_p=0.0):
+    """The ids that are left, by their definition: most likely first, one by one."""
+    order = sorted(range(len(probs)), key=lambda i: -probs[i])
+    order = [i for i in order if probs[i] >= min_p * probs[order[0]]][: top_k or None]
+    total, left = sum(probs[i] for i in order), []
+    while order and sum(probs[i] for i in left) < top_p * total:
+        left.append(order.pop(0))
+    return left
+
+
+def check_truncated_seeds(engine):
+    """The same seeds give the same samples; a greedy one is not changed."""
+    runs = []
+    for options in ({"top_p": 0.7}, {"top_p": 0.7}, {}):
+        engine.submit(Request(0, (5, 9, 3), 4, 12, Sampling(3, 1.5, **options)))
+        engine.submit(Request(1, (5, 9, 3), 1, 12, Sampling(3, 0.0, **options)))
+        runs.append([c.token_ids for c in drain(engine, 5)])
+    first, again, whole = runs
+    assert first == again and first[:4] != whole[:4] and first[4] == whole[4]
+    assert len(set(first[:4])) == 4

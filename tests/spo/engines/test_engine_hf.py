@@ -5,10 +5,21 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from sampling import assert_frequencies, drain, plain_logprobs, shaken, weights
+from sampling import (
+    SHARES,
+    TRUNCATIONS,
+    assert_frequencies,
+    check_truncated,
+    check_truncated_seeds,
+    drain,
+    kept_of,
+    plain_logprobs,
+    shaken,
+    weights,
+)
 
 from spo.config.policy import EMBEDDED, PolicyConfig
-from spo.engines.draw import uniform
+from spo.engines.draw import truncated, uniform
 from spo.engines.hf import HFEngine
 from spo.engines.make import make_engine
 from spo.models.tokenizer import load_tokenizer
@@ -214,3 +225,25 @@ def test_bad_requests_and_names_get_a_sentence(tiny_model):
         engine.submit(Request(0, (3,), 0, 8, Sampling(0)))
     with pytest.raises(ValueError, match="expected one of vllm, hf"):
         make_engine("sglang", tiny_model)
+
+
+@pytest.mark.parametrize(("options", "left"), TRUNCATIONS, ids=str)
+def test_what_a_truncation_leaves_is_worked_by_hand(options, left):
+    assert list(left) == kept_of(SHARES, **options)
+    whole = Sampling(0)
+    probs = truncated(torch.tensor([SHARES, SHARES]), [Sampling(0, **options), whole])
+    expected = [share if i in left else 0.0 for i, share in enumerate(SHARES)]
+    assert probs.tolist() == torch.tensor([expected, SHARES]).tolist()
+
+
+def test_equal_probabilities_are_cut_at_the_limit():
+    probs = truncated(torch.full((2, 8), 0.125), [Sampling(0, top_k=3), Sampling(0, top_p=0.5)])
+    assert (probs > 0).int().tolist() == [[1] * 3 + [0] * 5, [1] * 4 + [0] * 4]
+
+
+def test_truncated_samples_have_the_distribution_that_is_left(tiny_model, plain):
+    check_truncated(HFEngine(tiny_model, max_num_seqs=500), plain)
+
+
+def test_truncated_samples_repeat(tiny_model):
+    check_truncated_seeds(HFEngine(tiny_model))

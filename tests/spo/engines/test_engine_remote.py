@@ -18,6 +18,8 @@ from limits import check_limited
 from sampling import (
     canonical,
     check_seeds_and_stops,
+    check_truncated,
+    check_truncated_seeds,
     check_update_reaches,
     drain,
     plain_logprobs,
@@ -148,6 +150,11 @@ def test_logprobs_are_those_of_the_policy_at_the_sampling_temperature(engine, pl
 
 def test_seeds_repeat_and_stops_stop(engine):
     check_seeds_and_stops(engine)
+
+
+def test_truncated_samples_have_the_distribution_that_is_left(engine, plain):
+    check_truncated_seeds(engine)
+    check_truncated(engine, plain)
 
 
 def test_ids_beyond_the_tokenizer_are_never_sampled(engine, plain):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sampling import drain
+from sentences import one_sentence
 
 from spo.config.policy import EMBEDDED, PolicyConfig
 from spo.config.recipe import load_recipe
@@ -361,3 +362,13 @@ def test_the_recipe_s_addresses_become_a_pool(fake):
     with pytest.raises(ValueError, match="exceeds the context of 64"):
         built.submit(Request(0, (5,) * 63, 1, 4, Sampling(0)))
     built.close()
+
+
+def test_a_server_that_cannot_truncate_says_so(fake):
+    engine = RemoteEngine(fake.address)  # its workers' answer is null
+    cut = Request(0, (5, 9), 1, 4, Sampling(3, top_k=2))
+    with one_sentence(["eval.top_k", "engine.name=hf can truncate", fake.address]):
+        engine.submit(cut)
+    engine.submit(request())
+    assert len(drain(engine, 1)) == 1
+    engine.close()

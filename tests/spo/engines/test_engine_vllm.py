@@ -11,6 +11,8 @@ from limits import check_limited, favouring
 from sampling import (
     check_first_tokens,
     check_seeds_and_stops,
+    check_truncated,
+    check_truncated_seeds,
     check_update_reaches,
     drain,
     plain_logprobs,
@@ -90,6 +92,11 @@ def test_full_blocks_of_a_prefix_are_computed_once(engine):
 
 def test_seeds_repeat_and_stops_stop(engine):
     check_seeds_and_stops(engine)
+
+
+def test_truncated_samples_have_the_distribution_that_is_left(engine, plain):
+    check_truncated_seeds(engine)
+    check_truncated(engine, plain)
 
 
 def test_ids_beyond_the_tokenizer_are_never_sampled(engine, plain, tiny_model):
