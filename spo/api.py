@@ -53,16 +53,19 @@ def evaluate(
     checkpoint: str | os.PathLike | None = None,
     engine: Engine | None = None,
     limits: Sequence[int] = (),
-    samples: int = 0,
+    samples: int | None = None,
     temperature: float | None = None,
 ) -> list[Accuracy]:
-    """Pass@1 on the test split: greedy, and if `samples` > 0 also the mean over that many samples.
+    """The figures of every evaluation set, the recipe's own first: greedy Pass@1, and if `samples`
+    > 0 also those of that many samples: Pass@1, Pass@k and, where the task finds answers, the
+    majority vote, each with its standard error.
 
     Args:
         checkpoint: test the newest policy in this run folder, or the policy of this checkpoint
             folder; by default the recipe's policy.
         engine: sample with this engine, which holds the weights already and stays open.
         limits: maximum lengths of the response, in tokens; by default the recipe's.
+        samples: per problem; by default the set's own if these are more than one, else none.
         temperature: of the samples, 0 is greedy; by default the recipe's.
 
     Raises ValueError for settings that cannot work and for a folder without a checkpoint.
@@ -70,7 +73,7 @@ def evaluate(
     recipe = recipe_of(recipe, overrides)
     if temperature is None:
         temperature = recipe.sampling.temperature
-    if samples < 0:
+    if samples is not None and samples < 0:
         raise ValueError(f"samples: expected 0 or more, found {samples}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature:g}")
@@ -85,12 +88,14 @@ def evaluate(
         policy = dataclasses.replace(recipe.policy, path=str(newest / "policy"))
         recipe = dataclasses.replace(recipe, policy=policy)
     with Sampler(recipe, engine=engine) as sampler:
-        tests, limits = sampler.test_prompts(), sorted(set(limits))
-        results = sampler.accuracies(tests, limits=limits)
-        if samples:
-            results += sampler.accuracies(
-                tests, temperature=temperature, limits=limits, samples=samples
-            )
+        results, limits = [], sorted(set(limits))
+        for name, one in sampler.sets.items():
+            results += sampler.accuracies(name, limits=limits)
+            own = one.eval.samples if one.eval.samples > 1 else 0
+            if count := own if samples is None else samples:
+                results += sampler.accuracies(
+                    name, temperature=temperature, limits=limits, samples=count
+                )
     return results
 
 
@@ -134,9 +139,10 @@ def compare(
         raise ValueError("compare: expected at least one recipe, found none")
     if len({recipe.name for recipe in recipes}) < len(recipes):
         raise ValueError("compare: expected recipes with different names, found a name twice")
-    if len({(recipe.engine, recipe.policy) for recipe in recipes}) > 1:
+    first = recipes[0]
+    if any((r.engine, r.policy) != (first.engine, first.policy) for r in recipes):
         raise ValueError("compare: expected recipes with one policy and one engine, found several")
-    engine = engine_of(recipes[0])
+    engine = engine_of(first)
     results = {}
     try:
         for recipe in recipes:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
 
 _with_source = warnings.formatwarning
@@ -84,7 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("eval", _eval, "Pass@1 of a policy or of a run's checkpoint on the test split")
     sub.add_argument("--checkpoint", type=Path, help="run folder; default: the recipe's policy")
     sub.add_argument(
-        "--samples", type=int, default=0, help="also the mean over this many samples per problem"
+        "--samples",
+        type=int,
+        help="also Pass@1, Pass@k and majority vote of this many samples per problem; default: "
+        "eval.samples if above 1",
     )
     sub.add_argument("--temperature", type=float, help="of --samples; default: the recipe's")
     sub.add_argument(
@@ -150,7 +152,8 @@ def _eval(arguments) -> None:
     recipe = _recipe(arguments)
     from spo.api import evaluate
     from spo.learn.checkpoint import versions
-    from spo.metrics import finite, plus_minus
+    from spo.metrics import finite_tree
+    from spo.report.evaluation import evaluation_table
 
     _quiet()
     _writable(arguments.json)
@@ -162,21 +165,9 @@ def _eval(arguments) -> None:
         temperature=arguments.temperature,
     )
     policy = str(arguments.checkpoint or recipe.policy.path)
-    table = Table(title=f"{recipe.task}, {policy}: Pass@1")
-    for column in ("max new tokens", "sampling", "Pass@1", "problems", "cut", "tokens"):
-        table.add_column(column, justify="right")
-    for row in results:
-        table.add_row(
-            f"{row.max_new_tokens:,}",
-            f"{row.samples} at {row.temperature:g}" if row.temperature else "greedy",
-            plus_minus(row.pass_at_1, row.stderr),
-            f"{row.problems}" + (f" ({row.too_long} do not fit)" if row.too_long else ""),
-            f"{row.truncated:.1%}",
-            f"{row.mean_tokens:.0f}",
-        )
-    console.print(table)
+    console.print(evaluation_table(f"{recipe.task}, {policy}", results))
     if arguments.json is not None:
-        rows = [{k: finite(v) for k, v in dataclasses.asdict(row).items()} for row in results]
+        rows = [finite_tree(dataclasses.asdict(row)) for row in results]
         head = {"task": recipe.task, "policy": policy, "engine": recipe.engine.name}
         saved = head | {"results": rows, "versions": versions()}
         arguments.json.write_text(json.dumps(saved, indent=1))
@@ -269,13 +260,12 @@ def _compare(arguments) -> None:
 
 def show(name: str, line: dict) -> None:
     """Print one metrics line as live progress."""
-    from spo.metrics import plus_minus
+    from spo.metrics import plus_minus, scored
 
     head = f"{name:>10} {line['iteration']:4d} {line['generated_tokens'] / 1000:7.0f}k tokens "
     if line["stage"] == "eval":
-        text = f"Pass@1 greedy {plus_minus(line['greedy'], line['greedy_stderr'])}"
-        if "sampled" in line:
-            text += f", sampled {plus_minus(line['sampled'], line['sampled_stderr'])}"
+        scores = [f"{key} {plus_minus(line[key], line[f'{key}_stderr'])}" for key in scored(line)]
+        text = f"Pass@1 {', '.join(scores)}"
         if line.get("too_long"):
             text += f", {line['too_long']} problems do not fit"
         console.print(f"[bold]{head}{text}[/bold]")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
 
+from spo.config.evaluation import TEST
 from spo.config.recipe import Recipe
 from spo.credit import replay
 from spo.credit.nodes import check_credit
@@ -93,7 +94,7 @@ def train(
         while not _finished(recipe, state):
             every = recipe.eval.every
             if state.iteration == 0 or (every and state.iteration % every == 0):
-                write(evaluate(sampler, tests, ranks))
+                write(evaluate(sampler, ranks))
             start = time.perf_counter()
             stream.rollout.shape = sampler.shape(response_limit(recipe, state))
             forest, costs = _grow(recipe, stream, ranks)
@@ -142,23 +143,29 @@ def train(
         sampler.engine.abort()  # samples of later iterations
         final = learner.weights(sampler.engine, stored=True)  # as others will load it
         sampler.engine.load_weights(final, state.version)
-        write(evaluate(sampler, tests, ranks))
+        write(evaluate(sampler, ranks))
     return lines
 
 
-def evaluate(sampler: Sampler, tests: Sequence[Prompt], ranks: Ranks) -> dict:
-    """Greedy and sampled Pass@1 on the test prompts, as a metrics line."""
+def evaluate(sampler: Sampler, ranks: Ranks) -> dict:
+    """Greedy and sampled figures of every evaluation set, as a metrics line.
+
+    Keys of the recipe's own set are plain (`greedy`), those of others begin with their names.
+    """
     if not ranks.main:
         return {}
-    recipe = sampler.recipe
     line: dict = {"stage": "eval"}
-    kinds = {"greedy": 0.0}
-    if recipe.eval.sampled:
-        kinds["sampled"] = recipe.sampling.temperature
-    for kind, temperature in kinds.items():
-        (accuracy,) = sampler.accuracies(tests, temperature=temperature)
-        line |= {kind: accuracy.pass_at_1, f"{kind}_stderr": accuracy.stderr}
-        line |= {"problems": len(tests) - accuracy.too_long, "too_long": accuracy.too_long}
+    for name, recipe in sampler.sets.items():
+        kinds = {"greedy": (0.0, 1)}
+        if recipe.eval.sampled:
+            kinds["sampled"] = (recipe.sampling.temperature, recipe.eval.samples)
+        found: dict[str, float] = {}
+        for kind, (temperature, samples) in kinds.items():
+            (one,) = sampler.accuracies(name, temperature=temperature, samples=samples)
+            found |= one.figures(kind)
+            asked = len(sampler.test_prompts(name))
+            found |= {"problems": asked - one.too_long, "too_long": one.too_long}
+        line |= found if name == TEST else {f"{name}/{key}": v for key, v in found.items()}
     return line
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 STAGES = ("train", "eval", "skipped")
 
@@ -114,6 +114,20 @@ def finite(value: SupportsFloat) -> int | float | None:
     if isinstance(value, Integral):
         return int(value)
     return float(value) if math.isfinite(value) else None
+
+
+def finite_tree(value: Any) -> Any:
+    """The same dicts and lists for JSON: None for what is not finite."""
+    if isinstance(value, dict):
+        return {key: finite_tree(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_tree(item) for item in value]
+    return finite(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+
+
+def scored(line: Mapping[str, object]) -> list[str]:
+    """The accuracies that the line of an evaluation holds: keys with a standard error beside."""
+    return [key for key in line if f"{key}_stderr" in line]
 
 
 def _whole_lines(path: Path) -> list[tuple[bytes, dict]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spo.config.policy import PolicyConfig
-from spo.config.recipe import Recipe
+from spo.config.recipe import Recipe, evaluation_sets
 from spo.config.shape import Cost
 from spo.tasks import sources_of, task_of
 from spo.tasks.sources import state
@@ -21,7 +21,11 @@ def describe(recipe: Recipe) -> str:
     It asks no server. Raises ValueError if a source neither exists nor can be on the hub.
     """
     cost = cost_of_iteration(recipe)
-    train, evals = recipe.train, recipe.eval
+    train = recipe.train
+    evaluated = sum(
+        one.eval.problems * (1 + one.eval.sampled * one.eval.samples)
+        for one in evaluation_sets(recipe).values()
+    )
     steps = train.epochs * min(train.minibatches, train.prompts)
     sections = {
         "sources": [
@@ -40,7 +44,7 @@ def describe(recipe: Recipe) -> str:
             f"{train.iterations:,} iterations, {_steps(train.iterations * steps)}",
             f"at most {train.iterations * (cost.sampled + cost.probed):,} tokens",
             f"and {evaluations(recipe)} evaluations of at most "
-            f"{evals.problems * (1 + evals.sampled) * recipe.sampling.max_new_tokens:,} tokens",
+            f"{evaluated * recipe.sampling.max_new_tokens:,} tokens",
         ],
     }
     lines = [f"{recipe.name}: {recipe.shape_kind} on {recipe.task}"]
@@ -128,10 +132,12 @@ def _is_here(policy: PolicyConfig) -> bool:
 
 
 def _data(recipe: Recipe) -> list[str]:
-    task, lines = task_of(recipe), []
-    for split in ("train", "test"):
-        found = [f"{s}: {STATES[state(s)]}" for s in sources_of(recipe, task, split)]
-        lines += [f"{split:7s} {where}" for where in found or ["generated"]]
+    lines = []
+    sets = {"train": recipe} | evaluation_sets(recipe)
+    for name, one in sets.items():
+        split = "train" if name == "train" else "test"
+        found = [f"{s}: {STATES[state(s)]}" for s in sources_of(one, task_of(one), split)]
+        lines += [f"{name:7s} {where}" for where in found or ["generated"]]
     return lines
 
 

@@ -79,6 +79,7 @@ Train = Annotated[
     str | dict[str, float] | list[dict[str, Any]] | None, BeforeValidator(_check_train)
 ]
 Columns = Annotated[dict[str, str], BeforeValidator(_check_columns)]
+WRITES = ("template", "system", "messages", "thinking", "chat_options", "date")  # the prompt
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import yaml
 
 from spo import named
 from spo.config.credit import Rule
-from spo.config.data import DataConfig
+from spo.config.data import WRITES, DataConfig
 from spo.config.engine import EngineConfig
-from spo.config.evaluation import EvalConfig
+from spo.config.evaluation import TEST, EvalConfig, EvalSet
 from spo.config.loss import LOSSES, LossConfig, PolicyLossConfig
 from spo.config.policy import PolicyConfig
 from spo.config.reward import RewardConfig, reward_settings
@@ -199,6 +199,8 @@ def _resolve(tree: Mapping[str, Any], folder: Path | None) -> Recipe:
     task = named.find("task", fields["task"], folder)
     fields["task"] = named.name_of("task", task)
     named.build(task, fields["data"].options, "data.options")
+    sets = {name: _found(one, name, folder) for name, one in fields["eval"].sets.items()}
+    fields["eval"] = dataclasses.replace(fields["eval"], sets=sets)
     for key, choice in UNIONS.items():
         settings = _group(tree, key)
         name = settings.pop(choice, None)
@@ -217,6 +219,35 @@ def _resolve(tree: Mapping[str, Any], folder: Path | None) -> Recipe:
     recipe = Recipe(**fields)
     check_recipe(recipe)
     return recipe
+
+
+def _found(one: EvalSet, name: str, folder: Path | None) -> EvalSet:
+    """The same evaluation set, with a name of its task that is valid from any folder."""
+    if one.task is None:
+        return one
+    try:
+        task = named.find("task", one.task, folder)
+    except ValueError as error:
+        raise ValueError(f"eval.sets.{name}: {error}") from error
+    return dataclasses.replace(one, task=named.name_of("task", task))
+
+
+def evaluation_sets(recipe: Recipe) -> dict[str, Recipe]:
+    """Name -> the recipe with the task, the data and the numbers of each evaluation set.
+
+    The recipe's own set comes first, as `TEST`. Raises ValueError for settings that cannot work.
+    """
+    found, common = {TEST: recipe}, recipe.eval
+    for name, one in common.sets.items():
+        where, task = f"eval.sets.{name}.data", one.task or recipe.task
+        kept = [f.name for f in dataclasses.fields(DataConfig)] if task == recipe.task else WRITES
+        settings = {key: getattr(recipe.data, key) for key in kept} | one.data
+        data = named.build(DataConfig, settings, where)
+        named.build(named.find("task", task), data.options, f"{where}.options")
+        counts = {key: getattr(one, key) or getattr(common, key) for key in ("problems", "samples")}
+        asked = dataclasses.replace(common, sets={}, **counts)
+        found[name] = dataclasses.replace(recipe, task=task, data=data, eval=asked)
+    return found
 
 
 def _group(tree: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -249,6 +280,7 @@ def check_recipe(recipe: Recipe) -> None:
         if dataclasses.is_dataclass(group):
             settings.pop(UNIONS.get(key), None)
             named.build(type(group), settings, key)
+    evaluation_sets(recipe)
     sampling, train, engine = recipe.sampling, recipe.train, recipe.engine
     _asked(f"credit.type={recipe.credit_type}", recipe.credit.check, recipe.shape)
     if train.replay_nodes and not recipe.credit.replayable:

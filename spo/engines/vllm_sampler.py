@@ -38,7 +38,7 @@ def parameters(request: Request, index: int) -> dict[str, Any]:
 
 def keep_policy_logprobs(worker: Any) -> bool:
     """Make a worker's sampler return the policy's logprobs; False if it has none that we know."""
-    sampler = getattr(worker.model_runner, "sampler", None)
+    sampler: Any = getattr(worker.model_runner, "sampler", None)
     if hasattr(sampler, "spo_logprobs"):
         return True
     if hasattr(sampler, "topk_topp_sampler"):

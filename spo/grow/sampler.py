@@ -8,7 +8,8 @@ from dataclasses import replace
 from itertools import islice
 
 from spo import named
-from spo.config.recipe import Recipe
+from spo.config.evaluation import TEST
+from spo.config.recipe import Recipe, evaluation_sets
 from spo.config.shape import Growing
 from spo.engines.lanes import Lane
 from spo.engines.make import engine_of
@@ -54,10 +55,12 @@ class Sampler:
         self._shapes: dict[int, Shape] = {}  # by their limit
         self.sampling = sampling_of(recipe, self.tokenizer)
         warn_about_turn_end(recipe.data, self.tokenizer, self.sampling.stop_token_ids)
-        task = task_of(recipe)
+        self.sets = evaluation_sets(recipe)
+        # Sets of one task may have different settings of it, so each has a grader of its own.
+        self._tasks = {_graded_as(name, one): task_of(one) for name, one in self.sets.items()}
+        self._tests: dict[str, list[Prompt]] = {}
         timeout_s = 5.0 if recipe.reward is None else recipe.reward.timeout_s
-        self.grader = Grader({recipe.task: task}, reward=recipe.reward, timeout_s=timeout_s)
-        self._tested = getattr(task, "tested", True)
+        self.grader = Grader(self._tasks, reward=recipe.reward, timeout_s=timeout_s)
         self._own = engine is None
         try:
             self.engine = Lane(engine_of(recipe) if engine is None else engine)
@@ -92,17 +95,13 @@ class Sampler:
             self._shapes[limit] = self.recipe.shape.make(growing)
         return self._shapes[limit]
 
-    def options(self, iteration: int, temperature: float | None = None) -> RolloutOptions:
-        """Rollout options of an iteration, by default at the training temperature."""
+    def options(self, iteration: int) -> RolloutOptions:
+        """Rollout options of an iteration of training."""
         sampling = replace(self.sampling, seed=self.recipe.train.seed + 1_000_003 * self.rank)
-        if temperature is not None:
-            sampling = replace(sampling, temperature=temperature)
-        reward, truncated = self.recipe.reward, self.recipe.sampling.truncated
-        options = RolloutOptions(sampling, iteration, truncated, origin=self.origin)
-        if reward is None or (iteration == EVALUATION and self._tested):
-            return options
-        success = reward.success if iteration == EVALUATION else None
-        return replace(options, read=self.response, success=success)
+        options = RolloutOptions(
+            sampling, iteration, self.recipe.sampling.truncated, origin=self.origin
+        )
+        return options if self.recipe.reward is None else replace(options, read=self.response)
 
     def response(self, prompt: Prompt, token_ids: list[int], truncated: bool) -> Response:
         """What the reward is asked about."""
@@ -115,13 +114,17 @@ class Sampler:
             truncated=truncated,
         )
 
-    def test_prompts(self) -> list[Prompt]:
-        """The first `eval.problems` of the test split. Raises ValueError if there is none."""
-        prompts = prompts_of(self.recipe, "test", self.tokenizer)
-        first = list(islice(prompts, self.recipe.eval.problems))
-        if not first:
-            raise ValueError(f"data.test: expected test problems, task {self.recipe.task} has none")
-        return first
+    def test_prompts(self, name: str = TEST) -> list[Prompt]:
+        """`eval.problems` of an evaluation set's test split. Raises ValueError if it has none."""
+        if name not in self._tests:
+            recipe = self.sets[name]
+            asked = prompts_of(recipe, "test", self.tokenizer, most=recipe.eval.problems)
+            prompts = [replace(prompt, task=_graded_as(name, recipe)) for prompt in asked]
+            if not prompts:
+                where = "data.test" if name == TEST else f"eval.sets.{name}"
+                raise ValueError(f"{where}: expected test problems, task {recipe.task} has none")
+            self._tests[name] = prompts
+        return self._tests[name]
 
     def train_prompts(self, cursor: int = 0) -> Iterator[Prompt]:
         """The training prompts from index `cursor` on."""
@@ -153,22 +156,32 @@ class Sampler:
 
     def accuracies(
         self,
-        prompts: Sequence[Prompt],
+        name: str = TEST,
         *,
         temperature: float = 0.0,  # 0 is greedy
         limits: Sequence[int] = (),  # on the response, in tokens; the recipe's by default
         samples: int = 1,  # per prompt
     ) -> list[Accuracy]:
-        """Pass@1 under every limit."""
-        return accuracies(
+        """The figures of an evaluation set under every limit; samples follow `eval.top_p` etc."""
+        options, evals = self.options(EVALUATION), self.recipe.eval
+        cut = {"top_p": evals.top_p, "top_k": evals.top_k, "min_p": evals.min_p}
+        sampling = replace(options.sampling, temperature=temperature, **cut)
+        prompts = self.test_prompts(name)
+        task, reward = self._tasks[prompts[0].task], self.recipe.reward
+        options = replace(options, sampling=sampling, read=None)
+        if reward is not None and not getattr(task, "tested", True):
+            options = replace(options, read=self.response, success=reward.success)
+        found = accuracies(
             prompts,
             self.engine,
             self.grader,
             self.decode,
-            self.options(EVALUATION, temperature),
+            options,
             limits or (self.recipe.sampling.max_new_tokens,),
             samples,
+            votes=hasattr(task, "answer"),
         )
+        return [replace(one, set=name) for one in found]
 
     def sample_one(self, prefix: Sequence[int]) -> Completion:
         """One short sample of an idle engine. Raises RuntimeError if the engine fails."""
@@ -186,3 +199,8 @@ def origin_of(recipe: Recipe) -> Origin:
     credit = {"type": os.path.basename(recipe.credit_type)}  # a file's folder is of one machine
     credit |= named.settings_of(recipe.credit, "credit")
     return Origin(recipe.name, recipe.policy.path, credit, recipe.loss.prob_threshold)
+
+
+def _graded_as(name: str, recipe: Recipe) -> str:
+    """`Prompt.task` of an evaluation set's prompts: the name by which the grader knows its task."""
+    return recipe.task if name == TEST else f"eval.sets.{name}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from spo.metrics import plus_minus
+from spo.metrics import plus_minus, scored
 
 
 def accuracy_table(results: dict[str, list[dict]]) -> Table:
@@ -15,9 +15,7 @@ def accuracy_table(results: dict[str, list[dict]]) -> Table:
     for name, lines in results.items():
         evals = [line for line in lines if line["stage"] == "eval"]
         first, last = evals[0], evals[-1]
-        for kind in ("greedy", "sampled"):
-            if kind not in last:
-                continue
+        for kind in scored(last):
             change, error = gain(first, last, kind)
             table.add_row(
                 name,
@@ -51,8 +49,8 @@ def verdict(results: dict[str, list[dict]]) -> str:
         )
     first, *others = last
     for other in others:
-        for kind in ("greedy", "sampled"):
-            if kind not in last[first] or kind not in last[other]:
+        for kind in scored(last[first]):
+            if kind not in last[other]:
                 continue
             change, error = gain(last[other], last[first], kind)
             better, worse = (first, other) if change > 0 else (other, first)

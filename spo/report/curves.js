@@ -11,7 +11,7 @@ const SHARES = new Set(["kept_share", "zero_advantage_share", "clipfrac"]);
 const KEYS = ["iteration", "seconds", "generated_tokens"];
 const runColour = (i) => `var(--run${i % 6})`;
 const charts = [];
-const hiddenParts = new Set();  // "greedy", "sampled" and indices of runs
+const hiddenParts = new Set();  // "greedy", "sampled", other parts and indices of runs
 
 function niceTicks(low, high, count) {
   const raw = (high - low) / count, size = 10 ** Math.floor(Math.log10(raw));
@@ -165,7 +165,12 @@ function swatch(run, part) {
 
 function drawCurves() {
   const has = (stage, key) => data.runs.some((run) => (run[stage][key] || []).some(isNumber));
-  const parts = ["greedy", "sampled"].filter((part) => has("eval", part));
+  // Keys of an evaluation: SET/PART, or PART alone for the recipe's own set.
+  const split = (key) => [key.slice(0, Math.max(0, key.indexOf("/"))), key.split("/").at(-1)];
+  const scored = [...new Set(data.runs.flatMap((run) => Object.keys(run.eval)))].filter((key) =>
+    has("eval", key) && (["greedy", "sampled"].includes(key) || has("eval", key + "_stderr")));
+  const parts = [...new Set(scored.map((key) => split(key)[1]))];
+  const sets = [...new Set(scored.map((key) => split(key)[0]))];
   const toggle = (key, icon, text) => el("button", { "aria-pressed": "true", onclick: (event) => {
     hiddenParts.delete(key) || hiddenParts.add(key);
     event.currentTarget.setAttribute("aria-pressed", String(!hiddenParts.has(key)));
@@ -175,13 +180,15 @@ function drawCurves() {
   $("legend").append(...data.runs.map((run, i) => toggle(i, swatch(i), run.name)),
     ...(parts.length > 1 ? parts.map((part) => toggle(part, swatch(null, part), part)) : []));
   $("accuracy-table").hidden = !parts.length;
-  for (const [xKey, name, xFormat, xTicks] of [
+  for (const set of sets) for (const [xKey, name, xFormat, xTicks] of [
     ["generated_tokens", "against generated tokens", compact],
     ["seconds", "against wall time", duration, timeTicks],
   ]) {
-    const series = parts.flatMap((part) => makeSeries("eval", part, xKey, part));
+    const series = scored.filter((key) => split(key)[0] === set)
+      .flatMap((key) => makeSeries("eval", key, xKey, split(key)[1]));
     if (!series.length) continue;
-    addChart($("accuracy"), { title: "Accuracy", note: name, series, height: 300, xFormat, xTicks,
+    const title = "Accuracy" + (set && ", " + set);
+    addChart($("accuracy"), { title, note: name, series, height: 300, xFormat, xTicks,
       xLabel: (x) => (xKey === "seconds" ? duration(x) : compact(x) + " tokens"),
       yFormat: percent, yTick: (y) => compact(100 * y) + " %" });
   }

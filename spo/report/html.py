@@ -19,6 +19,7 @@ from importlib.resources import files
 
 from torch import Tensor
 
+from spo.metrics import finite_tree
 from spo.records import PROMPT, Forest
 
 SCRIPTS = ("page", "curves", "map", "reader", "tree")  # in the order they run
@@ -108,7 +109,7 @@ def report_page(
 
 def embed_json(data: object) -> str:
     """JSON that is safe inside <script>: ASCII, no `<`, `>` or `&`; NaN and infinity are null."""
-    text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(finite_tree(data), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -153,14 +154,6 @@ def _part(name: str) -> str:
 
 def _sha256(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _round(value: float, digits: int) -> float:
@@ -220,19 +213,25 @@ def _tree(view: TreeView) -> dict:
 
 
 def _accuracy_table(runs: Sequence[RunCurve]) -> str:
-    """First and last evaluation of every run, with standard errors."""
+    """First and last evaluation of every run and set, with standard errors."""
     rows = []
     for run in runs:
         evals = [line for line in run.metrics if line["stage"] == "eval"]
-        cells = [f'<th scope="row">{escape(run.name)}</th>']
-        for kind in ("greedy", "sampled"):
-            scored = [line for line in evals if math.isfinite(line.get(kind, math.nan))]
-            first, last = (scored[0], scored[-1]) if len(scored) > 1 else ({}, (scored or [{}])[-1])
-            cells += [_percent(first, kind), _percent(last, kind), _change(first, last, kind)]
         last = evals[-1] if evals else {}
-        cells.append(f"{last['problems']:,}" if "problems" in last else "–")
-        cells.append(f"{last['generated_tokens']:,}" if evals else "–")
-        rows.append("<tr>" + cells[0] + "".join(f"<td>{cell}</td>" for cell in cells[1:]) + "</tr>")
+        sets = ["", *(key.removesuffix("greedy") for key in last if key.endswith("/greedy"))]
+        for name in sets:
+            label = ", ".join([run.name, *filter(None, [name[:-1]])])
+            cells = [f'<th scope="row">{escape(label)}</th>']
+            for kind in (f"{name}greedy", f"{name}sampled"):
+                scored = [line for line in evals if math.isfinite(line.get(kind, math.nan))]
+                first = scored[0] if len(scored) > 1 else {}
+                end = scored[-1] if scored else {}
+                cells += [_percent(first, kind), _percent(end, kind), _change(first, end, kind)]
+            problems = last.get(f"{name}problems")
+            cells.append("–" if problems is None else f"{problems:,}")
+            cells.append(f"{last['generated_tokens']:,}" if evals else "–")
+            row = cells[0] + "".join(f"<td>{cell}</td>" for cell in cells[1:])
+            rows.append(f"<tr>{row}</tr>")
     return "".join(rows)
 
 

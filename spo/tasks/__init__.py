@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from spo import named
@@ -35,6 +36,7 @@ __all__ = [
 
 ALL_TOO_LONG = 20_000  # so many too long prompts in a row mean that all are too long
 PARTS = 1_000_003  # between the seeds of two data sets of a mixture
+DRAWN = "test problems"  # seed of the subset, the same in all runs
 OPTIONS = "data.options"  # where a recipe sets the fields of its task
 
 
@@ -93,10 +95,16 @@ def sources_of(recipe: Recipe, task: Task, split: str) -> tuple[Source, ...]:
 
 
 def prompts_of(
-    recipe: Recipe, split: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0
+    recipe: Recipe,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,
+    most: int | None = None,
 ) -> Iterator[Prompt]:
     """The prompts of a recipe: its problems in its template or chat, each tokenised once.
 
+    Of a test split that is read and has more than `most` problems, so many are drawn, the same in
+    all runs and in the order of the source; of one that is generated they are the first.
     Training problems longer than `data.max_prompt_tokens` are left out; test problems never are.
     Those of a mixture are drawn with `seed`. Raises ValueError for an unknown task or split, for
     options that the task does not have, for a chat that the tokenizer's template refuses, for
@@ -107,15 +115,25 @@ def prompts_of(
     from spo.models.tokenizer import model_vocab_size
 
     data = recipe.data
+    problems = problems_of(recipe, split, seed)
+    if most is not None:
+        read = bool(sources_of(recipe, task_of(recipe), split))
+        problems = _subset(list(problems), most) if read else islice(problems, most)
     return _prompts(
         recipe.task,
-        problems_of(recipe, split, seed),
+        problems,
         tokenizer,
         chat.prompt_writer(data, tokenizer),
         data.max_prompt_tokens if split == "train" else None,
         model_vocab_size(recipe.policy),
         partial(chat.warn_about_prompt, data, tokenizer),
     )
+
+
+def _subset(problems: Sequence[Problem], most: int) -> Iterator[Problem]:
+    """At most so many of the problems, in their order; fewer are drawn from among more."""
+    order = random.Random(DRAWN).sample(range(len(problems)), len(problems))
+    return (problems[index] for index in sorted(order[:most]))
 
 
 def problems_of(recipe: Recipe, split: str, seed: int = 0) -> Iterator[Problem]:

@@ -46,6 +46,14 @@ class Aime24:
         sides = latex.sides(latex.clean(box))
         return all("/" not in side and exact_number(side) == right for side in sides)
 
+    def answer(self, text: str) -> str | None:
+        """The number in the last box after the thinking, or at the end of an equation in it."""
+        box = last_boxed(after_think(text))
+        if box is None or len(box) > MAX_LENGTH:
+            return None
+        value = exact_number(latex.sides(latex.clean(box))[-1])
+        return None if value is None else str(value)
+
 
 def _problem(row: dict, where: str) -> Problem:
     answer = row.get("answer")

@@ -45,6 +45,11 @@ class Arithmetic:
         span = answer_span(text)
         return span is not None and _INTEGER.fullmatch(span) is not None and int(span) == answer
 
+    def answer(self, text: str) -> str | None:
+        """The integer in the last answer span."""
+        span = answer_span(text)
+        return str(int(span)) if span is not None and _INTEGER.fullmatch(span) else None
+
 
 def _draw(rng: random.Random, counts: tuple[int, int]) -> Problem:
     value = rng.randrange(MODULUS)

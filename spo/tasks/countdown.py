@@ -51,6 +51,10 @@ class Countdown:
         """True iff the last answer span uses each number exactly once and equals the target."""
         return solves(answer_span(text) or "", answer)
 
+    def answer(self, text: str) -> str | None:
+        """The expression in the last answer span, without spaces."""
+        return "".join((answer_span(text) or "").split()) or None
+
 
 def _draw(rng: random.Random, count: int) -> Problem:
     while True:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ class Graded:
     reason: str | None = None  # why there is no verdict
     trace: str = field(default="", repr=False)  # where a reward function failed
     parts: tuple[float | None, ...] = field(default=(), repr=False)  # of each term, unweighted
+    answer: str | None = None  # of `Grader.answers`
 
 
 class Grader:
@@ -115,6 +116,24 @@ class Grader:
             raise ValueError("submit_reward: expected a grader with a reward, found one without")
         else:
             self._queue.append((key, json.dumps([None, dataclasses.asdict(response)])))
+    def answers(self, responses: Sequence[tuple[str, str]]) -> list[str | None]:
+        """What the method `answer` of their task finds in (task, response) pairs; waits for it.
+
+        None where it finds nothing, or fails. Raises RuntimeError if it fails on more than half.
+        """
+        if self.pending:
+            raise RuntimeError(f"expected no item in the grader, found {self.pending}")
+        items = enumerate(json.dumps([task, text, None, "answer"]) for task, text in responses)
+        self._queue.extend(items)
+        done: list[Graded] = []
+        while self.pending:
+            done += self.poll(0.5)
+        failed = [one.reason for one in done if one.reason is not None]
+        if len(failed) > len(done) / 2:
+            raise RuntimeError(
+                f"the task's `answer` failed on {len(failed)} of {len(done)} responses: {failed[0]}"
+            )
+        return [one.answer for one in done]
 
     @property
     def pending(self) -> int:
@@ -249,10 +268,12 @@ class Grader:
             key, _ = self._sent.popleft()
             if isinstance(verdict, list):
                 self._graded.append(Graded(key, None, verdict[0]))
-            elif isinstance(verdict, dict):
-                self._graded.append(_of_result(key, Result(**verdict)))
-            else:
+            elif not isinstance(verdict, dict):
                 self._graded.append(Graded(key, float(verdict)))
+            elif "answer" in verdict:
+                self._graded.append(Graded(key, None, answer=verdict["answer"]))
+            else:
+                self._graded.append(_of_result(key, Result(**verdict)))
         self._deadline = time.monotonic() + self._timeout_s
 
 

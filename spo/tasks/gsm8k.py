@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 from spo.tasks.answers import after_think, exact_number
@@ -33,12 +34,21 @@ class Gsm8k:
 
     def grade(self, text: str, answer: object) -> bool:
         """True iff the line after the last `####` is the number `answer`, exactly."""
-        _, mark, rest = after_think(text).rpartition(MARK)
-        line = rest.strip().partition("\n")[0]
-        if not mark or not isinstance(answer, str | int) or "/" in line:
+        given = _given(text)
+        if given is None or not isinstance(answer, str | int):
             return False
-        given = exact_number(line)
-        return given is not None and given == exact_number(str(answer))
+        return given == exact_number(str(answer))
+
+    def answer(self, text: str) -> str | None:
+        """The number in the line after the last `####`."""
+        given = _given(text)
+        return None if given is None else str(given)
+
+
+def _given(text: str) -> Fraction | None:
+    _, mark, rest = after_think(text).rpartition(MARK)
+    line = rest.strip().partition("\n")[0]
+    return exact_number(line) if mark and "/" not in line else None
 
 
 def _problem(row: dict, where: str) -> Problem:

@@ -77,6 +77,17 @@ class KnightsKnaves:
             return sorted(names) == sorted(people) and roles == [name in knights for name in names]
         return words == ["none"] if not knights else sorted(words) == sorted(knights)
 
+    def answer(self, text: str) -> str | None:
+        """The knights that the last answer span names or gives that role, sorted; or none."""
+        span = answer_span(text)
+        if span is None or len(span) > _MAX_LENGTH:
+            return None
+        words = [w for w in _WORD.findall(span.lower()) if w not in _FILLERS]
+        if any(w in _ROLE for w in words):
+            words = [name for name, role in zip(words, words[1:], strict=False) if _ROLE.get(role)]
+            return " ".join(sorted(words)) or "none"
+        return " ".join(sorted(words)) or None
+
 
 def _problem(row: dict, where: str) -> Problem:
     names, roles = column(row, where, "names"), column(row, where, "answer", "solution")

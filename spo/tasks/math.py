@@ -66,6 +66,14 @@ class Math:
         box = last_boxed(after_think(text))
         return box is not None and isinstance(answer, str | int) and equal(box, str(answer))
 
+    def answer(self, text: str) -> str | None:
+        """The last box after the thinking as plain text: of numbers, the value."""
+        box = last_boxed(after_think(text))
+        if box is None or not box.strip() or len(box) > MAX_LENGTH:
+            return None
+        box, value = latex.plain(latex.clean(box)), exact_number(box)
+        return box if value is None else f"{value}{'%' if '%' in box else ''}"
+
 
 def _problem(row: dict, where: str) -> Problem:
     answer = row.get("answer")

@@ -45,17 +45,26 @@ class Point24:
         It must be an expression that uses each number exactly once. It may be in LaTeX, and `24 =`
         may precede it or `= 24` follow it.
         """
-        text = after_think(text)
-        expression = last_boxed(text)
-        if expression is None:
-            expression = answer_span(text) or ""
-        if len(expression) > countdown.MAX_LENGTH:
-            return False
-        for latex, plain in _LATEX:
-            expression = latex.sub(plain, expression)
-        while (plain := _FRACTION.sub(r"((\1)/(\2))", expression)) != expression:
-            expression = plain
-        return countdown.solves(expression.strip(), answer)
+        return countdown.solves(_expression(text), answer)
+
+    def answer(self, text: str) -> str | None:
+        """The expression that `grade` reads, without spaces."""
+        return "".join(_expression(text).split()) or None
+
+
+def _expression(text: str) -> str:
+    """In plain text; empty if there is none or it is too long."""
+    text = after_think(text)
+    expression = last_boxed(text)
+    if expression is None:
+        expression = answer_span(text) or ""
+    if len(expression) > countdown.MAX_LENGTH:
+        return ""
+    for latex, plain in _LATEX:
+        expression = latex.sub(plain, expression)
+    while (plain := _FRACTION.sub(r"((\1)/(\2))", expression)) != expression:
+        expression = plain
+    return expression.strip()
 
 
 def _draw(rng: random.Random) -> Problem:

@@ -15,10 +15,12 @@ class Task(Protocol):
     A recipe names it, `task: ./my_task.py:MyTask`, and sets its fields under `data.options`. They
     are checked by their annotations, ranges included: `Annotated[int, annotated_types.Ge(2)]`.
 
-    Two attributes are optional. `sources` maps "train" and "test" to the hub ids that are read if
+    Three attributes are optional. `sources` maps "train" and "test" to the hub ids that are read if
     the recipe names no data; a task that has it, if empty, generates no problems.
     `prepare(self) -> None` loads what `grade` needs, such as slow libraries, before the worker's
-    deadline starts to count; the top of the module can do so too.
+    deadline starts to count; the top of the module can do so too. `answer(self, text: str) -> str |
+    None` is the answer that a response gives, written so that equal answers are equal texts, or
+    None; with it evaluations take majority votes. It runs where `grade` does.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # of every dataclass

@@ -24,8 +24,8 @@ HEADER = 8  # bytes of a message's length, big endian
 def _serve() -> None:
     """The worker reads how to work, writes `null` when ready, then a line per item.
 
-    It says true, false or [the reason] of a task, a `Result` of the reward. An error that ends the
-    worker is a line with a str.
+    It says true, false or [the reason] of a task, {"answer": …} where that was asked, a `Result` of
+    the reward. An error that ends the worker is a line with a str.
     """
     answers = os.dup(1)  # what a grader prints must not look like a verdict
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -54,14 +54,21 @@ def _serve() -> None:
             if reward is not None and name is None:
                 say(dataclasses.asdict(reward(Response(**item[0]))))
                 continue
-            text, answer = item
+            text, answer, *asked = item
             try:
-                verdict = tasks[name].grade(text, answer)
-                if not isinstance(verdict, bool):
+                verdict = _answer(tasks[name], text) if asked else tasks[name].grade(text, answer)
+                if not asked and not isinstance(verdict, bool):
                     raise TypeError(f"expected grade of {name} to return a bool, found {verdict!r}")
             except Exception as error:  # of the user's code; a new worker would take seconds
                 verdict = [words(type(error), error)]
             say(verdict)
+
+
+def _answer(task: Any, text: str) -> dict[str, str | None]:
+    found = task.answer(text)
+    if not isinstance(found, str | None):
+        raise TypeError(f"expected answer to return a str or None, found {found!r}")
+    return {"answer": found}
 
 
 def _made(name: str, settings: dict[str, Any]) -> Task:
