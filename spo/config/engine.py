@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from spo.config.ranges import Count, PositiveInt, Share
+
+TAKEN = {  # arguments of vLLM that the engine gives itself -> the setting they follow, if any
+    "model": "policy.path",
+    "dtype": "engine.dtype",
+    "max_num_seqs": "engine.max_num_seqs",
+    "max_model_len": "engine.max_model_len",
+    "gpu_memory_utilization": "engine.memory_fraction",
+    "enable_sleep_mode": "engine.sleep_mode",
+    "block_size": "",
+    "enable_chunked_prefill": "",
+    "enable_prefix_caching": "",
+    "logprobs_mode": "",
+    "scheduling_policy": "",
+    "seed": "",
+    "skip_tokenizer_init": "",
+    "disable_log_stats": "",
+    "use_tqdm_on_load": "",
+}
 
 
 @dataclass(frozen=True)
@@ -30,8 +48,21 @@ class EngineConfig:
     align_segments: bool = False
     """Change the lengths of a tree's segments by at most half a cache block, so that a branch
     recomputes only one token (vllm; hf shares prefixes of any length)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """vllm in this process: further arguments of its `EngineArgs`, such as `tensor_parallel_size`,
+    `quantization` and `max_num_batched_tokens`."""
 
     def __post_init__(self) -> None:
+        for name in self.options:
+            if name in TAKEN:
+                by = f"{TAKEN[name]} sets it" if TAKEN[name] else "samples and logprobs rely on it"
+                raise ValueError(f"engine.options.{name}: expected no such option, as {by}")
+        if self.options and (self.name == "hf" or self.addresses):
+            found = "engine.addresses" if self.addresses else "hf"
+            where = ", whose servers have flags of their own" if self.addresses else ""
+            raise ValueError(
+                f"engine.options: expected engine.name=vllm in this process, found {found}{where}"
+            )
         if self.name == "hf" and (self.addresses or self.sleep_mode):
             raise ValueError(
                 "engine.addresses and engine.sleep_mode: expected engine.name=vllm, found hf"

@@ -24,6 +24,7 @@ def engine_of(recipe: Recipe) -> Engine:
     }
     if engine.name == "vllm":
         own = {"memory_fraction": engine.memory_fraction, "sleep_mode": engine.sleep_mode}
+        own["options"] = engine.options
     return make_engine(
         engine.name,
         recipe.policy.source,

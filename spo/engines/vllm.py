@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -40,9 +42,13 @@ class VLLMEngine:
         sleep_mode: let `sleep` give the GPU's memory to the trainer (GPU only).
         reuse_prefixes: False recomputes every prefix (the baseline of the benchmark).
         seed: of vLLM itself; every request has its own seed.
+        options: further fields of vLLM's `EngineArgs`, not those of `spo.config.engine.TAKEN`.
+
+    Raises ValueError with one sentence for options that vLLM lacks and if it cannot run the model.
     """
 
     saved_names = True
+    _spread = False  # whether workers run in other processes
 
     def __init__(
         self,
@@ -58,6 +64,7 @@ class VLLMEngine:
         sleep_mode: bool = False,
         reuse_prefixes: bool = True,
         seed: int = 0,
+        options: Mapping[str, Any] | None = None,
     ):
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
@@ -75,50 +82,50 @@ class VLLMEngine:
         if sleep_mode and on_cpu:
             raise ValueError("engine.sleep_mode: expected false on the CPU, found true")
         self.block_size = block_size or (32 if on_cpu else 16)
-        name = str(dtype).removeprefix("torch.")
+        own: dict[str, Any] = {
+            "model": model,
+            "skip_tokenizer_init": True,
+            "dtype": str(dtype).removeprefix("torch."),
+            "block_size": self.block_size,
+            "enforce_eager": on_cpu,
+            "max_num_seqs": max_num_seqs,
+            "max_model_len": max_model_len,
+            "enable_prefix_caching": True,
+            # vLLM rewinds a seeded request's generator after a partial prefill, which CPU
+            # generators cannot do (0.32: "CPU Generator does not use offset").
+            "enable_chunked_prefill": not on_cpu,
+            "kv_cache_memory_bytes": kv_cache_bytes or (1 << 30 if on_cpu else None),
+            "gpu_memory_utilization": memory_fraction,
+            "enable_sleep_mode": sleep_mode,
+            "logprobs_mode": "processed_logprobs",  # at the sampling temperature
+            "scheduling_policy": "priority",
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+            "seed": seed,
+        }
+        options = _known(options or {}, [f.name for f in fields(EngineArgs)])
         try:
-            self.engine = build_apart(
-                LLMEngine.from_engine_args,
-                EngineArgs(
-                    model=model,
-                    skip_tokenizer_init=True,
-                    dtype=name,  # pyright: ignore[reportArgumentType]  # one of its literals
-                    block_size=self.block_size,
-                    enforce_eager=on_cpu,
-                    max_num_seqs=max_num_seqs,
-                    max_model_len=max_model_len,  # pyright: ignore[reportArgumentType]  # None too
-                    enable_prefix_caching=True,
-                    # vLLM rewinds a seeded request's generator after a partial prefill, which CPU
-                    # generators cannot do (0.32: "CPU Generator does not use offset").
-                    enable_chunked_prefill=not on_cpu,
-                    kv_cache_memory_bytes=kv_cache_bytes or (1 << 30 if on_cpu else None),
-                    gpu_memory_utilization=memory_fraction,
-                    enable_sleep_mode=sleep_mode,
-                    logprobs_mode="processed_logprobs",  # at the sampling temperature
-                    scheduling_policy="priority",
-                    disable_log_stats=True,
-                    use_tqdm_on_load=False,
-                    seed=seed,
-                ),
-            )
+            arguments = EngineArgs(**(own | options))
+            self.engine = build_apart(LLMEngine.from_engine_args, arguments)
         except Exception as error:  # vLLM raises whatever it met
             reason = " ".join(str(error).split())[:300]
+            given = f" with engine.options={options}" if options else ""
             raise ValueError(
-                f"policy.path: engine.name=vllm cannot run {model} ({reason}); engine.name=hf may"
+                f"policy.path: engine.name=vllm cannot run {model}{given} ({reason}); "
+                "engine.name=hf may"
             ) from error
         torch.set_num_threads = set_num_threads  # vLLM on CPU replaces it for the whole process
         self.max_model_len = self.engine.model_config.max_model_len
         self.max_num_seqs = max_num_seqs
+        self._spread = self.engine.vllm_config.parallel_config.world_size > 1
         self.sleep_mode, self._asleep = sleep_mode, False
-        self.reuse_prefixes = reuse_prefixes
-        self.version = 0
+        self.reuse_prefixes, self.version = reuse_prefixes, 0
         self._params = (SamplingParams, RequestOutputKind.FINAL_ONLY)
         self._requests: dict[str, tuple[Request, int, int, str]] = {}
-        self._serial = 0
         self._vocab_size: int | None = None  # the model's own
         self._truncates = False  # whether its logprobs are the policy's where samples truncate
-        self._model = model
-        self._stops: StopTexts | None = None  # made when the first request has stop texts
+        self._model, self._serial = model, 0
+        self._stops: StopTexts | None = None  # made by the first request with stop texts
         self._counters: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         client: Any = self.engine.engine_core  # the one of this process holds the engine itself
         self._scheduler = client.engine_core.scheduler
@@ -179,8 +186,9 @@ class VLLMEngine:
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         if self._asleep:
             self.engine.wake_up(tags=["weights"])
-        weights = {"weights_iterator": iter(named_tensors)}
-        self.engine.collective_rpc("reload_weights", kwargs=weights)
+        # Other processes receive them as a list; here they are made one by one.
+        weights = list(named_tensors) if self._spread else iter(named_tensors)
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self._on_cpu:
             self.engine.apply_model(repack_cpu_linears)
         if self._asleep:
@@ -258,6 +266,16 @@ class VLLMEngine:
             last_version=self.version,
             error=error,
         )
+
+
+def _known(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The same options. Raises ValueError for a name that is none of vLLM's."""
+    for name in options:
+        if name not in names:
+            near = get_close_matches(name, names)
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            raise ValueError(f"engine.options: vLLM has no argument {name!r}{hint}")
+    return dict(options)
 
 
 def count_step(counters: dict[str, float], step) -> None:

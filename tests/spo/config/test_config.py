@@ -63,6 +63,13 @@ def test_saved_recipe_reads_back(tmp_path):
         (["shape.kind=chain", "shape.interval=0"], ["shape.interval", "0"]),
         (["shape.kind=chain", "shape.max_steps=0"], ["shape.max_steps", "0"]),
         (["engine.name=sglang"], ["engine.name", "sglang"]),
+        (["engine={name: hf, options: {quantization: fp8}}"], ["engine.options", "found hf"]),
+        (
+            ["engine={addresses: ['http://a:1'], options: {x: 1}}"],
+            ["engine.options", "engine.addresses", "flags"],
+        ),
+        (["engine.options.dtype=half"], ["engine.options.dtype", "engine.dtype sets it"]),
+        (["engine.options.block_size=64"], ["engine.options.block_size", "rely on it"]),
         (["engine.max_model_len=0"], ["engine.max_model_len", "0"]),
         (["train.max_generated_tokens=-5"], ["train.max_generated_tokens", "-5"]),
         (["data.max_prompt_tokens=0"], ["data.max_prompt_tokens", "0"]),

@@ -22,7 +22,9 @@ from sampling import (
     weights,
     worst_difference,
 )
+from sentences import one_sentence
 
+from spo.config.engine import TAKEN
 from spo.engines.make import make_engine
 from spo.engines.vllm import VLLMEngine
 from spo.grow.rollout import RolloutOptions
@@ -38,7 +40,9 @@ CONTEXT = 128
 
 @pytest.fixture(scope="module")
 def engine(tiny_model):
-    built = make_engine("vllm", tiny_model, max_num_seqs=32, max_model_len=CONTEXT)
+    options = {"max_num_batched_tokens": 4096, "kv_cache_memory_bytes": 1 << 28}
+    limits = {"max_num_seqs": 32, "max_model_len": CONTEXT}
+    built = make_engine("vllm", tiny_model, **limits, options=options)
     yield built
     built.close()
 
@@ -223,6 +227,25 @@ def test_a_sleeping_engine_wakes_for_new_weights():
         assert card.weights == {"w": version} and sleeper.version == version
     sleeper.load_weights([("w", 3)], 3)  # awake
     assert card.weights == {"w": 3} and not card.cached
+
+
+def test_options_reach_vllm(engine, tiny_model, monkeypatch):
+    """The engine of this file has some."""
+    config = engine.engine.vllm_config
+    assert config.scheduler_config.max_num_batched_tokens == 4096
+    assert config.cache_config.kv_cache_memory_bytes == 1 << 28
+    given = []
+    monkeypatch.setattr("vllm.EngineArgs.__post_init__", lambda self: given.append(vars(self)))
+    monkeypatch.setattr("spo.engines.vllm.build_apart", lambda build, arguments: 1 / 0)
+    with pytest.raises(ValueError, match=r"with engine.options=.*'quantization'.*\(division"):
+        make_engine("vllm", tiny_model, options={"quantization": "fp8"})
+    assert given[0]["quantization"] == "fp8" and given[0]["model"] == tiny_model
+    assert set(TAKEN) <= set(given[0])
+
+
+def test_an_unknown_option_is_one_sentence(tiny_model):
+    with one_sentence(["engine.options", "'tensor_paralel_size'", "tensor_parallel_size"]):
+        make_engine("vllm", tiny_model, options={"tensor_paralel_size": 2})
 
 
 def test_sleep_mode_needs_a_gpu(tiny_model):

@@ -1,13 +1,13 @@
 """Pass@1 by hand, and shorter limits read off one rollout against rollouts of their own."""
 
 import dataclasses
-from itertools import islice
+from itertools import combinations, islice
 
 import pytest
 
 from spo.config.policy import EMBEDDED, PolicyConfig
 from spo.engines.hf import HFEngine
-from spo.grow.evaluate import accuracies
+from spo.grow.evaluate import accuracies, majority, pass_at
 from spo.grow.rollout import RolloutOptions
 from spo.models.tokenizer import load_tokenizer
 from spo.records import LENGTH, STOP, Completion, Prompt, Sampling
@@ -99,3 +99,67 @@ def test_problems_that_do_not_fit_are_left_out_and_counted(grader, tiny_model):
     assert (short.too_long, short.problems, long.problems) == (1, 2, 2)
     (all_fit,) = accuracies(problems, engine, grader, str, options, (8,))
     assert (all_fit.too_long, all_fit.problems) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("n", "right", "k", "share"),
+    [(5, 2, 1, 0.4), (5, 2, 2, 0.7), (5, 2, 4, 1.0), (4, 0, 2, 0.0), (3, 3, 3, 1.0)],
+)
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one(n, right, k, share):
+    subsets = list(combinations([i < right for i in range(n)], k))
+    assert pass_at(n, right, k) == pytest.approx(share)
+    assert share == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+@pytest.mark.parametrize(
+    ("samples", "score"),
+    [
+        ([("7", 1.0), ("8", 0.0), ("7", 1.0)], 1.0),
+        ([("7", 1.0), ("8", 0.0), ("8", 0.0)], 0.0),
+        ([("7", 1.0), (None, 0.0), (None, 0.0)], 1.0),  # those without an answer do not vote
+        ([("7", 1.0), ("8", 0.0)], 0.5),  # a tie is shared, whatever the order
+        ([("8", 0.0), ("9", 0.0), ("7", 1.0)], 1 / 3),
+        ([("7", 1.0), ("7", 0.0), ("8", 0.0)], 0.5),  # the grader tells equal texts apart
+        ([(None, 0.0)], 0.0),
+    ],
+)
+def test_majority_votes_by_hand(samples, score):
+    assert majority(samples) == pytest.approx(score)
+
+
+def test_pass_at_k_and_votes_of_a_rollout_by_hand(tokenizer, grader):
+    problems = list(islice(prompts("arithmetic", "test", 0, tokenizer), 2))
+    right = [tag(str(p.answer)) for p in problems]
+    wrong = [tag(str((p.answer + 1) % 20)) for p in problems]
+    texts = dict(
+        enumerate([*right, *wrong, "none"], 10)
+    )  # 10, 11 right; 12, 13 wrong; 14 no answer
+    responses = [
+        *[((10, 1), STOP), ((12, 1), STOP), ((5, 10, 1), STOP), ((14, 1), STOP), ((10,), LENGTH)],
+        *[((13, 1), STOP), ((13, 1), STOP), ((11, 1), STOP), ((5, 11, 1), STOP), ((14, 1), STOP)],
+    ]
+
+    def decode(ids):
+        return " ".join(texts.get(i, "") for i in ids)
+
+    options = RolloutOptions(Sampling(0, 0.5, (1,)))
+
+    def measured(votes):
+        engine = Scripted(list(responses))
+        return accuracies(problems, engine, grader, decode, options, (2, 3), 5, votes)
+
+    short, whole = measured(votes=True)
+    assert whole.pass_at == pytest.approx({1: 0.4, 2: 0.7, 4: 1.0, 5: 1.0})  # 2 of 5 right, twice
+    assert whole.pass_at[1] == whole.pass_at_1
+    assert short.pass_at == pytest.approx({1: 0.2, 2: 0.4, 4: 0.8, 5: 1.0})  # 1 of 5, twice
+    assert set(whole.pass_at_stderr.values()) == {0.0}
+    # 7 wins by two votes; two against two. Cut after two tokens: a tie; two wrong against one.
+    assert (whole.majority, short.majority) == pytest.approx(((1 + 0.5) / 2, (0.5 + 0) / 2))
+    assert whole.majority_stderr == pytest.approx(0.25)
+    assert list(whole.figures("sampled")) == [
+        *("sampled", "sampled_stderr", "pass_at_2", "pass_at_2_stderr"),
+        *("pass_at_4", "pass_at_4_stderr", "pass_at_5", "pass_at_5_stderr"),
+        *("majority", "majority_stderr"),
+    ]
+    alone = measured(votes=False)[1]
+    assert alone.majority is None and alone.pass_at == whole.pass_at
