@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from spo import cli, load_recipe, rollout, train
+from spo.config.recipe import evaluation_sets
 from spo.tasks import task_of
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +73,15 @@ def test_a_look_into_a_forest(tmp_path, monkeypatch, capsys):
     assert names["values"].shape == names["leave_one_out"].shape == (forest.num_nodes,)
     assert len(names["frame"]) == forest.num_nodes
     assert Path("tree.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_the_evaluation_of_the_page(tmp_path):
+    (text,) = blocks("docs/evaluation.md", "yaml")
+    (tmp_path / "recipe.yaml").write_text(text)
+    own, aime, fours = evaluation_sets(load_recipe(tmp_path / "recipe.yaml")).values()
+    assert (own.eval.samples, aime.eval.samples, fours.eval.samples) == (8, 32, 8)
+    assert (aime.task, aime.eval.problems, fours.eval.problems) == ("aime24", 30, 200)
+    assert fours.data.options == {"numbers": 4} and own.eval.top_p == 0.95
 
 
 def test_the_readme_s_snippets_give_one_loss_and_one_gradient(tmp_path):
