@@ -133,4 +133,5 @@ def test_a_task_of_the_program_itself(tmp_path):
     )
     env = {"PYTHONPATH": ":".join(p or "." for p in sys.path)}
     ran = subprocess.run([sys.executable, program], env=env, capture_output=True, text=True)
-    assert (ran.stdout, ran.stderr) == ("[Graded(key=0, reward=1.0, reason=None)]\n", "")
+    said = "[Graded(key=0, reward=1.0, reason=None, answer=None)]\n"
+    assert (ran.stdout, ran.stderr) == (said, "")
