@@ -188,6 +188,31 @@ def reward_of(config: RewardConfig, folder: Path | None = None) -> Reward:
     return Reward([(_function(term, folder), term.weight) for term in config.terms])
 
 
+def check_reward(config: RewardConfig | None, truncated: str, task: str) -> None:
+    """Raise ValueError if nobody says what a response of `task`, or one that was cut, is worth.
+
+    Args:
+        truncated: the recipe's `sampling.truncated`.
+    """
+    if config is None:
+        if not getattr(named.find("task", task), "tested", True):
+            raise ValueError(
+                f"task={task}: expected a reward in the recipe, as the task tests nothing, such as "
+                "reward={rule: exact}"
+            )
+        if truncated == "reward":
+            raise ValueError(
+                "sampling.truncated=reward: expected a reward in the recipe, found none"
+            )
+        return
+    reward = reward_of(config)
+    if reward.asks("truncated") and truncated != "reward":
+        raise ValueError(
+            f"reward: {', '.join(reward.names)} asks whether a response was truncated: expected "
+            f"sampling.truncated=reward, found {truncated}"
+        )
+
+
 def with_full_names(config: RewardConfig, folder: Path | None = None) -> RewardConfig:
     """The same with names that are valid from any folder."""
     terms = [

@@ -25,7 +25,7 @@ from spo.config.reward import RewardConfig, reward_settings
 from spo.config.sampling import SamplingConfig
 from spo.config.shape import Cost, ShapeConfig
 from spo.config.train import TrainConfig
-from spo.reward import reward_of, with_full_names
+from spo.reward import check_reward, with_full_names
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 UNIONS = {"shape": "kind", "credit": "type"}  # group -> the key that chooses its class
@@ -308,7 +308,7 @@ def check_recipe(recipe: Recipe) -> None:
             f"engine.max_model_len: expected more than sampling.max_new_tokens="
             f"{sampling.max_new_tokens}, to hold the prompt too, found {engine.max_model_len}"
         )
-    _check_reward(recipe)
+    check_reward(recipe.reward, recipe.sampling.truncated, recipe.task)
     who = f"shape.kind={recipe.shape_kind}"
     cost = _asked(who, recipe.shape.cost, sampling.max_new_tokens)
     if not isinstance(cost, Cost):
@@ -323,23 +323,6 @@ def check_recipe(recipe: Recipe) -> None:
             _asked(who, recipe.shape.cost, limit)
         except ValueError as error:
             raise ValueError(f"sampling.stages: with a limit of {limit}, {error}") from error
-
-
-def _check_reward(recipe: Recipe) -> None:
-    """Raise ValueError if what a cut response earns is asked of nobody, or not asked for."""
-    cut = recipe.sampling.truncated
-    if recipe.reward is None:
-        if cut == "reward":
-            raise ValueError(
-                "sampling.truncated=reward: expected a reward in the recipe, found none"
-            )
-        return
-    reward = reward_of(recipe.reward)
-    if reward.asks("truncated") and cut != "reward":
-        raise ValueError(
-            f"reward: {', '.join(reward.names)} asks whether a response was truncated: expected "
-            f"sampling.truncated=reward, found {cut}"
-        )
 
 
 def _asked(who: str, function: Callable[[Any], Any], argument: Any) -> Any:

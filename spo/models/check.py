@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from spo.models.head import Head
+from spo.models.head import Head, own_forward
 from spo.models.load import WINDOW, body, longest, own_attention, text_config, windows
 from spo.models.memory import free_bytes
 
@@ -34,7 +34,8 @@ def own_logprobs(
 ) -> Tensor:  # (last,) fp32
     """Logprobs of the last tokens of a sequence, by the model's own forward and attention.
 
-    Of the hidden states only the last rows reach the head.
+    Of the hidden states only the last rows reach the head. Ids that stand for images are read as
+    the text model reads them: a multimodal model puts something else in their place.
     """
 
     def keep_last(module: Any, args: Any, output: Any) -> Any:
@@ -46,7 +47,11 @@ def own_logprobs(
     hook = body(model).register_forward_hook(keep_last)
     try:
         with own_attention(model):
-            logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+            if text_config(model) is not model.config and named_ids(model) & set(ids):
+                output = own_forward(model, body(model)(input_ids=tokens, use_cache=False))
+            else:
+                output = model(input_ids=tokens, use_cache=False)
+        logits = output.logits[0, :-1]
     finally:
         hook.remove()
     logprobs = logits.float()[:, :vocab_size].log_softmax(-1)
@@ -58,18 +63,24 @@ def probe_ids(model: PreTrainedModel, vocab_size: int | None = None) -> list[int
 
     Ids that the configuration names are left out: an image's token stands for an image.
     """
-    named = set()
-    for config in (model.config, text_config(model)):
-        for key, value in config.to_dict().items():
-            if "token" in key:
-                values = value if isinstance(value, list) else [value]
-                named |= {x for x in values if isinstance(x, int)}
+    named = named_ids(model)
     size = vocab_size or text_config(model).vocab_size
     free = [i for i in range(size) if i not in named] or list(range(size))
     length = max([SHORT + PAST, *(w + PAST for w in windows(model) if w <= LONGEST)])
     length = min(length, longest(model) or length)
     chosen = torch.randint(len(free), (length,), generator=torch.Generator().manual_seed(0))
     return [free[i] for i in chosen.tolist()]
+
+
+def named_ids(model: PreTrainedModel) -> set[int]:
+    """Ids that the configuration names: ends, padding, and those that stand for images or sound."""
+    named = set()
+    for config in (model.config, text_config(model)):
+        for key, value in config.to_dict().items():
+            if "token" in key:
+                values = value if isinstance(value, list) else [value]
+                named |= {x for x in values if isinstance(x, int)}
+    return named
 
 
 @contextmanager

@@ -232,4 +232,7 @@ def _prompts(
             look(ids, problem.messages is not None)
             look = None
         opening = THINK if text.rstrip().endswith(THINK) else ""
-        yield Prompt(tuple(ids), problem.answer, task, opening, problem.columns)
+        columns = problem.columns
+        if problem.messages is not None:  # as TRL gives chats to rewards
+            columns = columns | {"prompt": [dict(turn) for turn in problem.messages]}
+        yield Prompt(tuple(ids), problem.answer, task, opening, columns)

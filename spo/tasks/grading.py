@@ -116,6 +116,7 @@ class Grader:
             raise ValueError("submit_reward: expected a grader with a reward, found one without")
         else:
             self._queue.append((key, json.dumps([None, dataclasses.asdict(response)])))
+
     def answers(self, responses: Sequence[tuple[str, str]]) -> list[str | None]:
         """What the method `answer` of their task finds in (task, response) pairs; waits for it.
 

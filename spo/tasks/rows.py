@@ -23,6 +23,7 @@ class Rows:
     """The problems of `data.train` and `data.test`; they need no answers if the reward has none."""
 
     sources: ClassVar[Mapping[str, str]] = {}
+    tested: ClassVar[bool] = False  # it has no test of its own: evaluations ask the reward
 
     def problems(
         self, split: str, seed: int, source: Source | str | None = None

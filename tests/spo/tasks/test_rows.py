@@ -177,7 +177,9 @@ def test_a_chat_of_the_data_is_written_in_the_tokenizer_s_template(
 
 def test_columns_go_with_the_prompt_into_the_forest_s_file(tmp_path, tokenizer):
     path = write_lines(tmp_path / "rows.jsonl", [{"prompt": "1 + 1", "level": 3, "by": {"a": []}}])
-    config = load_recipe(None, ["task=rows", f"data.train={path}", "data.test=same"])
+    config = load_recipe(
+        None, ["task=rows", "reward={rule: exact}", f"data.train={path}", "data.test=same"]
+    )
     with pytest.warns(UserWarning, match="the model has a chat template"):
         prompt = next(prompts_of(config, "train", tokenizer))
     assert prompt.columns == {"level": 3, "by": {"a": []}} and prompt.task == "rows"

@@ -251,7 +251,10 @@ def test_tasks_without_data_refuse_its_settings():
 
 def test_a_saved_mixture_reads_back_and_is_described(three, tmp_path):
     mixed = f"{{{three[0]}: 0.7, {three[1]}: 0.3}}"
-    config = load_recipe(None, ["task=rows", f"data.train={mixed}", f"data.test={three[2]}"])
+    config = load_recipe(
+        None,
+        ["task=rows", "reward={rule: exact}", f"data.train={mixed}", f"data.test={three[2]}"],
+    )
     lines = describe(config).splitlines()
     assert [line.split()[1] for line in lines if ": local" in line] == [f"{p}:" for p in three]
 
