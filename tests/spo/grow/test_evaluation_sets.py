@@ -89,7 +89,7 @@ def test_every_set_has_figures_in_metrics_results_and_report(engine, tmp_path, c
     from spo.report.pages import write_run_page
 
     page = write_run_page(tmp_path).read_text()
-    assert page.count('<th scope="row">') == 3 and f"{tmp_path.name}, longer</th>" in page
+    assert page.count('<th scope="row">') == 3 and "spo-tree, longer</th>" in page
     show("run", last)
     assert "longer/majority" in capsys.readouterr().out
 
