@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from spo import loop
 from spo.config.recipe import Recipe, check_recipe, load_recipe
@@ -20,7 +21,10 @@ from spo.grow.sampler import Sampler
 from spo.learn.checkpoint import latest_checkpoint
 from spo.learn.model import sequence_logprobs
 from spo.learn.policy import load_policy
+from spo.reward import reward_given
+from spo.tasks.memory import data_settings
 
+HELD_OUT = 0.05  # of training problems, where a Python caller names no test problems
 RecipeLike = Recipe | str | os.PathLike
 """A recipe, the path of its YAML file, or the name of one that ships with the package."""
 
@@ -30,20 +34,35 @@ def train(
     overrides: Sequence[str] = (),
     *,
     resume: bool = False,
-    engine: Engine | None = None,
+    policy: Any = None,
+    data: Any = None,
+    reward: Any = None,
+    engine: Any = None,
     report: Callable[[dict], None] = lambda line: None,
+    **settings: Any,
 ) -> list[dict]:
     """Run a recipe; returns the metrics lines written in this call. See `spo.loop.train`.
 
+        spo.train("spo-tree", policy="my/model", data=rows, reward=reward, learning_rate=1e-6)
+
     Args:
         overrides: such as `train.learning_rate=1e-5`; for a recipe given by name or path.
-        resume: continue from the newest checkpoint in the run's folder.
-        engine: sample with this engine, which stays open.
+        resume: continue from the newest checkpoint in the run's folder, with the same data and
+            reward.
+        policy: folder or hub id of the model that is trained.
+        data: rows (dicts), a `datasets.Dataset` or a path, or {"train": …, "test": …} of these.
+            Without test problems one in twenty is held out. With a reward the task is `rows`.
+        reward: a function (docs/own-reward.md), a name as in recipes, or a list of these.
+        engine: "hf" or "vllm", or an engine to sample with, which stays open.
         report: called with every metrics line.
+        settings: of the recipe: `learning_rate=1e-6` if one group alone has the name,
+            `train={"learning_rate": 1e-6}`, or `**{"train.learning_rate": 1e-6}`.
 
     Raises ValueError for settings that cannot work, RuntimeError if training cannot go on.
     """
-    return loop.train(recipe_of(recipe, overrides), resume=resume, engine=engine, report=report)
+    given = {"policy": policy, "data": data, "reward": reward, "engine": engine} | settings
+    chosen = recipe_of(recipe, overrides, **given)
+    return loop.train(chosen, resume=resume, engine=_engine(engine), report=report)
 
 
 def evaluate(
@@ -51,10 +70,14 @@ def evaluate(
     overrides: Sequence[str] = (),
     *,
     checkpoint: str | os.PathLike | None = None,
-    engine: Engine | None = None,
+    policy: Any = None,
+    data: Any = None,
+    reward: Any = None,
+    engine: Any = None,
     limits: Sequence[int] = (),
     samples: int | None = None,
     temperature: float | None = None,
+    **settings: Any,
 ) -> list[Accuracy]:
     """The figures of every evaluation set, the recipe's own first: greedy Pass@1, and if `samples`
     > 0 also those of that many samples: Pass@1, Pass@k and, where the task finds answers, the
@@ -63,14 +86,18 @@ def evaluate(
     Args:
         checkpoint: test the newest policy in this run folder, or the policy of this checkpoint
             folder; by default the recipe's policy.
-        engine: sample with this engine, which holds the weights already and stays open.
+        policy, data, reward, settings: as in `train`; `data` alone are the test problems.
+        engine: "hf" or "vllm", or an engine that holds the weights already and stays open.
         limits: maximum lengths of the response, in tokens; by default the recipe's.
         samples: per problem; by default the set's own if these are more than one, else none.
         temperature: of the samples, 0 is greedy; by default the recipe's.
 
     Raises ValueError for settings that cannot work and for a folder without a checkpoint.
     """
-    recipe = recipe_of(recipe, overrides)
+    if data is not None and not _by_split(data):
+        data = {"test": data}
+    given = {"policy": policy, "data": data, "reward": reward, "engine": engine} | settings
+    recipe = recipe_of(recipe, overrides, **given)
     if temperature is None:
         temperature = recipe.sampling.temperature
     if samples is not None and samples < 0:
@@ -85,9 +112,9 @@ def evaluate(
             newest = Path(checkpoint)
         if newest is None:
             raise ValueError(f"checkpoint: expected a complete checkpoint, {checkpoint} holds none")
-        policy = dataclasses.replace(recipe.policy, path=str(newest / "policy"))
-        recipe = dataclasses.replace(recipe, policy=policy)
-    with Sampler(recipe, engine=engine) as sampler:
+        trained = dataclasses.replace(recipe.policy, path=str(newest / "policy"))
+        recipe = dataclasses.replace(recipe, policy=trained)
+    with Sampler(recipe, engine=_engine(engine)) as sampler:
         results, limits = [], sorted(set(limits))
         for name, one in sampler.sets.items():
             results += sampler.accuracies(name, limits=limits)
@@ -100,14 +127,23 @@ def evaluate(
 
 
 def rollout(
-    recipe: RecipeLike, overrides: Sequence[str] = (), *, engine: Engine | None = None
+    recipe: RecipeLike,
+    overrides: Sequence[str] = (),
+    *,
+    policy: Any = None,
+    data: Any = None,
+    reward: Any = None,
+    engine: Any = None,
+    **settings: Any,
 ) -> tuple[Forest, RolloutStats]:
     """The forest of a first iteration, and its cost. Raises ValueError if it cannot grow.
 
     Args:
-        engine: sample with this engine, which holds the weights already and stays open.
+        policy, data, reward, settings: as in `train`.
+        engine: "hf" or "vllm", or an engine that holds the weights already and stays open.
     """
-    recipe = recipe_of(recipe, overrides)
+    given = {"policy": policy, "data": data, "reward": reward, "engine": engine} | settings
+    recipe = recipe_of(recipe, overrides, **given)
     model = (
         load_policy(recipe.policy, limit=recipe.engine.max_model_len)
         if recipe.shape.rescores
@@ -119,7 +155,7 @@ def rollout(
         assert model is not None  # only shapes that rescore call this
         return sequence_logprobs(model, prefix, token_ids, temperature)
 
-    with Sampler(recipe, engine=engine, rescore=rescore) as sampler:
+    with Sampler(recipe, engine=_engine(engine), rescore=rescore) as sampler:
         prompts = list(islice(sampler.train_prompts(), recipe.train.prompts))
         forest, stats = sampler.grow(prompts)
         return Forest.of(forest, sampler.tokenizer), stats
@@ -156,16 +192,62 @@ def compare(
     return results
 
 
-def recipe_of(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe itself, or the one of that name or path, with its overrides.
+def recipe_of(
+    recipe: RecipeLike,
+    overrides: Sequence[str] = (),
+    *,
+    policy: Any = None,
+    data: Any = None,
+    reward: Any = None,
+    engine: Any = None,
+    **settings: Any,
+) -> Recipe:
+    """The recipe itself, or the one of that name or path, with its settings; see `train`.
 
-    Raises ValueError for overrides of a `Recipe`.
+    Raises ValueError for string overrides of a `Recipe`.
     """
     if isinstance(overrides, str):
         raise ValueError(f"overrides: expected a list such as [{overrides!r}], found a string")
-    if not isinstance(recipe, Recipe):
-        return load_recipe(recipe, overrides)
-    if overrides:
+    if isinstance(recipe, Recipe) and overrides:
         raise ValueError("overrides: expected none for a Recipe; give its name or path to use them")
-    check_recipe(recipe)
-    return recipe
+    if policy is not None:
+        settings["policy"] = policy if isinstance(policy, Mapping) else {"path": os.fspath(policy)}
+    if data is not None:
+        settings["data"] = data_of(data)
+    if reward is not None:
+        settings["reward"] = reward_given(reward)
+        if data is not None and not any(text.startswith("task=") for text in overrides):
+            settings.setdefault("task", "rows")
+    if isinstance(engine, str | Mapping):
+        settings["engine"] = {"name": engine} if isinstance(engine, str) else engine
+    if isinstance(recipe, Recipe) and not settings:
+        check_recipe(recipe)
+        return recipe
+    return load_recipe(recipe, overrides, **settings)
+
+
+def data_of(data: Any) -> dict[str, Any]:
+    """The settings of `data` that rows, data sets, a path, or a dict of settings with these mean.
+
+    Without test problems, `HELD_OUT` of the training problems are held out.
+    """
+    if _by_split(data):
+        settings = dict(data)
+        for split in settings.keys() & {"train", "test"}:
+            if not isinstance(settings[split], str | Mapping):
+                settings[split] = data_settings(settings[split])["train"]
+    else:
+        settings: dict[str, Any] = dict(data_settings(data))
+    if "train" in settings and not settings.keys() & {"test", "test_share"}:
+        settings["test_share"] = HELD_OUT
+    return settings
+
+
+def _by_split(data: Any) -> bool:
+    """Whether it is a dict of settings; a `datasets.DatasetDict` is one of data sets."""
+    return isinstance(data, Mapping) and not hasattr(data, "column_names")
+
+
+def _engine(engine: Any) -> Engine | None:
+    """The caller's engine; None where it is a name, or settings."""
+    return None if isinstance(engine, str | Mapping) else engine

@@ -128,6 +128,11 @@ def keep(thing: Any, fingerprint: str) -> str:
     return name
 
 
+def is_here(name: str | None) -> bool:
+    """Whether a name is none of what was given in Python, in another process."""
+    return name is None or not name.startswith(GIVEN) or name in _given
+
+
 def restore(name: str, thing: Any) -> None:
     """Keep what another process had kept under `name`."""
     _given[name] = thing

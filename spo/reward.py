@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import inspect
 import math
 import traceback
@@ -205,6 +206,8 @@ def check_reward(config: RewardConfig | None, truncated: str, task: str) -> None
                 "sampling.truncated=reward: expected a reward in the recipe, found none"
             )
         return
+    if not all(named.is_here(term.function) for term in config.terms):
+        return  # a Python caller's; the run says so when it asks for it
     reward = reward_of(config)
     if reward.asks("truncated") and truncated != "reward":
         raise ValueError(
@@ -213,11 +216,33 @@ def check_reward(config: RewardConfig | None, truncated: str, task: str) -> None
         )
 
 
+def reward_given(reward: Any) -> Any:
+    """A reward as recipes write it, of one that a Python caller gives: functions get a name."""
+    if isinstance(reward, list | tuple):
+        return [reward_given(one) for one in reward]
+    if isinstance(reward, Mapping):
+        inner = {key: reward_given(reward[key]) for key in ("function", "terms") if key in reward}
+        return {**reward, **inner}
+    if callable(reward):
+        return named.keep(reward, _fingerprint(reward))
+    return reward
+
+
+def _fingerprint(function: Callable[..., Any]) -> str:
+    """Of a function's text, or of its code where it has none."""
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        text = repr(type(function)) if code is None else f"{code.co_code!r} {code.co_names}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def with_full_names(config: RewardConfig, folder: Path | None = None) -> RewardConfig:
     """The same with names that are valid from any folder."""
     terms = [
         term
-        if term.function is None
+        if term.function is None or not named.is_here(term.function)
         else dataclasses.replace(term, function=named.function(KEY, term.function, folder)[1])
         for term in config.terms
     ]

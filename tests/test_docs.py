@@ -63,6 +63,14 @@ def test_your_own_reward(tmp_path):
     assert -1 <= trained["reward_overlong"] <= 0 and trained["invalid_gradings"] == 0
 
 
+def test_a_run_from_python(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("docs/python.md", "python")
+    exec(code, {})
+    greedy, reward = map(float, capsys.readouterr().out.split()[-2:])
+    assert 0 <= greedy <= 1 and 0 < reward <= 1
+
+
 def test_a_look_into_a_forest(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     forest, _ = rollout("spo-tree", SMALL)

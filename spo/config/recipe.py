@@ -19,6 +19,7 @@ from spo.config.credit import Rule
 from spo.config.data import WRITES, DataConfig
 from spo.config.engine import EngineConfig
 from spo.config.evaluation import TEST, EvalConfig, EvalSet
+from spo.config.keywords import DEFAULTS, GROUPS, UNIONS, with_keywords
 from spo.config.loss import LOSSES, LossConfig, PolicyLossConfig
 from spo.config.policy import PolicyConfig
 from spo.config.reward import RewardConfig, reward_settings
@@ -28,7 +29,6 @@ from spo.config.train import TrainConfig
 from spo.reward import check_reward, with_full_names
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
-UNIONS = {"shape": "kind", "credit": "type"}  # group -> the key that chooses its class
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,30 @@ class Recipe:
         return named.name_of("credit.type", type(self.credit))
 
 
-def load_recipe(recipe: str | os.PathLike | None = None, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides such as `train.learning_rate=1e-5`.
+def load_recipe(
+    recipe: Recipe | str | os.PathLike | None = None,
+    overrides: Sequence[str] = (),
+    **keywords: Any,
+) -> Recipe:
+    """Read a recipe and apply settings.
 
     Args:
-        recipe: a YAML file, or the name of one that ships with the package (`spo-tree`). None
-            takes the defaults.
+        recipe: a YAML file, or the name of one that ships with the package (`spo-tree`), or a
+            recipe. None takes the defaults.
+        overrides: such as `train.learning_rate=1e-5`.
+        keywords: the same in Python: `learning_rate=1e-5` if one group alone has the name,
+            `train={"learning_rate": 1e-5}`, or `**{"train.learning_rate": 1e-5}`.
 
     Raises ValueError with one sentence for a missing file, bad YAML, an unknown key, a wrong type,
     a number out of range, or settings that contradict each other.
     """
-    tree, folder = ({}, None) if recipe is None else _read(Path(recipe))
+    if isinstance(recipe, Recipe):
+        tree, folder = as_tree(recipe), None
+    else:
+        tree, folder = ({}, None) if recipe is None else _read(Path(recipe))
     for override in overrides:
         _override(tree, override)
-    return _resolve(tree, folder)
+    return _resolve(with_keywords(tree, keywords), folder)
 
 
 def as_tree(recipe: Recipe) -> dict[str, Any]:
@@ -177,14 +187,6 @@ def _override(tree: dict[str, Any], text: str) -> None:
 def _resolve(tree: Mapping[str, Any], folder: Path | None) -> Recipe:
     """The recipe that the settings describe, checked group by group."""
     plain = {"name": "run", "task": "arithmetic", "out": None}
-    groups = {
-        "data": DataConfig,
-        "policy": PolicyConfig,
-        "engine": EngineConfig,
-        "sampling": SamplingConfig,
-        "train": TrainConfig,
-        "eval": EvalConfig,
-    }
     known = [f.name for f in dataclasses.fields(Recipe)]
     for key, value in tree.items():
         if key not in known:
@@ -194,7 +196,7 @@ def _resolve(tree: Mapping[str, Any], folder: Path | None) -> Recipe:
     if "/" in tree.get("name", "run") or not tree.get("name", "run").strip("\0. "):
         raise ValueError(f"name: expected a folder name, found {tree['name']!r}")
     fields: dict[str, Any] = {key: tree.get(key, default) for key, default in plain.items()}
-    for key, kind in groups.items():
+    for key, kind in GROUPS.items():
         fields[key] = named.build(kind, _group(tree, key), key)
     task = named.find("task", fields["task"], folder)
     fields["task"] = named.name_of("task", task)
@@ -205,7 +207,7 @@ def _resolve(tree: Mapping[str, Any], folder: Path | None) -> Recipe:
         settings = _group(tree, key)
         name = settings.pop(choice, None)
         if name is None:
-            name = {"shape": "tree", "credit": "values"}[key]
+            name = DEFAULTS[key]
         if not isinstance(name, str):
             raise ValueError(f"recipe: {key}.{choice}: expected a name, found {name!r}")
         kind = named.find(f"{key}.{choice}", name, folder)

@@ -9,6 +9,7 @@ import json
 import operator
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -21,10 +22,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from spo import named
 from spo.config.recipe import Recipe, load_recipe, save_recipe
 from spo.learn.distributed import Whole
 from spo.learn.policy_folder import save_policy
 from spo.records import Forest, Replay
+from spo.tasks.memory import PREFIX
 
 FIXED = (  # settings that a resumed run must keep
     "task",
@@ -166,12 +169,28 @@ def check_resumed(path: Path, recipe: Recipe) -> None:
                 f"{name}: the run to resume has {before!r}, found {now!r} in the recipe; "
                 "choose another folder for another run"
             )
+    for name in ("data", "reward"):
+        before, now = _in_memory(saved, name), _in_memory(recipe, name)
+        if before != now:
+            raise ValueError(
+                f"{name}: the run to resume has {', '.join(before) or 'none'} of a Python caller, "
+                f"found {', '.join(now) or 'none'}; give the same, or choose another folder"
+            )
     before = load_state(path).policy
     if before != recipe.policy.content():
         raise ValueError(
             "policy.path: expected the model that the run to resume began with, found another in "
             f"{recipe.policy.path}; choose another folder for another run"
         )
+
+
+def _in_memory(recipe: Recipe, group: str) -> list[str]:
+    """Names of the rows or functions that a Python caller gave, with their fingerprints."""
+    if group == "data":
+        text = f"{recipe.data.train} {recipe.data.test}"
+        return re.findall(rf"{PREFIX}\w+", text)
+    terms = () if recipe.reward is None else recipe.reward.terms
+    return [term.function for term in terms if (term.function or "").startswith(named.GIVEN)]
 
 
 def load_weights(path: Path, model: torch.nn.Module, file: str = EXACT) -> bool:

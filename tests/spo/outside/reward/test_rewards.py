@@ -172,7 +172,6 @@ BAD = {
         "truncated=reward, found zero"
     ],
     f"{{function: '{FILE}:shorter', options: {{least: 3}}}}": ["has no parameter least"],
-    "python:lost#123": ["was given in Python"],
 }
 
 
@@ -180,6 +179,12 @@ BAD = {
 def test_a_bad_reward_is_one_sentence(text):
     with one_sentence(BAD[text]):
         load_recipe(None, [f"reward={text}"])
+
+
+def test_a_function_of_another_process_is_named_when_it_is_asked():
+    found = load_recipe(None, ["reward=python:lost#123"]).reward  # a report needs no function
+    with one_sentence(["lost#123 was given in Python", "give the same one again"]):
+        Grader(reward=found)
 
 
 def test_cut_responses_need_somebody_to_ask():
