@@ -6,6 +6,8 @@ VENV   ?= .venv
 ENGINE ?= vllm
 VLLM   ?= 1
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
+# Processes of `make test`; 0 runs the tests in one.
+WORKERS ?= 2
 # CPU wheels of torch; set TORCH_INDEX= to take whatever the default index has (CUDA builds).
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Interpreters that `make wheels` builds for; empty: those found of python3.10 to python3.13.
@@ -65,7 +67,7 @@ native: setup
 	bash csrc/tests/run.sh $(BIN)
 
 test: setup lint native
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -190,7 +190,7 @@ def _in_memory(recipe: Recipe, group: str) -> list[str]:
         text = f"{recipe.data.train} {recipe.data.test}"
         return re.findall(rf"{PREFIX}\w+", text)
     terms = () if recipe.reward is None else recipe.reward.terms
-    return [term.function for term in terms if (term.function or "").startswith(named.GIVEN)]
+    return [name for t in terms if (name := t.function or "").startswith(named.GIVEN)]
 
 
 def load_weights(path: Path, model: torch.nn.Module, file: str = EXACT) -> bool:
