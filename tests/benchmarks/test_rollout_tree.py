@@ -20,7 +20,9 @@ needs_vllm = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=needs_vllm)])
+@pytest.mark.parametrize(
+    "engine", ["hf", pytest.param("vllm", marks=(needs_vllm, pytest.mark.slow))]
+)
 def test_every_way_is_measured_and_printed_as_it_ends(engine, tmp_path, capsys):
     path = tmp_path / "rollout.json"
     arguments = ["--quick", f"--engine={engine}", "--json", str(path), "--plot", str(tmp_path)]
