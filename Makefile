@@ -70,6 +70,7 @@ test: setup lint native
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: setup
+	bash csrc/tests/run.sh $(BIN) address,undefined
 	$(BIN)/python -m pytest -m slow
 
 wheels: setup
