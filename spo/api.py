@@ -60,8 +60,9 @@ def train(
 
     Raises ValueError for settings that cannot work, RuntimeError if training cannot go on.
     """
-    given = {"policy": policy, "data": data, "reward": reward, "engine": engine} | settings
-    chosen = recipe_of(recipe, overrides, **given)
+    chosen = recipe_of(
+        recipe, overrides, policy=policy, data=data, reward=reward, engine=engine, **settings
+    )
     return loop.train(chosen, resume=resume, engine=_engine(engine), report=report)
 
 
@@ -94,10 +95,11 @@ def evaluate(
 
     Raises ValueError for settings that cannot work and for a folder without a checkpoint.
     """
-    if data is not None and not _by_split(data):
+    if data is not None and not isinstance(data, Mapping):
         data = {"test": data}
-    given = {"policy": policy, "data": data, "reward": reward, "engine": engine} | settings
-    recipe = recipe_of(recipe, overrides, **given)
+    recipe = recipe_of(
+        recipe, overrides, policy=policy, data=data, reward=reward, engine=engine, **settings
+    )
     if temperature is None:
         temperature = recipe.sampling.temperature
     if samples is not None and samples < 0:
@@ -142,8 +144,9 @@ def rollout(
         policy, data, reward, settings: as in `train`.
         engine: "hf" or "vllm", or an engine that holds the weights already and stays open.
     """
-    given = {"policy": policy, "data": data, "reward": reward, "engine": engine} | settings
-    recipe = recipe_of(recipe, overrides, **given)
+    recipe = recipe_of(
+        recipe, overrides, policy=policy, data=data, reward=reward, engine=engine, **settings
+    )
     model = (
         load_policy(recipe.policy, limit=recipe.engine.max_model_len)
         if recipe.shape.rescores

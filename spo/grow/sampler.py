@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from itertools import islice
 
 from spo import named
@@ -51,6 +52,8 @@ class Sampler:
         self.recipe, self.rank = recipe, rank
         self.origin = origin_of(recipe)
         self.tokenizer = tokenizer or load_tokenizer(recipe.policy)
+        # A prompt is read once for all its leaves, which a reward is asked about one by one.
+        self._prompt_text = lru_cache(maxsize=1024)(partial(exact_text, self.tokenizer))
         self._rescore = rescore
         self._shapes: dict[int, Shape] = {}  # by their limit
         self.sampling = sampling_of(recipe, self.tokenizer)
@@ -106,7 +109,7 @@ class Sampler:
     def response(self, prompt: Prompt, token_ids: list[int], truncated: bool) -> Response:
         """What the reward is asked about."""
         return Response(
-            prompt=exact_text(self.tokenizer, prompt.prompt_ids),
+            prompt=self._prompt_text(prompt.prompt_ids),
             response=prompt.opening + self.decode(token_ids),
             answer=prompt.answer,
             columns=prompt.columns,
