@@ -6,8 +6,10 @@ VENV   ?= .venv
 ENGINE ?= vllm
 VLLM   ?= 1
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
-# Processes of `make test`; 0 runs the tests in one.
+# Processes of `make test`; 0 runs the tests in one. They share the cores: threads of two processes
+# that wait for each other on the same core make it several times slower.
 WORKERS ?= 2
+THREADS ?= $(shell n=$$(( $(JOBS) / ($(WORKERS) + ($(WORKERS) == 0)) )); echo $$(( n > 1 ? n : 1 )))
 # CPU wheels of torch; set TORCH_INDEX= to take whatever the default index has (CUDA builds).
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Interpreters that `make wheels` builds for; empty: those found of python3.10 to python3.13.
@@ -67,7 +69,7 @@ native: setup
 	bash csrc/tests/run.sh $(BIN)
 
 test: setup lint native
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: setup
 	bash csrc/tests/run.sh $(BIN) address,undefined

@@ -49,7 +49,7 @@ CASES: dict[str, dict] = {  # what differs from the defaults of the command line
     "stream 6-6-6": SMALL | FILL | {"segment": 32, "iterations": 4, "repeats": 2},
 }
 QUICK = SMALL | {"widths": [3, 3, 3], "segment": 48, "iterations": 2, "repeats": 1}
-QUICK |= {"max_num_seqs": 16, "ways": list(WAYS)}
+QUICK |= {"max_num_seqs": 16, "ways": list(WAYS), "minutes": 1e9}
 SWEEP = SMALL | {"widths": [4, 4, 4], "segment": 32, "trees": 2, "repeats": 2}
 SWEEP |= {"ways": ["naive", "level", "group", "depth"]}
 SWEEPS: dict[str, tuple] = {  # setting -> values, the others as in SWEEP

@@ -47,7 +47,7 @@ def test_a_first_series_is_confirmed_by_a_longer_one(monkeypatch, capsys, late_s
 
 
 def with_pauses(folder):
-    """A copy of the packages in which each workload pauses once for 0.2 s."""
+    """A copy of the packages in which each workload pauses once for 1 s."""
     for package in ("spo", "spo_kernels", "benchmarks"):
         skipped = shutil.ignore_patterns("__pycache__", "policies", "results")
         shutil.copytree(ROOT / package, folder / package, ignore=skipped)
@@ -58,7 +58,7 @@ def with_pauses(folder):
         inside, end, rest = body.partition('"""\n')
         assert found and docs and end, file
         space = "        " if mark.startswith(" ") else "    "
-        pause = f"{space}__import__('time').sleep(0.2)\n"
+        pause = f"{space}__import__('time').sleep(1)\n"
         path.write_text(head + found + signature + docs + inside + end + pause + rest)
     return folder
 
