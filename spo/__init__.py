@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from spo.config.shape import ShapeConfig
     from spo.forest import Forest
     from spo.records import Credit
+    from spo.run import Run
 
 __all__ = [
     "Credit",
     "Forest",
     "Recipe",
     "Rule",
+    "Run",
     "ShapeConfig",
     "evaluate",
     "load_recipe",
@@ -40,6 +42,7 @@ _MODULES = {
     "Forest": "spo.forest",
     "Recipe": "spo.config.recipe",
     "Rule": "spo.config.credit",
+    "Run": "spo.run",
     "ShapeConfig": "spo.config.shape",
     "evaluate": "spo.api",
     "load_recipe": "spo.config.recipe",

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from spo import loop
@@ -18,13 +21,17 @@ from spo.forest import Forest
 from spo.grow.evaluate import Accuracy
 from spo.grow.rollout import RolloutStats
 from spo.grow.sampler import Sampler
-from spo.learn.checkpoint import latest_checkpoint
+from spo.learn import distributed
+from spo.learn.checkpoint import find, latest_checkpoint
 from spo.learn.model import sequence_logprobs
 from spo.learn.policy import load_policy
+from spo.models.given import is_loaded, save_given
 from spo.reward import reward_given
+from spo.run import Run
 from spo.tasks.memory import data_settings
 
 HELD_OUT = 0.05  # of training problems, where a Python caller names no test problems
+START = "start"  # folder of a run's start policy, where a caller gave a loaded model
 RecipeLike = Recipe | str | os.PathLike
 """A recipe, the path of its YAML file, or the name of one that ships with the package."""
 
@@ -35,13 +42,15 @@ def train(
     *,
     resume: bool = False,
     policy: Any = None,
+    tokenizer: Any = None,
     data: Any = None,
     reward: Any = None,
     engine: Any = None,
     report: Callable[[dict], None] = lambda line: None,
+    callbacks: Sequence[Any] = (),
     **settings: Any,
-) -> list[dict]:
-    """Run a recipe; returns the metrics lines written in this call. See `spo.loop.train`.
+) -> Run:
+    """Run a recipe; returns the run: its trained model, scores, metrics and forests.
 
         spo.train("spo-tree", policy="my/model", data=rows, reward=reward, learning_rate=1e-6)
 
@@ -49,12 +58,16 @@ def train(
         overrides: such as `train.learning_rate=1e-5`; for a recipe given by name or path.
         resume: continue from the newest checkpoint in the run's folder, with the same data and
             reward.
-        policy: folder or hub id of the model that is trained.
+        policy: folder or hub id of the model that is trained, or a loaded model of transformers,
+            which stays as it is: the run saves it as `start` in its folder and trains that.
+        tokenizer: of a loaded model; by default that of the folder it was loaded from.
         data: rows (dicts), a `datasets.Dataset` or a path, or {"train": …, "test": …} of these.
             Without test problems one in twenty is held out. With a reward the task is `rows`.
         reward: a function (docs/own-reward.md), a name as in recipes, or a list of these.
         engine: "hf" or "vllm", or an engine to sample with, which stays open.
         report: called with every metrics line.
+        callbacks: objects with any of `on_iteration(line)`, `on_evaluation(line)` and
+            `on_checkpoint(folder)`; after a False the run saves a checkpoint and ends.
         settings: of the recipe: `learning_rate=1e-6` if one group alone has the name,
             `train={"learning_rate": 1e-6}`, or `**{"train.learning_rate": 1e-6}`.
 
@@ -63,7 +76,11 @@ def train(
     chosen = recipe_of(
         recipe, overrides, policy=policy, data=data, reward=reward, engine=engine, **settings
     )
-    return loop.train(chosen, resume=resume, engine=_engine(engine), report=report)
+    if is_loaded(policy):
+        chosen = _keep_policy(chosen, policy, tokenizer, resume)
+    given = {"report": report, "callbacks": callbacks}
+    loop.train(chosen, resume=resume, engine=_engine(engine), **given)
+    return Run(chosen.out_dir)
 
 
 def evaluate(
@@ -72,6 +89,7 @@ def evaluate(
     *,
     checkpoint: str | os.PathLike | None = None,
     policy: Any = None,
+    tokenizer: Any = None,
     data: Any = None,
     reward: Any = None,
     engine: Any = None,
@@ -87,7 +105,8 @@ def evaluate(
     Args:
         checkpoint: test the newest policy in this run folder, or the policy of this checkpoint
             folder; by default the recipe's policy.
-        policy, data, reward, settings: as in `train`; `data` alone are the test problems.
+        policy, tokenizer, data, reward, settings: as in `train`; `data` alone are the test
+            problems.
         engine: "hf" or "vllm", or an engine that holds the weights already and stays open.
         limits: maximum lengths of the response, in tokens; by default the recipe's.
         samples: per problem; by default the set's own if these are more than one, else none.
@@ -114,9 +133,11 @@ def evaluate(
             newest = Path(checkpoint)
         if newest is None:
             raise ValueError(f"checkpoint: expected a complete checkpoint, {checkpoint} holds none")
-        trained = dataclasses.replace(recipe.policy, path=str(newest / "policy"))
-        recipe = dataclasses.replace(recipe, policy=trained)
-    with Sampler(recipe, engine=_engine(engine)) as sampler:
+        recipe, policy = _at(recipe, newest / "policy"), None
+    with (
+        _with_policy(recipe, policy, tokenizer) as recipe,
+        Sampler(recipe, engine=_engine(engine)) as sampler,
+    ):
         results, limits = [], sorted(set(limits))
         for name, one in sampler.sets.items():
             results += sampler.accuracies(name, limits=limits)
@@ -133,6 +154,7 @@ def rollout(
     overrides: Sequence[str] = (),
     *,
     policy: Any = None,
+    tokenizer: Any = None,
     data: Any = None,
     reward: Any = None,
     engine: Any = None,
@@ -141,24 +163,25 @@ def rollout(
     """The forest of a first iteration, and its cost. Raises ValueError if it cannot grow.
 
     Args:
-        policy, data, reward, settings: as in `train`.
+        policy, tokenizer, data, reward, settings: as in `train`.
         engine: "hf" or "vllm", or an engine that holds the weights already and stays open.
     """
     recipe = recipe_of(
         recipe, overrides, policy=policy, data=data, reward=reward, engine=engine, **settings
     )
-    model = (
-        load_policy(recipe.policy, limit=recipe.engine.max_model_len)
-        if recipe.shape.rescores
-        else None
-    )
-    temperature = recipe.sampling.temperature
+    with _with_policy(recipe, policy, tokenizer) as recipe:
+        return _rollout(recipe, _engine(engine))
+
+
+def _rollout(recipe: Recipe, engine: Engine | None) -> tuple[Forest, RolloutStats]:
+    limit, temperature = recipe.engine.max_model_len, recipe.sampling.temperature
+    model = load_policy(recipe.policy, limit=limit) if recipe.shape.rescores else None
 
     def rescore(prefix: list[int], token_ids: list[int]) -> list[float]:
         assert model is not None  # only shapes that rescore call this
         return sequence_logprobs(model, prefix, token_ids, temperature)
 
-    with Sampler(recipe, engine=_engine(engine), rescore=rescore) as sampler:
+    with Sampler(recipe, engine=engine, rescore=rescore) as sampler:
         prompts = list(islice(sampler.train_prompts(), recipe.train.prompts))
         forest, stats = sampler.grow(prompts)
         return Forest.of(forest, sampler.tokenizer), stats
@@ -213,7 +236,7 @@ def recipe_of(
         raise ValueError(f"overrides: expected a list such as [{overrides!r}], found a string")
     if isinstance(recipe, Recipe) and overrides:
         raise ValueError("overrides: expected none for a Recipe; give its name or path to use them")
-    if policy is not None:
+    if policy is not None and not is_loaded(policy):
         settings["policy"] = policy if isinstance(policy, Mapping) else {"path": os.fspath(policy)}
     if data is not None:
         settings["data"] = data_of(data)
@@ -249,6 +272,41 @@ def data_of(data: Any) -> dict[str, Any]:
 def _by_split(data: Any) -> bool:
     """Whether it is a dict of settings; a `datasets.DatasetDict` is one of data sets."""
     return isinstance(data, Mapping) and not hasattr(data, "column_names")
+
+
+def _keep_policy(recipe: Recipe, model: Any, tokenizer: Any, resume: bool) -> Recipe:
+    """The recipe with a caller's model as its start policy, saved in the run's folder `start`.
+
+    Raises ValueError, and writes nothing, if the folder holds another run, or one of another model.
+    """
+    ranks = distributed.join(recipe.train.parallel, recipe.policy.device)
+    out = recipe.out_dir
+    if ranks.main:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out, prefix=".start-") as scratch:
+            given = Path(scratch) / START
+            save_given(model, tokenizer, given)
+            find(_at(recipe, given), resume)
+            shutil.rmtree(out / START, ignore_errors=True)
+            given.rename(out / START)
+    distributed.gather(ranks, None)
+    return _at(recipe, out / START)
+
+
+@contextmanager
+def _with_policy(recipe: Recipe, model: Any, tokenizer: Any) -> Iterator[Recipe]:
+    """The recipe, with a caller's loaded model as its policy if there is one."""
+    if not is_loaded(model):
+        yield recipe
+        return
+    with TemporaryDirectory(prefix="spo-policy-") as folder:
+        save_given(model, tokenizer, Path(folder))
+        yield _at(recipe, folder)
+
+
+def _at(recipe: Recipe, folder: str | os.PathLike) -> Recipe:
+    policy = dataclasses.replace(recipe.policy, path=os.fspath(folder))
+    return dataclasses.replace(recipe, policy=policy)
 
 
 def _engine(engine: Any) -> Engine | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
+from typing import Any
 
+from spo.callbacks import Log, Report, check_callbacks
 from spo.config.evaluation import TEST
 from spo.config.recipe import Recipe
 from spo.credit import replay
@@ -27,8 +29,6 @@ from spo.metrics import MetricsWriter
 from spo.models.tokenizer import load_tokenizer
 from spo.records import Credit, Forest, Prompt, Replay, concat
 
-Report = Callable[[dict], None]
-
 
 def train(
     recipe: Recipe,
@@ -36,6 +36,7 @@ def train(
     resume: bool = False,
     engine: Engine | None = None,
     report: Report = lambda line: None,
+    callbacks: Sequence[Any] = (),
 ) -> list[dict]:
     """Run a recipe; returns the metrics lines written in this call.
 
@@ -46,9 +47,13 @@ def train(
         engine: use this engine; its samples in flight are dropped, and it stays open. By default an
             engine is made and closed.
         report: called with every metrics line.
+        callbacks: objects with any of `on_iteration(line)`, `on_evaluation(line)` and
+            `on_checkpoint(folder)`, called on rank 0. After a False the run saves a checkpoint and
+            ends: after its iteration, or at once after an evaluation.
 
     Raises ValueError for settings that cannot work, RuntimeError if training cannot go on.
     """
+    check_callbacks(callbacks)
     settings, out = recipe.train, recipe.out_dir
     saved = checkpoint.find(recipe, resume)
     ranks = distributed.join(settings.parallel, recipe.policy.device)
@@ -61,19 +66,6 @@ def train(
         state, buffer = checkpoint.load_state(saved), learner.restore(saved)
     learner.shard()
     out.mkdir(parents=True, exist_ok=True)
-    lines: list[dict] = []
-
-    def write(line: dict) -> None:
-        if writer is None:
-            return
-        head = {
-            "iteration": state.iteration,
-            "seconds": state.seconds,
-            "generated_tokens": state.generated_tokens,
-        }
-        lines.append(head | line)
-        writer.write(lines[-1])
-        report(lines[-1])
 
     def rescore(prefix: list[int], token_ids: list[int]) -> list[float]:
         return sequence_logprobs(learner.model, prefix, token_ids, recipe.sampling.temperature)
@@ -84,6 +76,7 @@ def train(
             recipe, engine=engine, tokenizer=tokenizer, rescore=rescore, rank=ranks.rank
         ) as sampler,
     ):
+        log = Log(writer, state, report, callbacks)
         sampler.engine.abort()  # samples of an interrupted run
         tests = sampler.test_prompts()
         stream = _stream(recipe, sampler, ranks, state)
@@ -91,10 +84,16 @@ def train(
         check_engine(learner, sampler)
         compare_logprobs(learner, sampler, tests[0])
         empty = 0  # iterations in a row from which nothing survived
-        while not _finished(recipe, state):
+        stopped, newest = False, state.iteration if saved else -1  # of the checkpoint
+        while not (stopped or _finished(recipe, state)):
             every = recipe.eval.every
             if state.iteration == 0 or (every and state.iteration % every == 0):
-                write(evaluate(sampler, ranks))
+                log.write(evaluate(sampler, ranks))
+                if any(distributed.gather(ranks, log.stopped)):
+                    sampler.engine.abort()  # samples of later iterations
+                    if newest < state.iteration:
+                        log.tell("on_checkpoint", learner.save(state, buffer))
+                    break
             start = time.perf_counter()
             stream.rollout.shape = sampler.shape(response_limit(recipe, state))
             forest, costs = _grow(recipe, stream, ranks)
@@ -134,17 +133,21 @@ def train(
             state.generated_tokens += generated
             state.prompt_cursor += sum(c.trees + c.dropped_prompts + c.too_long for c in costs)
             state.seconds += time.perf_counter() - start
-            write(line)
+            log.write(line)
             _check_skipped(recipe, line, empty)
             state.iteration += 1
             learner.refresh_reference(state.iteration)
-            if state.iteration % settings.checkpoint_every == 0 or _finished(recipe, state):
-                learner.save(state, buffer)
-        sampler.engine.abort()  # samples of later iterations
-        final = learner.weights(sampler.engine, stored=True)  # as others will load it
-        sampler.engine.load_weights(final, state.version)
-        write(evaluate(sampler, ranks))
-    return lines
+            due = state.iteration % settings.checkpoint_every == 0 or _finished(recipe, state)
+            if any(distributed.gather(ranks, log.stopped)) or due:
+                log.tell("on_checkpoint", learner.save(state, buffer))
+                newest = state.iteration
+            stopped = any(distributed.gather(ranks, log.stopped))
+        else:
+            sampler.engine.abort()
+            final = learner.weights(sampler.engine, stored=True)  # as others will load it
+            sampler.engine.load_weights(final, state.version)
+            log.write(evaluate(sampler, ranks))
+    return log.lines
 
 
 def evaluate(sampler: Sampler, ranks: Ranks) -> dict:

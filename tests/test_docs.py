@@ -43,7 +43,7 @@ def test_your_own_task_rule_and_shape(tmp_path):
     assert task_of(recipe).grade("<answer> 4 </answer>", 4) and not task_of(recipe).grade("4", 4)
     for name in ("task", "rule", "shape"):
         small = [s for s in SMALL if name != "shape" or not s.startswith("shape=")]
-        lines = train(tmp_path / f"{name}.yaml", [*small, f"out={tmp_path / name}"])
+        lines = train(tmp_path / f"{name}.yaml", [*small, f"out={tmp_path / name}"]).metrics
         (trained,) = (line for line in lines if line["stage"] == "train")
         assert trained["skipped_steps"] == 0
         assert trained["mean_abs_advantage"] > 0 or name == "task"  # too easy, or too hard
@@ -57,7 +57,7 @@ def test_your_own_reward(tmp_path):
     (tmp_path / "several.yaml").write_text(several)
     (tmp_path / "judged.yaml").write_text(judged)
     assert load_recipe(tmp_path / "judged.yaml").reward.process == "trainer"
-    lines = train(tmp_path / "several.yaml", [*SMALL, f"out={tmp_path / 'run'}"])
+    lines = train(tmp_path / "several.yaml", [*SMALL, f"out={tmp_path / 'run'}"]).metrics
     (trained,) = (line for line in lines if line["stage"] == "train")
     assert 0 < trained["reward_close"] <= 1 and 0 <= trained["reward_format"] <= 1
     assert -1 <= trained["reward_overlong"] <= 0 and trained["invalid_gradings"] == 0
@@ -65,10 +65,12 @@ def test_your_own_reward(tmp_path):
 
 def test_a_run_from_python(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("docs/python.md", "python")
-    exec(code, {})
+    code, watched = blocks("docs/python.md", "python")
+    exec(code, names := {})
     greedy, reward = map(float, capsys.readouterr().out.split()[-2:])
     assert 0 <= greedy <= 1 and 0 < reward <= 1
+    exec(watched, names)
+    assert "written: runs/more/checkpoints/iter-00000" in capsys.readouterr().out
 
 
 def test_a_look_into_a_forest(tmp_path, monkeypatch, capsys):

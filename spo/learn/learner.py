@@ -203,25 +203,26 @@ class Learner:
         state.optimizer_steps += 1
         return figures | dataclasses.asdict(stats) | extra
 
-    def save(self, state: checkpoint.State, buffer: Replay) -> None:
-        """Rank 0 writes a checkpoint; the other ranks help to gather sharded weights."""
+    def save(self, state: checkpoint.State, buffer: Replay) -> Path | None:
+        """Rank 0 writes a checkpoint and returns its folder; others help to gather the weights."""
         if not (self.ranks.main or self.ranks.sharded):
-            return
+            return None
         parts = {
             name: distributed.Whole(model, self.optimizers.get(name))
             for name, model in self.models.items()
             if name in self.optimizers or self.refreshed
         }
-        if self.ranks.main:
-            checkpoint.save_checkpoint(
-                self.recipe.out_dir,
-                self.recipe,
-                parts["policy"],
-                state=state,
-                replay=buffer,
-                critic=parts.get("critic"),
-                reference=parts.get("reference"),
-            )
+        if not self.ranks.main:
+            return None
+        return checkpoint.save_checkpoint(
+            self.recipe.out_dir,
+            self.recipe,
+            parts["policy"],
+            state=state,
+            replay=buffer,
+            critic=parts.get("critic"),
+            reference=parts.get("reference"),
+        )
 
     def _policy_loss(self, packed: Batch) -> LossOutput:
         loss, temperature = self.recipe.loss, self.recipe.sampling.temperature

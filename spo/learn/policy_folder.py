@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from spo.config.policy import PolicyConfig
+from spo.models.files import start_folder, text_files
 from spo.models.tokenizer import load_pretrained
 
 DTYPES = {
@@ -26,8 +26,6 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 """Types of tensors in a safetensors file; quantised ones are left to transformers."""
-TEXT = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".py"}
-"""Files besides the weights: configurations, tokenizers, chat templates, code."""
 CHANGING = {"_name_or_path", "dtype", "torch_dtype", "transformers_version"}
 
 
@@ -44,7 +42,7 @@ def save_policy(
 
     Returns the weights that lost bits when they were cast; training goes on from these.
     """
-    source = start_folder(config)
+    source = start_folder(config.source)
     stored = as_stored(config, weights.items(), model.base_model_prefix)
     cast = {name: tensor.cpu() for name, tensor in stored}
     generation = model.generation_config
@@ -53,14 +51,14 @@ def save_policy(
     model.generation_config = generation
     _, usual = stored_dtypes(source)
     alike = _settings(config, folder) == _settings(config, source)
-    for path in list(_text_files(folder)):
+    for path in list(text_files(folder)):
         if alike or path.name == "generation_config.json":
             path.unlink()
     if not alike and usual is not None:
         path = folder / "config.json"
         settings = json.loads(path.read_text()) | {"dtype": str(usual).removeprefix("torch.")}
         path.write_text(json.dumps(settings, indent=2) + "\n")
-    for path in _text_files(source):
+    for path in text_files(source):
         if alike or path.name != "config.json":
             target = folder / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
@@ -80,18 +78,11 @@ def as_stored(
     Args:
         prefix: of the names of a model's body, which the files of a body alone do not have.
     """
-    known, usual = stored_dtypes(start_folder(config))
+    known, usual = stored_dtypes(start_folder(config.source))
     for name, tensor in weights:
         inside = name.removeprefix(f"{prefix}.")
         dtype = known.get(name, known.get(inside, usual)) if tensor.is_floating_point() else None
         yield name, tensor if dtype is None else tensor.to(dtype)
-
-
-def start_folder(config: PolicyConfig) -> Path:
-    """The folder of the start policy; for a hub id its snapshot in the cache."""
-    found = cached_file(config.source, "config.json")
-    assert found is not None  # it was loaded from there
-    return Path(found).parent
 
 
 def stored_dtypes(folder: Path) -> tuple[dict[str, torch.dtype | None], torch.dtype | None]:
@@ -108,12 +99,6 @@ def stored_dtypes(folder: Path) -> tuple[dict[str, torch.dtype | None], torch.dt
                 found[name] = DTYPES.get(part.get_dtype())
                 sizes[found[name]] += prod(part.get_shape())
     return found, sizes.most_common(1)[0][0] if sizes else None
-
-
-def _text_files(folder: Path) -> Iterator[Path]:
-    for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*")):
-        if path.is_file() and path.suffix in TEXT and not path.name.endswith(".index.json"):
-            yield path
 
 
 def _settings(config: PolicyConfig, folder: Path) -> Any:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers.utils.hub import cached_file
 
+TEXT = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".py"}
+"""Files besides the weights: configurations, tokenizers, chat templates, code."""
 ADAPTER = "adapter_config.json"  # of peft
 QUANTISED = {"I8", "U8", "F8_E4M3", "F8_E5M2"}  # types of a safetensors file
 OLD = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt")  # weights in other formats
@@ -28,6 +32,20 @@ def from_pretrained(auto: Any, name: str, **options: Any) -> Any:
         if not Path(name).is_dir():
             what = "is no folder here, and as a hub id it cannot be loaded"
         raise ValueError(f"policy.path: {name} {what} ({reason})") from error
+
+
+def start_folder(name: str) -> Path:
+    """The folder of a model; for a hub id its snapshot in the cache."""
+    found = cached_file(name, "config.json")
+    assert found is not None  # it raises OSError if there is none
+    return Path(found).parent
+
+
+def text_files(folder: Path) -> Iterator[Path]:
+    """A model's files besides its weights."""
+    for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*")):
+        if path.is_file() and path.suffix in TEXT and not path.name.endswith(".index.json"):
+            yield path
 
 
 def require_folder(name: str) -> None:

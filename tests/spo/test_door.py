@@ -29,7 +29,7 @@ def half(response, final):
 
 
 def test_rows_and_a_function_train_in_one_call(tmp_path):
-    lines = spo.train(
+    run = spo.train(
         "grpo",
         policy=EMBEDDED,
         data={"train": ROWS, "columns": {"problem": "question", "answer": "final"}},
@@ -38,10 +38,10 @@ def test_rows_and_a_function_train_in_one_call(tmp_path):
         learning_rate=1e-4,
         **SMALL,
     )
-    start, line, end = lines
+    start, line, end = run.metrics
     assert (start["stage"], line["stage"], end["stage"]) == ("eval", "train", "eval")
     assert 0 < line["reward_half"] <= 1 and line["invalid_gradings"] == 0
-    forest = spo.Forest.load(tmp_path / "forest-first.safetensors")
+    forest = run.forest("first")
     assert set(forest.rewards[forest.is_leaf].tolist()) <= {0.0, 0.5, 1.0}
     assert forest.prompts[0].columns["final"] == forest.prompts[0].answer
 
@@ -56,8 +56,8 @@ def test_a_resumed_run_wants_the_same_rows_and_the_same_function(tmp_path):
         spo.train("grpo", data=same, reward=lambda response: 1.0, **more)
     with pytest.raises(ValueError, match="data"):
         spo.train("grpo", data={"train": ROWS[:-1], "columns": columns}, reward=half, **more)
-    lines = spo.train("grpo", data=same, reward=half, **more)
-    assert [line["iteration"] for line in lines if line["stage"] == "train"] == [1]
+    lines = spo.train("grpo", data=same, reward=half, **more).metrics
+    assert [line["iteration"] for line in lines if line["stage"] == "train"] == [0, 1]
 
 
 def test_rollout_and_evaluate_take_the_same(tmp_path):

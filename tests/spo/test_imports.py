@@ -14,15 +14,16 @@ ORDER = [  # a room may import from rooms before it, and from its own
     ("grow",),
     ("credit",),
     ("learn",),
-    ("plan", "loop"),
+    ("plan", "loop", "callbacks"),
     ("forest", "report"),
+    ("run",),
     ("api",),
     ("cli",),
     ("__main__",),
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SIDE = {  # what they may import
-    "__init__": {"api", "config", "extras", "forest", "records"},
+    "__init__": {"api", "config", "extras", "forest", "records", "run"},
 }
 
 

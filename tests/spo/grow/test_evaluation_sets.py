@@ -57,7 +57,7 @@ def engine():
 def test_every_set_has_figures_in_metrics_results_and_report(engine, tmp_path, capsys):
     evals = f"eval={{every: 0, problems: 4, samples: 3, top_p: 0.9, sets: {SETS}}}"
     engine.asked = []
-    lines = spo.train("spo-tree", [*SMALL, evals, f"out={tmp_path}"], engine=engine)
+    lines = spo.train("spo-tree", [*SMALL, evals, f"out={tmp_path}"], engine=engine).metrics
     first = read_metrics(tmp_path / "metrics.jsonl")[0]
     pairs = [f"pass_at_{k}" for k in (2, 3)]
     assert scored(first) == [

@@ -239,7 +239,7 @@ def test_the_recipes_of_the_page_train_and_write_their_prompts(folders, tmp_path
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", ".* trains nothing: all .* have the reward 0")  # random
-        lines = train(tmp_path / "chat.yaml", settings)
+        lines = train(tmp_path / "chat.yaml", settings).metrics
     (trained,) = (line for line in lines if line["stage"] == "train")
     assert trained["too_long"] == 0 and trained["probe_difference"] < 1e-3
     known = vocab_size(load_tokenizer(policy(folders["qwen3"])))

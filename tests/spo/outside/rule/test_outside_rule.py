@@ -47,7 +47,7 @@ def test_bad_settings_are_one_sentence(override, words):
 
 def test_it_trains_and_its_hook_is_called_before_every_step(tmp_path):
     def line(name, *overrides):
-        lines = train(RECIPE, [f"out={tmp_path / name}", "train.epochs=2", *overrides])
+        lines = train(RECIPE, [f"out={tmp_path / name}", "train.epochs=2", *overrides]).metrics
         (found,) = (x for x in lines if x["stage"] == "train")
         assert found["grad_norm"] > 0 and found["skipped_steps"] == 0
         return found

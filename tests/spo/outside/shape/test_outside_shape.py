@@ -46,5 +46,5 @@ def test_bad_settings_are_one_sentence(overrides, words):
 
 
 def test_it_trains(tmp_path):
-    (line,) = (x for x in train(RECIPE, [f"out={tmp_path}"]) if x["stage"] == "train")
+    (line,) = (x for x in train(RECIPE, [f"out={tmp_path}"]).metrics if x["stage"] == "train")
     assert line["grad_norm"] > 0 and line["segments_per_trajectory"] > 1
