@@ -288,7 +288,7 @@ def _trl(responses: Sequence[Response]) -> dict[str, Any]:
         else [{"role": "assistant", "content": one.response}]
         for one, prompt in zip(responses, prompts, strict=True)
     ]
-    names = dict.fromkeys(name for one in responses for name in one.columns)
+    names = dict.fromkeys(name for one in responses for name in one.columns if name != "prompt")
     columns = {name: [one.columns.get(name) for one in responses] for name in names}
     columns.setdefault("answer", [one.answer for one in responses])
     ids = [list(one.response_ids) for one in responses]
@@ -301,7 +301,7 @@ def _verl(responses: Sequence[Response]) -> dict[str, Any]:
         "data_source": one.columns.get("data_source"),
         "solution_str": one.response,
         "ground_truth": one.answer,
-        "extra_info": one.columns.get("extra_info"),
+        "extra_info": one.columns.get("extra_info") or {},  # as verl gives it
     }
 
 

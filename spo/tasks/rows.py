@@ -69,7 +69,7 @@ def _problem(row: dict, where: str) -> Any:
 def _answer(row: dict, where: str) -> Any:
     """The answer of a row; None if the table has no column for it."""
     verl, names = row.get(VERL), [name for name in ANSWERS if name in row]
-    if isinstance(verl, Mapping) and "ground_truth" in verl and "answer" not in names:
+    if isinstance(verl, Mapping) and "ground_truth" in verl:
         if is_empty(verl["ground_truth"]):
             raise Missing(f"{where}: expected a value in {VERL}.ground_truth, found none")
         return verl["ground_truth"]

@@ -24,7 +24,8 @@ def trl_without_prompts(completions, **kwargs):
     return [len(completion) for completion in completions]
 
 
-def trl_chat(completions, **kwargs):
+def trl_chat(prompts, completions, **kwargs):
+    assert prompts[0][-1]["role"] == "user" and "prompt" not in kwargs
     return [len(completion[0]["content"]) for completion in completions]
 
 

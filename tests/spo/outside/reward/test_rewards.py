@@ -93,6 +93,16 @@ def test_chats_are_given_as_trl_gives_them():
     assert graded.reward == 5.0
 
 
+def test_verl_s_extra_info_is_a_dict_even_where_the_data_have_none():
+    def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+        return extra_info.get("bonus", 2.0)
+
+    reward = reward_of(given(compute_score))
+    assert [reward(one).reward for one in (HI, CUT)] == [2.0, 2.0]
+    columns = {"extra_info": {"bonus": 3.0}}
+    assert reward(Response("p", "r", None, columns)).reward == 3.0
+
+
 @pytest.mark.parametrize("process", ["worker", "trainer"])
 def test_a_function_that_fails_costs_its_own_response_only(process):
     texts = ["fine", "raise", "nan", "text", "none", "hang", "fine"]
