@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from spo import loop
+from spo.config.data import Part
 from spo.config.recipe import Recipe, check_recipe, load_recipe
 from spo.engines.make import engine_of
 from spo.engines.protocol import Engine
@@ -69,7 +70,8 @@ def train(
         callbacks: objects with any of `on_iteration(line)`, `on_evaluation(line)` and
             `on_checkpoint(folder)`; after a False the run saves a checkpoint and ends.
         settings: of the recipe: `learning_rate=1e-6` if one group alone has the name,
-            `train={"learning_rate": 1e-6}`, or `**{"train.learning_rate": 1e-6}`.
+            `train={"learning_rate": 1e-6}`, or `**{"train.learning_rate": 1e-6}`. `task` is a name
+            or a class.
 
     Raises ValueError for settings that cannot work, RuntimeError if training cannot go on.
     """
@@ -260,7 +262,7 @@ def data_of(data: Any) -> dict[str, Any]:
     if _by_split(data):
         settings = dict(data)
         for split in settings.keys() & {"train", "test"}:
-            if not isinstance(settings[split], str | Mapping):
+            if not isinstance(settings[split], str | Mapping) and not _is_mixture(settings[split]):
                 settings[split] = data_settings(settings[split])["train"]
     else:
         settings: dict[str, Any] = dict(data_settings(data))
@@ -307,6 +309,15 @@ def _with_policy(recipe: Recipe, model: Any, tokenizer: Any) -> Iterator[Recipe]
 def _at(recipe: Recipe, folder: str | os.PathLike) -> Recipe:
     policy = dataclasses.replace(recipe.policy, path=os.fspath(folder))
     return dataclasses.replace(recipe, policy=policy)
+
+
+def _is_mixture(data: Any) -> bool:
+    """Whether it is a list of data sets, as a recipe writes a mixture, and no list of rows."""
+    known = {field.name for field in dataclasses.fields(Part)}
+    parts = data if isinstance(data, list) else []
+    return bool(parts) and all(
+        isinstance(part, Mapping) and "path" in part and part.keys() <= known for part in parts
+    )
 
 
 def _engine(engine: Any) -> Engine | None:

@@ -14,7 +14,7 @@ _held: dict[str, Sequence[Mapping[str, Any]]] = {}  # name -> rows
 
 
 def data_settings(data: Any) -> dict[str, str]:
-    """The settings `data.train` and, if the data has a test split, `data.test`, for any data.
+    """The settings `data.train` and `data.test`, as far as the data has these splits.
 
     Args:
         data: rows (a list of dicts), a `datasets.Dataset`, or a path, which is a name as recipes
@@ -30,8 +30,9 @@ def data_settings(data: Any) -> dict[str, str]:
     """
     if not isinstance(data, Mapping):
         return {"train": _name(data)}
-    if "train" not in data:
-        raise ValueError(f"data: expected a split train, found {', '.join(map(str, data))}")
+    if not data.keys() & {"train", "test"}:
+        found = ", ".join(map(str, data)) or "none"
+        raise ValueError(f"data: expected a split train or test, found {found}")
     return {split: _name(data[split]) for split in ("train", "test") if split in data}
 
 

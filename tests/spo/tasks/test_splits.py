@@ -293,7 +293,7 @@ def test_rows_and_data_sets_of_python_have_names_that_follow_from_their_content(
         (3, "expected rows .a list of dicts.*found int"),
         (iter(()), "expected rows .a list of dicts.*found tuple_iterator"),
         (datasets.Dataset.from_list([{"a": 1}]).to_iterable_dataset(), ".*found IterableDataset"),
-        ({"test": []}, "expected a split train, found test"),
+        ({"dev": []}, "expected a split train or test, found dev"),
     ],
 )
 def test_other_data_of_python_is_refused(data, words):
