@@ -15,6 +15,7 @@ TEST_ONE_IN = 4  # one problem in four belongs to the test split
 TEST_SIZE = 1000  # problems of the test stream
 NO_REPEAT = 100_000  # a training stream repeats no problem within this many
 ALL_SEEN = 100  # this many repeats in a row mean that all problems have been seen
+ALL_ELSEWHERE = 10_000  # this many problems of the other split mean that a split has none
 
 OPEN, CLOSE = "<answer>", "</answer>"
 
@@ -54,7 +55,7 @@ def stream(
     A hash of `identity(problem)` decides the split, so no training stream can emit a test problem.
     "train" is endless and depends on `seed`; "test" is one fixed stream of `TEST_SIZE` problems, or
     of all if there are fewer. A training stream repeats a problem only after `NO_REPEAT` others, or
-    when it has returned all. Raises ValueError for any other split.
+    when it has returned all. Raises ValueError for any other split, and for one without problems.
     """
     if split not in ("train", "test"):
         raise ValueError(f'split: expected "train" or "test", found {split!r}')
@@ -65,11 +66,18 @@ def _stream(name, test, seed, draw, identity):
     # A string seeds Random through SHA-512: the same stream on every platform and Python version.
     rng = random.Random(f"{name} test" if test else f"{name} train {seed}")
     seen: set[bytes] = set()
-    repeats = given = 0
+    repeats = given = elsewhere = 0
     while not test or given < TEST_SIZE:
         problem = draw(rng)
         digest = blake2b(f"{name} {identity(problem)}".encode(), digest_size=8).digest()
         if (digest[0] % TEST_ONE_IN == 0) != test:
+            elsewhere += 1
+            if not given and elsewhere >= ALL_ELSEWHERE:
+                split = "test" if test else "train"
+                raise ValueError(
+                    f"{name}: expected more distinct problems, so that some are in each split, "
+                    f"found none for {split} among {elsewhere} draws"
+                )
             continue
         if digest in seen:
             repeats += 1

@@ -11,6 +11,7 @@ from itertools import islice
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentences import one_sentence
 
 from spo.named import OWN
 from spo.tasks import Problem, arithmetic, countdown, get_task, knights_knaves, point24, prompts
@@ -42,6 +43,15 @@ def answered(text: str) -> str:
 def test_a_stream_follows_from_its_seed(task):
     assert take(task, "train", 3, 200) == take(task, "train", 3, 200)
     assert take(task, "train", 3, 200) != take(task, "train", 4, 200)
+
+
+def test_a_split_without_problems_is_one_sentence():
+    def drawn(split):
+        return next(stream("few", split, 0, lambda rng: Problem("only", 1), lambda p: p.text))
+
+    assert drawn("train").text == "only"
+    with one_sentence(["few: expected more distinct problems", "none for test"]):
+        drawn("test")
 
 
 @pytest.mark.parametrize("task", NAMES)
