@@ -57,7 +57,7 @@ METHODS = {
     "credit.type": ("assign",),
     "reward.rule": (),
 }
-"""Methods that a class must have; docs/extend.md describes them."""
+"""Methods that a class must have; docs/own-task.md and docs/extend.md describe them."""
 
 BASES = {"shape.kind": "spo.config.shape:ShapeConfig", "credit.type": "spo.config.credit:Rule"}
 """Classes that it must inherit."""
@@ -174,6 +174,20 @@ def name_of(key: str, kind: type) -> str:
         file = getattr(sys.modules[module], "__file__", None)
         return f"{Path(file).resolve()}:{kind.__qualname__}" if file else full
     return full
+
+
+def importable(key: str, kind: type) -> str:
+    """The name of a class that a Python caller gives, by which other processes find it too.
+
+    Raises ValueError for a class of the running program itself, or of a function.
+    """
+    if kind.__module__ == "__main__" or "." in kind.__qualname__:
+        raise ValueError(
+            f"{key}: expected a class that the grading worker can import, found "
+            f"{kind.__qualname__} of {kind.__module__}; move it to a file of its own, and name it "
+            f"there: ./file.py:{kind.__name__}"
+        )
+    return name_of(key, kind)
 
 
 def build(kind: type[T], settings: Mapping[str, Any], where: str, chosen: str = "") -> T:

@@ -11,7 +11,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from spo import cli, load_recipe, rollout, train
 from spo.config.recipe import evaluation_sets
-from spo.tasks import task_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,23 +29,16 @@ def blocks(page, language=""):
     return [code for kind, code in found if kind == language]
 
 
-def test_your_own_task_rule_and_shape(tmp_path):
+def test_your_own_rule_and_shape(tmp_path):
     page = "docs/extend.md"
-    for name, code in zip(("doubles", "signs", "fork"), blocks(page, "python"), strict=True):
+    for name, code in zip(("signs", "fork"), blocks(page, "python"), strict=True):
         (tmp_path / f"{name}.py").write_text(code)
-    for name, text in zip(("task", "rule", "shape"), blocks(page, "yaml"), strict=True):
+    for name, text in zip(("rule", "shape"), blocks(page, "yaml"), strict=True):
         (tmp_path / f"{name}.yaml").write_text(text)
-    recipe = load_recipe(tmp_path / "task.yaml")
-    assert recipe.task == f"{tmp_path / 'doubles.py'}:Doubles"
-    problems = list(task_of(recipe).problems("test", 0))
-    assert len(problems) == 20 and {p.answer for p in problems} <= {2, 4, 6, 8, 10}
-    assert task_of(recipe).grade("<answer> 4 </answer>", 4) and not task_of(recipe).grade("4", 4)
-    for name in ("task", "rule", "shape"):
         small = [s for s in SMALL if name != "shape" or not s.startswith("shape=")]
         lines = train(tmp_path / f"{name}.yaml", [*small, f"out={tmp_path / name}"]).metrics
         (trained,) = (line for line in lines if line["stage"] == "train")
-        assert trained["skipped_steps"] == 0
-        assert trained["mean_abs_advantage"] > 0 or name == "task"  # too easy, or too hard
+        assert trained["skipped_steps"] == 0 and trained["mean_abs_advantage"] > 0
 
 
 def test_your_own_reward(tmp_path):

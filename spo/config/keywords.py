@@ -36,7 +36,8 @@ def with_keywords(tree: Mapping[str, Any], keywords: Mapping[str, Any]) -> dict[
     `learning_rate=1e-6`.
 
     A group's dict changes the settings that it names; one that chooses a kind of shape or a type of
-    credit replaces the group. Raises ValueError for a bare name that no group or several have.
+    credit replaces the group. A task may be a class. Raises ValueError for a bare name that no
+    group or several have, and for a class that cannot be imported by its name.
     """
     tree = copy.deepcopy(dict(tree))
     groups = sorted(keywords, key=lambda name: name not in (*GROUPS, *UNIONS))  # kinds come first
@@ -45,7 +46,8 @@ def with_keywords(tree: Mapping[str, Any], keywords: Mapping[str, Any]) -> dict[
             os.fspath(keywords[name]) if isinstance(keywords[name], os.PathLike) else keywords[name]
         )
         if name in PLAIN:
-            tree[name] = value
+            given = name == "task" and isinstance(value, type)
+            tree[name] = named.importable(name, value) if given else value
         elif name in (*GROUPS, *UNIONS, "loss"):
             if not isinstance(value, Mapping):
                 raise ValueError(f"{name}: expected a dict of settings, found {value!r:.60}")

@@ -28,10 +28,12 @@ class Task(Protocol):
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
         """The problems of "train", endless and drawn from `seed`, or of "test", always the same.
 
+        Evaluations take the first `eval.problems` of "test", so these come in a mixed order.
+
         A task that reads data sets has a third parameter `source: Source | None = None`, the
         recipe's `data.train` or `data.test` as a path (of a mixture it is called once for each
-        set); `spo.tasks.reading.read_problems` reads it. Raises ValueError with one sentence for
-        another split and for data that cannot be read.
+        set); `spo.tasks.reading.read_problems` reads it. Evaluations draw from such problems.
+        Raises ValueError with one sentence for another split and for data that cannot be read.
         """
         ...
 
