@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain, islice
+from functools import partial
 from typing import Any
 
 from spo.callbacks import Log, Report, check_callbacks
@@ -16,6 +16,8 @@ from spo.credit import replay
 from spo.credit.nodes import check_credit
 from spo.engines.make import require_device
 from spo.engines.protocol import Engine
+from spo.grow.curriculum import Curriculum
+from spo.grow.refill import join, refill
 from spo.grow.rollout import RolloutStats
 from spo.grow.sampler import Sampler
 from spo.grow.stream import Stream
@@ -27,7 +29,7 @@ from spo.learn.model import sequence_logprobs
 from spo.learn.schedule import share_done
 from spo.metrics import MetricsWriter
 from spo.models.tokenizer import load_tokenizer
-from spo.records import Credit, Forest, Prompt, Replay, concat
+from spo.records import Credit, Forest, Replay
 
 
 def train(
@@ -79,7 +81,8 @@ def train(
         log = Log(writer, state, report, callbacks)
         sampler.engine.abort()  # samples of an interrupted run
         tests = sampler.test_prompts()
-        stream = _stream(recipe, sampler, ranks, state)
+        begin = (state.iteration, state.prompt_cursor, state.zero_variance)
+        stream, order = sampler.stream(*begin, ranks.world)
         sampler.engine.load_weights(learner.weights(sampler.engine), state.version)
         check_engine(learner, sampler)
         compare_logprobs(learner, sampler, tests[0])
@@ -96,9 +99,9 @@ def train(
                     break
             start = time.perf_counter()
             stream.rollout.shape = sampler.shape(response_limit(recipe, state))
-            forest, costs = _grow(recipe, stream, ranks)
+            forest, costs, figures = _grow(recipe, stream, order, ranks)
             grown = time.perf_counter()
-            generated = forest.num_generated + sum(cost.dropped_tokens for cost in costs)
+            generated = sum(cost.generated_tokens for cost in costs)
             if state.iteration == 0:
                 _warn_if_none_stopped(costs, sampler)
             line = {"stage": "skipped"}
@@ -127,11 +130,12 @@ def train(
                 line["probe_difference"] = sync(learner, sampler, tests[0], state.version)
                 line |= {"time_train": trained - grown, "time_sync": time.perf_counter() - trained}
             taken = grown - start
-            line |= {"time_rollout": taken} | _costs(generated, costs, taken)
+            line |= {"time_rollout": taken} | _costs(generated, costs, taken) | figures
             line |= _reward_parts(recipe, costs)
             line["replay_trees"] = len(buffer.forest.prompts) if buffer.forest is not None else 0
             state.generated_tokens += generated
-            state.prompt_cursor += sum(c.trees + c.dropped_prompts + c.too_long for c in costs)
+            state.prompt_cursor += sum(c.prompts for c in costs) + figures.get("drawn_less", 0)
+            state.zero_variance = sorted(order.zero_variance)
             state.seconds += time.perf_counter() - start
             log.write(line)
             _check_skipped(recipe, line, empty)
@@ -237,31 +241,21 @@ def _writer(
     return MetricsWriter(recipe.out_dir / "metrics.jsonl", resume_at=state.iteration)
 
 
-def _stream(recipe: Recipe, sampler: Sampler, ranks: Ranks, state: checkpoint.State) -> Stream:
-    """This rank's share of each iteration's prompts, as forests."""
-    size = recipe.train.prompts
-
-    def share() -> Iterator[Prompt]:
-        every = sampler.train_prompts(state.prompt_cursor)
-        while prompts := list(islice(every, size)):
-            yield from prompts[ranks.rank :: ranks.world]
-
-    prompts = share()
-    first = list(islice(prompts, 1))  # fails early if the data cannot be read
-    mine = len(range(ranks.rank, size, ranks.world))
-    return sampler.stream(chain(first, prompts), mine, state.iteration)
-
-
-def _grow(recipe: Recipe, stream: Stream, ranks: Ranks) -> tuple[Forest, list[RolloutStats]]:
-    """The forest of all ranks, each of which grows its share, and the cost on each.
+def _grow(
+    recipe: Recipe, stream: Stream, order: Curriculum, ranks: Ranks
+) -> tuple[Forest, list[RolloutStats], dict[str, int]]:
+    """The forest of all ranks, each of which grows its share, the costs on each, and figures.
 
     A rank without survivors adds no tree.
     """
-    grown = distributed.gather(ranks, next(stream, None))
-    if None in grown:
+    gather, settings = partial(distributed.gather, ranks), recipe.train
+    first = join(gather(next(stream, None)))
+    if first is None:
         raise ValueError(f"data.train: no training prompts of task {recipe.task} are left")
-    forests, costs = zip(*grown, strict=True)
-    return concat(forests), list(costs)
+    forest, (grown, costs), figures = refill(
+        first, lambda count: join(gather(stream.more(count))), settings.prompts, settings.refill
+    )
+    return forest, costs, figures | order.update(grown)
 
 
 def _save_forest(recipe: Recipe, forest: Forest, state: checkpoint.State, ranks: Ranks) -> None:

@@ -22,6 +22,8 @@ def describe(recipe: Recipe) -> str:
     """
     cost = cost_of_iteration(recipe)
     train = recipe.train
+    # Replacements begin below the limit, at most one for each prompt at a time.
+    refilled = train.refill + cost.sampled + cost.probed if train.refill else 0
     evaluated = sum(
         one.eval.problems * (1 + one.eval.sampled * one.eval.samples)
         for one in evaluation_sets(recipe).values()
@@ -37,12 +39,15 @@ def describe(recipe: Recipe) -> str:
             f"{train.prompts} prompts, {cost.graded:,} responses to grade",
             f"{cost.sampled:,} sampled tokens to train on",
             f"{cost.probed:,} tokens of probes" if cost.probed else None,
+            f"{refilled:,} tokens of replacements, train.refill={train.refill:,} and the last wave"
+            if train.refill
+            else None,
             _replayed(recipe),
             _steps(steps),
         ],
         "the run": [
             f"{train.iterations:,} iterations, {_steps(train.iterations * steps)}",
-            f"at most {train.iterations * (cost.sampled + cost.probed):,} tokens",
+            f"at most {train.iterations * (cost.sampled + cost.probed + refilled):,} tokens",
             f"and {evaluations(recipe)} evaluations of at most "
             f"{evaluated * recipe.sampling.max_new_tokens:,} tokens",
         ],

@@ -114,6 +114,10 @@ class DataConfig:
     """Chat: today, for templates that say so: a resumed run has the same prompts on another day."""
     max_prompt_tokens: PositiveInt | None = None
     """Training problems with longer prompts are left out."""
+    difficulty: Annotated[float, Field(ge=0.001, lt=1)] | None = None
+    """Probability of drawing a training problem whose last tree had zero variance: all responses
+    were right, or all wrong. By default every problem is drawn. Only for tasks that read data sets,
+    whose problems come again."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of the task: numbers of countdown, people of knights_knaves."""
 

@@ -26,6 +26,7 @@ from spo.config.reward import RewardConfig, reward_settings
 from spo.config.sampling import SamplingConfig
 from spo.config.shape import Cost, ShapeConfig
 from spo.config.train import TrainConfig
+from spo.config.variance import check_variance
 from spo.reward import check_reward, with_full_names
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -315,11 +316,8 @@ def check_recipe(recipe: Recipe) -> None:
     cost = _asked(who, recipe.shape.cost, sampling.max_new_tokens)
     if not isinstance(cost, Cost):
         raise ValueError(f"{who}: expected cost to return spo.config.shape.Cost, found {cost!r}")
-    if cost.graded == 1 and recipe.credit.compares:
-        raise ValueError(
-            f"{who}: expected several responses to a prompt with credit.type={recipe.credit_type}, "
-            "which compares them, found one"
-        )
+    compare = [f"credit.type={recipe.credit_type}"] if recipe.credit.compares else []
+    check_variance(who, cost.graded, compare, recipe.data, train)
     for _, limit in sampling.stages:
         try:
             _asked(who, recipe.shape.cost, limit)

@@ -33,6 +33,10 @@ class TrainConfig:
     """Admit prompts of this many later iterations whenever the engine has a free slot, so that it
     stays full while an iteration's last responses run. Tokens are then up to this many weight
     versions old, and two runs with one seed may differ."""
+    refill: PositiveInt | None = None
+    """Replace trees of zero variance, in which no two rewards differ, by those of further prompts,
+    until `prompts` trees vary: DAPO's dynamic sampling. So many tokens are generated for it in an
+    iteration before no more replacements begin; those begun are completed."""
     epochs: Count = 1
     """Passes over an iteration's nodes."""
     restart: bool = False

@@ -35,8 +35,8 @@ class RolloutStats:
     idle_seconds: float = 0.0  # of these, only waiting for the grader
     trees: int = 0
     dropped_prompts: int = 0
-    dropped_tokens: int = 0  # sampled under them
     too_long: int = 0  # prompts left out, as a response may not fit the context
+    generated_tokens: int = 0  # those of dropped prompts included
     retried: int = 0
     truncated: int = 0
     invalid_gradings: int = 0
@@ -47,6 +47,11 @@ class RolloutStats:
     max_age: int = 0  # weight versions since the forest's oldest token was sampled
     mean_age: float = 0.0  # mean over its tokens
     engine: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def prompts(self) -> int:
+        """Prompts taken, those that were dropped or left out included."""
+        return self.trees + self.dropped_prompts + self.too_long
 
     @property
     def recomputed(self) -> float:
@@ -172,12 +177,16 @@ class Rollout:
         self.stats.seconds += elapsed
         return finished
 
-    def take_stats(self) -> RolloutStats:
-        """The stats since the last call. Raises RuntimeError if too many gradings failed."""
+    def take_stats(self, earlier: Sequence[RolloutStats] = ()) -> RolloutStats:
+        """The stats since the last call.
+
+        Raises RuntimeError if too many gradings failed, of these and of the `earlier` ones.
+        """
         stats, self.stats = self.stats, RolloutStats()
         before, self._before = self._before, self.engine.counters()
         stats.engine = {k: v - before.get(k, 0) for k, v in self._before.items()}
-        invalid, total = stats.invalid_gradings, stats.gradings
+        every = [*earlier, stats]
+        invalid, total = sum(s.invalid_gradings for s in every), sum(s.gradings for s in every)
         if total and invalid / total > MAX_INVALID_RATE:
             raise RuntimeError(
                 f"{invalid} of {total} gradings failed, more than {MAX_INVALID_RATE:.0%}; run the "

@@ -15,6 +15,7 @@ from spo.config.shape import Growing
 from spo.engines.lanes import Lane
 from spo.engines.make import engine_of
 from spo.engines.protocol import Engine
+from spo.grow.curriculum import Curriculum
 from spo.grow.evaluate import Accuracy, accuracies
 from spo.grow.rollout import Rollout, RolloutOptions, RolloutStats
 from spo.grow.shapes import Shape
@@ -145,17 +146,26 @@ class Sampler:
         """One forest of these prompts, with the seeds of a first iteration."""
         return grow(prompts, self.engine, self.shape(), self.grader, self.decode, self.options(0))
 
-    def stream(self, prompts: Iterable[Prompt], size: int, iteration: int) -> Stream:
-        """Forests of `size` prompts each, from `iteration` on.
+    def stream(
+        self, iteration: int, cursor: int, zero_variance: Iterable[str], world: int
+    ) -> tuple[Stream, Curriculum]:
+        """This rank's forests from `iteration` on, and the order of the prompts of all ranks.
 
         Their samples stay in flight while the probe and evaluations use the engine. Raises
         ValueError if none of the first `ALL_TOO_LONG` prompts fits the engine's context.
+
+        Args:
+            cursor: index of the first prompt.
+            zero_variance: see `Curriculum`.
+            world: number of ranks.
         """
-        rollout = Rollout(
-            self.engine.new_lane(), self.shape(), self.grader, self.decode, self.options(iteration)
-        )
-        fitting = require_fitting(prompts, rollout, ALL_TOO_LONG)
-        return Stream(fitting, size, rollout, self.recipe.train.stream_depth)
+        train, lane = self.recipe.train, self.engine.new_lane()
+        rollout = Rollout(lane, self.shape(), self.grader, self.decode, self.options(iteration))
+        prompts = require_fitting(self.train_prompts(cursor), rollout, ALL_TOO_LONG)
+        probability = self.recipe.data.difficulty
+        order = Curriculum(prompts, probability, train.seed, cursor, zero_variance)
+        share = (self.rank, world)
+        return Stream(order, train.prompts, rollout, train.stream_depth, *share), order
 
     def accuracies(
         self,

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -50,7 +50,7 @@ class State:
     """The state of a run, without its weights and its replay buffer."""
 
     iteration: int = 0  # iterations finished
-    prompt_cursor: int = 0  # training prompts used
+    prompt_cursor: int = 0  # training prompts used or passed over
     version: int = 0  # of the engine's weights
     optimizer_steps: int = 0
     skipped_steps: int = 0  # steps that were not finite, in the whole run
@@ -58,6 +58,7 @@ class State:
     generated_tokens: int = 0
     seconds: float = 0.0
     policy: str = ""  # content of the start policy, see `PolicyConfig.content`
+    zero_variance: list[str] = field(default_factory=list)  # see `spo.grow.curriculum`
 
 
 def save_checkpoint(

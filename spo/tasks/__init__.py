@@ -64,7 +64,7 @@ def sources_of(recipe: Recipe, task: Task, split: str) -> tuple[Source, ...]:
 
     data, own = recipe.data, getattr(task, "sources", None)
     if "source" not in inspect.signature(task.problems).parameters:
-        for name in ("train", "test", "test_share", "columns"):
+        for name in ("train", "test", "test_share", "columns", "difficulty"):
             if found := getattr(data, name):
                 raise ValueError(
                     f"data.{name}: task {recipe.task} reads no data set, found {found}"

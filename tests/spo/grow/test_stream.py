@@ -181,6 +181,47 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(engine, grader, depth)
         require_fitting([LONG, LONG, PROMPTS[0]], Rollout(engine, TREE, grader, str, OPTIONS), 2)
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_further_trees_of_an_iteration_are_those_of_a_larger_one(engine, grader, world):
+    """The seeds go on, each rank has its share, and the next iteration has the next prompts."""
+    for rank in range(world):
+        share = slice(rank, None, world)
+        stream = Stream(
+            PROMPTS, 3, Rollout(engine, TREE, grader, rewarded, OPTIONS), 0, rank, world
+        )
+        first, later = next(stream), [stream.more(1), stream.more(3)]
+        prompts = [*PROMPTS[:3][share], *PROMPTS[3:4][share], *PROMPTS[4:7][share]]
+        alone, cost = grow(prompts, engine, TREE, grader, rewarded, OPTIONS)
+        joined = concat([forest for forest, _ in (first, *later)])
+        assert list(joined.prompts) == prompts and canonical(joined) == canonical(alone)
+        assert later[0][1].prompts == len(PROMPTS[3:4][share])
+        tokens = sum(stats.generated_tokens for _, stats in (first, *later))
+        assert tokens == cost.generated_tokens == alone.num_generated
+        second, _ = next(stream)
+        options = dataclasses.replace(OPTIONS, iteration=1)
+        alone, _ = grow(PROMPTS[7:10][share], engine, TREE, grader, rewarded, options)
+        assert canonical(second) == canonical(alone)
+        last, _ = stream.more(9)
+        assert list(last.prompts) == PROMPTS[10:][share] and stream.more(1) is None
+
+
+def test_failed_gradings_are_counted_over_the_whole_iteration(engine, grader):
+    """Of a wave all may fail, if not half of the iteration's."""
+    bad = dataclasses.replace(PROMPTS[3], task="rows")  # which grades nothing
+    options = dataclasses.replace(OPTIONS, truncated="reward")  # so that all are graded
+    for good in (3, 1):
+        prompts = [*PROMPTS[:good], bad, bad]
+        stream = Stream(prompts, good, Rollout(engine, star(4, 9), grader, rewarded, options))
+        first, _ = next(stream)
+        assert len(first.prompts) == good
+        if good == 3:
+            forest, stats = stream.more(2)
+            assert forest.prompts == () and stats.dropped_prompts == 2
+        else:
+            with pytest.raises(RuntimeError, match="8 of 12 gradings failed"):
+                stream.more(2)
+
+
 def test_bad_settings(engine, grader):
     rollout = Rollout(engine, TREE, grader, rewarded, OPTIONS)
     with pytest.raises(ValueError, match="stream_depth"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from ranks import distance, torchrun
 from safetensors.torch import load_file
+from solved import chosen, settings
 from test_train import MIXED
 from trained import trained_weights
 
@@ -18,6 +19,7 @@ from spo.learn.distributed import Ranks, join
 from spo.learn.policy import load_policy
 from spo.loop import train
 from spo.metrics import read_metrics
+from spo.records import Forest
 
 GRADIENTS = """
 import dataclasses, json, sys
@@ -182,6 +184,22 @@ def test_a_sharded_checkpoint_trains_on_in_one_process(begun, tmp_path):
     config = json.loads((latest_checkpoint(out) / "policy" / "config.json").read_text())
     assert config["architectures"] == ["SeedOssForCausalLM"]
     assert load_policy(PolicyConfig(path=str(latest_checkpoint(out) / "policy")))
+
+
+def test_ranks_refill_together_and_one_may_have_nothing_to_grow(tmp_path):
+    more = [*settings(tmp_path), "train.refill=100000", "data.difficulty=0.3"]
+    more += ["train.prompts=3", "train.iterations=3", "train.replay_nodes=0", "loss.kl_coef=0"]
+    expected = chosen(more)
+    assert any(refilled % 2 for _, refilled, *_ in expected)  # so one of two ranks had less
+    run(tmp_path, (tmp_path / "run", "ddp", *more, "train.reference_every=0"))
+    lines = [m for m in read_metrics(tmp_path / "run" / "metrics.jsonl") if m["stage"] == "train"]
+    for line, (_, refilled, _, passed, _) in zip(lines, expected, strict=True):
+        assert (line["refilled"], line["drawn_less"]) == (refilled, passed)
+    state = load_state(latest_checkpoint(tmp_path / "run"))
+    assert state.prompt_cursor == sum(taken + passed for _, _, taken, passed, _ in expected)
+    assert state.zero_variance == expected[-1][-1]
+    forest = Forest.load(tmp_path / "run" / "forest-last.safetensors")
+    assert sorted(p.answer for p in forest.prompts) == sorted(p.answer for p in expected[-1][0])
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ EXPECTED = [
     ({"mine": 20}, {"mine": 20}),
     ({"mine": 18, "exams": 9}, {"mine": 2, "exams": 1}),
     ({"mine": 20, "exams": 10}, {"finals": 5}),
+    ({"mine": 18}, {"mine": 2}),
 ]
 
 
