@@ -34,9 +34,9 @@ class TrainConfig:
     stays full while an iteration's last responses run. Tokens are then up to this many weight
     versions old, and two runs with one seed may differ."""
     refill: PositiveInt | None = None
-    """Replace trees of zero variance, in which no two rewards differ, by those of further prompts,
-    until `prompts` trees vary: DAPO's dynamic sampling. So many tokens are generated for it in an
-    iteration before no more replacements begin; those begun are completed."""
+    """Replace trees of zero variance, in which no two rewards differ, by trees of further prompts,
+    until `prompts` trees vary: DAPO's dynamic sampling. No more replacements begin once those of
+    the iteration have generated this number of tokens."""
     epochs: Count = 1
     """Passes over an iteration's nodes."""
     restart: bool = False

@@ -27,7 +27,7 @@ def varies(forest: Forest) -> Tensor:  # (B,) bool
 class Curriculum:
     """The training prompts in their order; those of zero variance are drawn with a probability.
 
-    That are the prompts in whose last tree no two rewards differ. Which of them are drawn follows
+    In the last tree of such a prompt no two rewards differ. Which of them are drawn follows
     from `seed` and their index in the order, so that all ranks and a resumed run agree.
 
     Attributes:
