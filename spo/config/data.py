@@ -114,7 +114,7 @@ class DataConfig:
     """Chat: today, for templates that say so: a resumed run has the same prompts on another day."""
     max_prompt_tokens: PositiveInt | None = None
     """Training problems with longer prompts are left out."""
-    # A smaller one would pass over thousands of prompts for each that it draws, once all are solved.
+    # A smaller one would pass over thousands of prompts for each drawn, once all are solved.
     difficulty: Annotated[float, Field(ge=0.001, lt=1)] | None = None
     """Probability of drawing a training problem whose last tree had zero variance: all responses
     were right, or all wrong. By default every problem is drawn. Only for tasks that read data sets,
