@@ -33,13 +33,18 @@ class MetricsWriter:
 
     Opening an existing file first drops a broken last line, which a killed process may leave. With
     `resume_at` it also drops every line of that iteration and later, which the resumed run writes
-    again. Raises ValueError with the line's number if another line is broken.
+    again. The evaluation of that iteration tested the policy that the run goes on with: it stays,
+    unless the first line that is written is an evaluation too, which then takes its place. Raises
+    ValueError with the line's number if another line is broken.
     """
 
     def __init__(self, path: str | os.PathLike, *, resume_at: int | None = None) -> None:
         path = Path(path)
+        self._before: int | None = None  # size of the file without an evaluation that may go
         if path.exists():
-            _keep_before(path, math.inf if resume_at is None else resume_at)
+            before, tested = _kept(path, math.inf if resume_at is None else resume_at)
+            _rewrite(path, before + tested)
+            self._before = len(before) if tested else None
         self._file = open(path, "ab")  # O_APPEND: a line is written at the end in one piece
 
     def write(self, line: Mapping[str, object]) -> None:
@@ -49,6 +54,9 @@ class MetricsWriter:
             key: finite(value) if isinstance(value, Real) and not isinstance(value, bool) else value
             for key, value in line.items()
         }
+        if self._before is not None and line["stage"] == "eval":
+            self._file.truncate(self._before)
+        self._before = None
         self._file.write(json.dumps(clean, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
@@ -147,9 +155,16 @@ def _whole_lines(path: Path) -> list[tuple[bytes, dict]]:
     return lines
 
 
-def _keep_before(path: Path, iteration: float) -> None:
+def _kept(path: Path, iteration: float) -> tuple[bytes, bytes]:
+    """The lines before an iteration, and its evaluation; a run that begins anew, at 0, has none."""
+    lines = _whole_lines(path)
+    before = b"".join(raw for raw, line in lines if line["iteration"] < iteration)
+    tested = [raw for raw, x in lines if (x["iteration"], x["stage"]) == (iteration, "eval")]
+    return before, b"".join(tested[:1] if iteration else [])
+
+
+def _rewrite(path: Path, kept: bytes) -> None:
     """Write a new file and rename it, so that a kill leaves either the old or the new one."""
-    kept = b"".join(raw for raw, line in _whole_lines(path) if line["iteration"] < iteration)
     if len(kept) == path.stat().st_size:
         return
     temporary = path.with_name(path.name + ".tmp")

@@ -47,14 +47,22 @@ def test_non_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
 
 def test_resume_drops_later_lines_and_keeps_the_rest_byte_for_byte(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    write(path, [line(i, stage) for i in range(4) for stage in ("train", "eval")])
+    write(path, [line(i, stage) for i in range(4) for stage in ("eval", "train")])
     before = path.read_bytes().splitlines(keepends=True)
     with MetricsWriter(path, resume_at=2) as writer:
-        assert path.read_bytes() == b"".join(before[:4])
+        assert path.read_bytes() == b"".join(before[:5])  # the evaluation at 2 is of this policy
         writer.write(line(2, loss=9.0))
-    assert [(x["iteration"], x["stage"]) for x in read_metrics(path)] == [
-        (0, "train"), (0, "eval"), (1, "train"), (1, "eval"), (2, "train"),
+        writer.write(line(3, "eval"))
+    assert path.read_bytes().startswith(b"".join(before[:5]))
+    assert [(x["iteration"], x["stage"]) for x in read_metrics(path)[4:]] == [
+        (2, "eval"), (2, "train"), (3, "eval"),
     ]  # fmt: skip
+    with MetricsWriter(path, resume_at=3) as writer:
+        writer.write(line(3, "eval", greedy=0.5))  # it is measured again: one line, the new one
+    assert path.read_bytes().startswith(b"".join(before[:5]))
+    assert read_metrics(path)[5:] == [line(2, loss=9.0), line(3, "eval", greedy=0.5)]
+    MetricsWriter(path, resume_at=0).close()  # another run in the folder of one that left nothing
+    assert path.read_bytes() == b""
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

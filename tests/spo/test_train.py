@@ -55,6 +55,12 @@ def weights(out) -> str:
     return digest.hexdigest()
 
 
+def evaluated_at(out) -> list[int]:
+    """The iterations of the evaluations in a run's metrics."""
+    lines = read_metrics(Path(out) / "metrics.jsonl")
+    return [line["iteration"] for line in lines if line["stage"] == "eval"]
+
+
 def forest_bytes(out) -> bytes:
     return (Path(out) / "forest-last.safetensors").read_bytes()
 
@@ -243,6 +249,7 @@ def test_a_streamed_run_resumes_at_its_next_prompt(streamed, tmp_path):
     train(config(tmp_path, *STREAMED, "train.iterations=2"))
     lines = train(config(tmp_path, *STREAMED), resume=True)
     assert [line["max_age"] for line in lines if line["stage"] == "train"] == [0]  # grown anew
+    assert evaluated_at(tmp_path) == [0, 2, 3]  # the end of the first part stays in the curve
     a, b = (Forest.load(out / "forest-last.safetensors") for out in (streamed[0], tmp_path))
     assert a.prompts == b.prompts
 
@@ -323,6 +330,9 @@ def test_a_prompt_that_does_not_fit_is_left_out_and_an_iteration_without_any_is_
         for end in (2, 4)
     ]
     assert [row for lines in parts for row in left_out(lines)] == left_out(whole)
+    assert (
+        evaluated_at(tmp_path / "parts") == evaluated_at(tmp_path / "whole") == [0, 2, 4]
+    )  # each once
     assert forest_bytes(tmp_path / "parts") == forest_bytes(tmp_path / "whole")
     with pytest.raises(RuntimeError, match="the last 1 iterations has a reward, .* 2 did not fit"):
         train(config(tmp_path / "strict", *settings, "train.max_skipped=1"))
