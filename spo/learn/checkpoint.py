@@ -26,6 +26,7 @@ from spo import named
 from spo.config.recipe import Recipe, load_recipe, save_recipe
 from spo.learn.distributed import Whole
 from spo.learn.policy_folder import save_policy
+from spo.models.files import quiet
 from spo.records import Forest, Replay
 from spo.tasks.memory import PREFIX
 
@@ -88,7 +89,8 @@ def save_checkpoint(
         rng = {"torch": torch.get_rng_state()}
         torch.save({"optimizer": policy.optimizer, "rng": rng}, temporary / "optimizer.pt")
         if critic is not None:
-            critic.model.save_pretrained(temporary / "critic", state_dict=dict(critic.weights))
+            with quiet():
+                critic.model.save_pretrained(temporary / "critic", state_dict=dict(critic.weights))
             torch.save({"optimizer": critic.optimizer}, temporary / "critic" / "optimizer.pt")
         if reference is not None:
             tensors = {name: tensor.contiguous() for name, tensor in reference.weights.items()}

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from spo.config.policy import PolicyConfig
-from spo.models.files import start_folder, text_files
+from spo.models.files import quiet, start_folder, text_files
 from spo.models.tokenizer import load_pretrained
 
 DTYPES = {
@@ -47,7 +47,8 @@ def save_policy(
     cast = {name: tensor.cpu() for name, tensor in stored}
     generation = model.generation_config
     model.generation_config = GenerationConfig()  # some of the hub's are refused when written
-    model.save_pretrained(folder, state_dict=dict(cast))
+    with quiet():
+        model.save_pretrained(folder, state_dict=dict(cast))
     model.generation_config = generation
     _, usual = stored_dtypes(source)
     alike = _settings(config, folder) == _settings(config, source)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 TEXT = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe", ".py"}
@@ -25,7 +27,8 @@ def from_pretrained(auto: Any, name: str, **options: Any) -> Any:
     """
     require_folder(name)
     try:
-        return auto.from_pretrained(name, **options)
+        with quiet():
+            return auto.from_pretrained(name, **options)
     except Exception as error:  # of the model's own code, or of a file that is none
         reason = " ".join(str(error).split())[:300]
         what = "cannot be loaded"
@@ -46,6 +49,22 @@ def text_files(folder: Path) -> Iterator[Path]:
     for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*")):
         if path.is_file() and path.suffix in TEXT and not path.name.endswith(".index.json"):
             yield path
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Loads and saves without transformers' progress bars and reports; a download shows its bar.
+
+    What matters of a report is checked here, and said in a sentence.
+    """
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging._tqdm_active = False  # its own switch turns the hub's bars off as well
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging._tqdm_active = shown
+        logging.set_verbosity(level)
 
 
 def require_folder(name: str) -> None:

@@ -86,7 +86,7 @@ def load_causal(
         warnings.warn(
             f"policy.path: {len(unused)} weights of {name}, such as {unused[0]}, are none of "
             f"{type(model).__name__}'s: they are not used, and checkpoints will not hold them",
-            stacklevel=2,
+            stacklevel=1,  # said once, whoever else loads the model
         )
     bad = [key for key, x in model.named_parameters() if not _finite(x)]
     if bad:
@@ -180,7 +180,7 @@ def fix_rope(model: PreTrainedModel, limit: int) -> None:
             warnings.warn(
                 f"policy.path: a run of up to {limit} tokens uses the model's long rotary factors "
                 f"for every sample; engine.max_model_len={trained} keeps the short ones",
-                stacklevel=2,
+                stacklevel=1,  # said once, whoever else loads the model
             )
         for layer_type in kinds:
             named = {} if layer_type is None else {"layer_type": layer_type}

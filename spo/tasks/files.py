@@ -43,6 +43,7 @@ def _read(paths: Sequence[Path]) -> list[dict]:
     kind = paths[0].suffix
     if kind not in READERS:
         raise ValueError(f"data file {paths[0]}: expected {KINDS}, found {kind or 'no suffix'}")
+    bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells the hub of local files too
@@ -74,6 +75,10 @@ def _read(paths: Sequence[Path]) -> list[dict]:
         line = _damaged_line(paths[0]) if kind == ".jsonl" else ""
         reason = f"damaged or of another kind ({short(error)})"
         raise ValueError(f"data file {paths[0]}{line}: {reason}") from error
+    finally:  # as the caller had them
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def _damaged_line(path: Path) -> str:

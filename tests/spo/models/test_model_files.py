@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from sampling import tiny_policy
 from sentences import one_sentence
+from transformers.utils import logging
 
 from spo.cli import main
 from spo.config.policy import PolicyConfig
+from spo.engines.hf import HFEngine
 from spo.learn.policy import load_policy
 from spo.models.tokenizer import load_tokenizer
 from spo.plan import parameters
@@ -98,7 +100,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value, dtype):
         load_policy(PolicyConfig(path=folder, dtype=dtype))
 
 
-def test_weights_that_the_model_has_no_place_for_are_named(tmp_path):
+def test_weights_that_the_model_has_no_place_for_are_named_once(tmp_path, caplog):
     folder = tiny_policy(tmp_path, "llama")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -106,8 +108,14 @@ def test_weights_that_the_model_has_no_place_for_are_named(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.layers.1.self_attn.q_proj.bias"] = torch.ones(64)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.warns(UserWarning, match="1 weights of .* such as .*q_proj.bias.* are not used"):
+    logging.set_verbosity_warning()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
         load_policy(PolicyConfig(path=folder))
+        HFEngine(folder)  # a run has both
+    (text,) = (str(one.message) for one in said)
+    assert "1 weights of" in text and "q_proj.bias" in text and "are not used" in text
+    assert "LOAD REPORT" not in caplog.text and logging.get_verbosity() == logging.WARNING
 
 
 def test_a_weight_of_another_shape_is_named(tmp_path):
