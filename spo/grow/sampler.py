@@ -20,7 +20,6 @@ from spo.grow.evaluate import Accuracy, accuracies
 from spo.grow.rollout import Rollout, RolloutOptions, RolloutStats
 from spo.grow.shapes import Shape
 from spo.grow.stream import Stream, grow, require_fitting
-from spo.models.chat import warn_about_turn_end
 from spo.models.tokenizer import exact_text, load_tokenizer, response_text, sampling_of
 from spo.records import Completion, Forest, Origin, Prompt, Request
 from spo.reward import Response, reward_of
@@ -58,7 +57,6 @@ class Sampler:
         self._rescore = rescore
         self._shapes: dict[int, Shape] = {}  # by their limit
         self.sampling = sampling_of(recipe, self.tokenizer)
-        warn_about_turn_end(recipe.data, self.tokenizer, self.sampling.stop_token_ids)
         self.sets = evaluation_sets(recipe)
         # Sets of one task may have different settings of it, so each has a grader of its own.
         self._tasks = {_graded_as(name, one): task_of(one) for name, one in self.sets.items()}

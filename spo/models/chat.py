@@ -85,12 +85,24 @@ def warn_about_prompt(
         )
 
 
-def warn_about_turn_end(data: DataConfig, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
-    """Warn if the chat template ends a response with a token that does not stop one."""
-    if not data.chat:
+def warn_about_turn_end(
+    data: DataConfig,
+    tokenizer: Any,
+    stop_token_ids: Sequence[int],
+    messages: Messages | None = None,
+) -> None:
+    """Warn if the chat template ends a response with a token that does not stop one.
+
+    Args:
+        messages: the chat of a problem that has its own, in place of the recipe's.
+    """
+    turns = data.chat if messages is None else _with_system(data, messages)
+    write = _renderer(data, tokenizer, "" if messages is None else OWN)
+    try:
+        text = write([*turns, {"role": "assistant", "content": MARK}], False)
+    except ValueError:  # a template that writes no such turn says nothing of its end
         return
-    turn = {"role": "assistant", "content": MARK}
-    _, found, rest = _renderer(data, tokenizer)([*data.chat, turn], False).rpartition(MARK)
+    _, found, rest = text.rpartition(MARK)
     tokens = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if str(t) in rest}
     if not found or not tokens:
         return

@@ -67,7 +67,8 @@ def sources_of(recipe: Recipe, task: Task, split: str) -> tuple[Source, ...]:
         for name in ("train", "test", "test_share", "columns", "difficulty"):
             if found := getattr(data, name):
                 raise ValueError(
-                    f"data.{name}: task {recipe.task} reads no data set, found {found}"
+                    f"data.{name}: task {recipe.task} reads no data set, found {found}; task=rows, "
+                    "with a reward, reads any"
                 )
         return ()
     parts = parts_of(data.train)
@@ -112,9 +113,16 @@ def prompts_of(
     """
     # Here, since they import transformers, which the grading worker does not need.
     from spo.models import chat
-    from spo.models.tokenizer import model_vocab_size
+    from spo.models.tokenizer import model_vocab_size, sampling_of
 
     data = recipe.data
+
+    def look(ids: Sequence[int], messages: Sequence[Mapping] | None) -> None:
+        chat.warn_about_prompt(data, tokenizer, ids, messages is not None)
+        if data.chat or messages is not None:
+            stops = sampling_of(recipe, tokenizer).stop_token_ids
+            chat.warn_about_turn_end(data, tokenizer, stops, messages)
+
     problems = problems_of(recipe, split, seed)
     if most is not None:
         read = bool(sources_of(recipe, task_of(recipe), split))
@@ -126,7 +134,7 @@ def prompts_of(
         chat.prompt_writer(data, tokenizer),
         data.max_prompt_tokens if split == "train" else None,
         model_vocab_size(recipe.policy),
-        partial(chat.warn_about_prompt, data, tokenizer),
+        look,
     )
 
 
@@ -192,7 +200,7 @@ def _prompts(
     write: Callable[[str, Sequence[Mapping] | None], str] = lambda text, messages: text,
     limit: int | None = None,
     known: int | None = None,  # the model has no row for ids from here on
-    look: Callable[[Sequence[int], bool], None] | None = None,  # at the first: ids, is it a chat
+    look: Callable[[Sequence[int], Sequence[Mapping] | None], None] | None = None,  # at the first
 ) -> Iterator[Prompt]:
     from spo.records import Prompt  # imports torch, which the grading worker does not need
 
@@ -229,7 +237,7 @@ def _prompts(
             continue
         too_long = 0
         if look is not None:
-            look(ids, problem.messages is not None)
+            look(ids, problem.messages)
             look = None
         opening = THINK if text.rstrip().endswith(THINK) else ""
         columns = problem.columns

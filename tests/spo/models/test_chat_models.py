@@ -6,6 +6,7 @@ import shutil
 import warnings
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ class One:
     def grade(self, text, answer):
         return "2" in text
 """
+OWN_CHAT = TASK.replace('"1 + 1?", 2', '"1 + 1?", 2, ({"role": "user", "content": "1 + 1?"},)')
 CHATS = {
     "qwen2.5": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\n"
     "<|im_start|>assistant\n",
@@ -184,14 +186,21 @@ def test_ends_that_a_folder_or_a_recipe_names_otherwise(folders):
     write(folder / "config.json", config)
 
     def sampler(*settings):
-        idle: Any = object()  # nothing is sampled
+        idle: Any = SimpleNamespace(abort=list)  # nothing is sampled
         return Sampler(recipe(folder, *settings), engine=idle)
 
-    with pytest.warns(UserWarning, match=rf"response with '<.eot_id.>' \({turn_end}\), which is n"):
-        sampler("data.system=Be brief.").close()
+    more = [f"sampling.stop_token_ids=[{turn_end}, {message_end}]", 'sampling.stop=["2", " x"]']
+    (folder.parent / "own.py").write_text(OWN_CHAT)
+    own = f"task={folder.parent}/own.py:One"
+    for settings in (["data.system=Be brief."], [own], [own, "data.system=Be brief."]):
+        said = rf"response with '<.eot_id.>' \({turn_end}\), which is none"
+        with pytest.warns(UserWarning, match=said):
+            prompt(folder, *settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            prompt(folder, *settings, *more)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        more = [f"sampling.stop_token_ids=[{turn_end}, {message_end}]", 'sampling.stop=["2", " x"]']
         with sampler("data.system=Be brief.", *more) as made:
             assert made.sampling.stop_token_ids == (text_end, turn_end, message_end)
             assert made.sampling.stop == ("2", " x") and made.options(0).sampling.stop

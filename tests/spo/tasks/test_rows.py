@@ -131,6 +131,14 @@ def test_the_rows_alone_grade_nothing():
         get_task("rows").grade("2", "2")
 
 
+def test_reading_leaves_the_library_as_the_caller_had_it(tmp_path):
+    datasets.enable_progress_bars()
+    datasets.logging.set_verbosity_warning()
+    assert one(tmp_path, {"question": "1 + 1", "answer": "2"}).answer == "2"
+    assert not datasets.are_progress_bars_disabled()
+    assert datasets.logging.get_verbosity() == datasets.logging.WARNING
+
+
 # Prompts
 
 
@@ -153,7 +161,7 @@ def written(tmp_path, tokenizer, row, **data) -> str:
 def test_a_chat_of_the_data_is_written_in_the_tokenizer_s_template(
     tmp_path, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr("spo.models.tokenizer.model_vocab_size", lambda _: None)
+    monkeypatch.setattr("spo.models.tokenizer.model_vocab_size", lambda _: len(tokenizer))
     asked = {"prompt": [{"role": "user", "content": "1 + 1"}]}
     assert written(tmp_path, tokenizer, asked) == "[user] 1 + 1 [assistant]"
     with_system = written(tmp_path, tokenizer, asked, system="2")
