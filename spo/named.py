@@ -122,7 +122,8 @@ def keep(thing: Any, fingerprint: str) -> str:
     Args:
         fingerprint: of its content; a resumed run asks for the same.
     """
-    called = getattr(thing, "__qualname__", type(thing).__qualname__)
+    own = thing.func if isinstance(thing, functools.partial) else thing
+    called = getattr(own, "__qualname__", type(own).__qualname__)
     name = f"{GIVEN}{called.rpartition('.')[2]}#{fingerprint}"
     _given[name] = thing
     return name

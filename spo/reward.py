@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import inspect
 import math
 import traceback
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo import named
+from spo.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from spo.config.reward import RewardConfig, Term
@@ -22,6 +22,10 @@ KEY = "reward.function"  # where a recipe names a function
 TRACE_LINES = 12  # of a function's traceback that are shown
 OWN = ("prompt", "response", "answer", "response_ids", "num_tokens", "truncated")
 """What a function of this package's signature may ask for by name; the rest are columns."""
+
+
+class FailedReward(UserWarning):
+    """A response has no reward: one sentence, and below it, indented, where that comes from."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ class Function:
 
     def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any]):
         self.name, self.function, self._options = name, function, dict(options)
-        call = function if inspect.isroutine(function) else type(function).__call__
-        self.is_async = inspect.iscoroutinefunction(call)
+        calls = (function, type(function).__call__)
+        self.is_async = any(inspect.iscoroutinefunction(call) for call in calls)
         try:
             parameters = inspect.signature(function).parameters
         except (TypeError, ValueError) as error:
@@ -216,26 +220,20 @@ def check_reward(config: RewardConfig | None, truncated: str, task: str) -> None
         )
 
 
-def reward_given(reward: Any) -> Any:
-    """A reward as recipes write it, of one that a Python caller gives: functions get a name."""
+def reward_given(reward: Any, place: int = 0) -> Any:
+    """A reward as recipes write it, of one that a Python caller gives: functions get a name.
+
+    Args:
+        place: of the reward in a list.
+    """
     if isinstance(reward, list | tuple):
-        return [reward_given(one) for one in reward]
+        return [reward_given(one, index) for index, one in enumerate(reward)]
     if isinstance(reward, Mapping):
-        inner = {key: reward_given(reward[key]) for key in ("function", "terms") if key in reward}
-        return {**reward, **inner}
+        keys = reward.keys() & {"function", "terms"}
+        return {**reward, **{key: reward_given(reward[key], place) for key in keys}}
     if callable(reward):
-        return named.keep(reward, _fingerprint(reward))
+        return named.keep(reward, fingerprint(reward, place))
     return reward
-
-
-def _fingerprint(function: Callable[..., Any]) -> str:
-    """Of a function's text, or of its code where it has none."""
-    try:
-        text = inspect.getsource(function)
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        text = repr(type(function)) if code is None else f"{code.co_code!r} {code.co_names}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def with_full_names(config: RewardConfig, folder: Path | None = None) -> RewardConfig:
