@@ -19,6 +19,8 @@ from typing import Any
 from rich.console import Console
 from safetensors import SafetensorError
 
+from spo.reward import FailedReward
+
 _with_source = warnings.formatwarning
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
@@ -53,14 +55,26 @@ def _fail(error: object, code: int) -> int:
 
 
 def _sentence(message: object, category: type[Warning], filename: str, *where: Any) -> str:
-    """A warning of this package as one sentence; others as Python prints them."""
+    """A warning of this package as one sentence; others as Python prints them.
+
+    What a `FailedReward` shows below its sentence keeps its lines.
+    """
     if Path(__file__).parent in Path(filename).parents:
-        return f"spo: warning: {' '.join(str(message).split())}\n"
+        text, end, shown = str(message), "", ""
+        if issubclass(category, FailedReward):
+            text, end, shown = text.partition("\n")
+        return f"spo: warning: {' '.join(text.split())}\n{shown}{end}"
     return _with_source(message, category, filename, *where)  # pyright: ignore[reportArgumentType]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="spo", description="Segment Policy Optimization")
+    parser = argparse.ArgumentParser(
+        prog="spo",
+        description="Train language models with Segment Policy Optimization, GRPO and others.",
+        epilog="`spo train --help` explains a command. A first run: spo train demo-tree "
+        "engine.name=hf",
+    )
+    shipped = ", ".join(sorted(p.stem for p in (Path(__file__).parent / "recipes").glob("*.yaml")))
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def command(name: str, run, text: str, recipe: bool = True) -> argparse.ArgumentParser:
@@ -69,13 +83,20 @@ def _parser() -> argparse.ArgumentParser:
         if recipe:
             sub.add_argument(
                 "recipe",
-                help="YAML file, or name of a recipe that ships (spo-tree, grpo, …); settings are "
-                "documented in spo/config/, spo/grow/ (shapes) and spo/credit/ (rules)",
+                help=f"YAML file, or the name of a recipe that ships: {shipped}, and those of the "
+                "paper in spo/recipes/paper/",
             )
-            sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+            sub.add_argument(
+                "overrides",
+                nargs="*",
+                metavar="key=value",
+                help="settings in place of the recipe's, such as policy.path=MODEL engine.name=hf "
+                "train.learning_rate=1e-6; they are documented in spo/config/, spo/grow/ (shapes) "
+                "and spo/credit/ (rules)",
+            )
         return sub
 
-    sub = command("train", _train, "train a policy with a recipe")
+    sub = command("train", _train, "train a policy; the run goes to out=FOLDER, or runs/<name>")
     sub.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     sub.add_argument(
         "--dry-run", action="store_true", help="print downloads, memory and tokens, then stop"
@@ -93,14 +114,20 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens", default="", help="limits such as 2048,4096; default: the recipe's"
     )
     sub.add_argument("--json", type=Path, help="also write the result to this file")
-    sub = command("rollout", _rollout, "grow one iteration's forest and save it")
-    sub.add_argument("-o", "--output", type=Path, default=Path("forest.safetensors"))
+    sub = command(
+        "rollout", _rollout, "sample one iteration's trees of responses, as training does"
+    )
+    sub.add_argument(
+        "-o", "--output", type=Path, default=Path("forest.safetensors"), help="default: %(default)s"
+    )
     sub = command("view", _view, "write an HTML page of a forest or of a run", recipe=False)
     sub.add_argument("path", type=Path, help="forest file, or a run folder")
     sub.add_argument("-o", "--output", type=Path, help="default: beside the input")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="of the forest's recipe")
     sub.add_argument(
-        "--recipe", type=Path, help="default: that of the run around it, else the file's own"
+        "overrides", nargs="*", metavar="key=value", help="settings in place of that recipe's"
+    )
+    sub.add_argument(
+        "--recipe", type=Path, help="of a forest; default: that of its run, else the file's own"
     )
     sub = command(
         "compare",

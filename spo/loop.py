@@ -79,7 +79,6 @@ def train(
         ) as sampler,
     ):
         log = Log(writer, state, report, callbacks)
-        sampler.engine.abort()  # samples of an interrupted run
         tests = sampler.test_prompts()
         begin = (state.iteration, state.prompt_cursor, state.zero_variance)
         stream, order = sampler.stream(*begin, ranks.world)
@@ -93,7 +92,6 @@ def train(
             if state.iteration == 0 or (every and state.iteration % every == 0):
                 log.write(evaluate(sampler, ranks))
                 if any(distributed.gather(ranks, log.stopped)):
-                    sampler.engine.abort()  # samples of later iterations
                     if newest < state.iteration:
                         log.tell("on_checkpoint", learner.save(state, buffer))
                     break
@@ -147,7 +145,7 @@ def train(
                 newest = state.iteration
             stopped = any(distributed.gather(ranks, log.stopped))
         else:
-            sampler.engine.abort()
+            sampler.engine.abort()  # samples of later iterations
             final = learner.weights(sampler.engine, stored=True)  # as others will load it
             sampler.engine.load_weights(final, state.version)
             log.write(evaluate(sampler, ranks))

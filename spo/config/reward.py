@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from spo import named
 from spo.config.ranges import Count, Positive
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-SHORT = "{terms: [{function: module:name}]}, a list of terms, one term, or module:name"
+SHORT = "a function (module:name), a rule ({rule: boxed}), a list of these, or {terms: …}"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Term:
             raise ValueError(
                 f"expected either function or rule, found {'both' if self.function else 'neither'}"
             )
+        if self.function in named.OWN["reward.rule"]:
+            raise ValueError(f"{self.function} is a rule: write {{rule: {self.function}}}")
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
+from textwrap import indent
 
 import numpy as np
 
@@ -19,11 +20,12 @@ from spo.engines.protocol import Engine
 from spo.grow.assemble import is_leaf, leave_out_unrewarded
 from spo.grow.shapes import Growth, Shape, Tree
 from spo.records import LENGTH, Completion, Origin, Prompt, Request, Sampling
-from spo.reward import Response
+from spo.reward import FailedReward, Response
 from spo.tasks.grading import Graded, Grader
 
 BARRIERS = ("none", "group", "level")
 SHOWN = 500  # characters of a response that failed
+TAB = " " * 4
 MAX_INVALID_RATE = 0.5  # share of failed gradings in a rollout; above it the run stops
 
 
@@ -40,6 +42,7 @@ class RolloutStats:
     retried: int = 0
     truncated: int = 0
     invalid_gradings: int = 0
+    invalid_reason: str = ""  # of the first of these
     gradings: int = 0
     parts: dict[int, list[float]] = field(default_factory=dict)
     """Term of the reward -> sum of what it says, and how often it applied."""
@@ -72,7 +75,7 @@ class RolloutOptions:
     (it is left out of its parent's value and of training) or "reward" (as others). `read` turns a
     prompt, response ids and whether they were cut into what the recipe's reward is asked about;
     None asks the task. `success` is the reward from which a response counts as right, 1, the others
-    as 0. `barrier` exists for comparisons:
+    as 0. `told` holds what the run has warned of already. `barrier` exists for comparisons:
     "group" branches only when a whole sibling group has ended, "level" when all samples have.
     """
 
@@ -84,6 +87,7 @@ class RolloutOptions:
     barrier: str = "none"
     max_retries: int = 1
     origin: Origin | None = None  # of the forests
+    told: set[str] = field(default_factory=set, compare=False)
 
 
 class Rollout:
@@ -113,7 +117,6 @@ class Rollout:
         self._retries: dict[tuple[int, tuple[int, ...], int], int] = {}
         self._leaves: dict[int, tuple[Tree, int]] = {}  # being graded, by the grader's key
         self._keys, self._serials = count(), count()
-        self._shown: set[str] = set()  # kinds of failures
 
     def admit(self, prompt: Prompt, index: int, iteration: int) -> Tree:
         """Start the tree of `prompt`, the one with this `index` in its iteration.
@@ -124,7 +127,8 @@ class Rollout:
         tree = Tree(index, prompt, self.shape, iteration, next(self._serials))
         if not self.fits(prompt):
             tree.dropped = tree.too_long = True
-            warnings.warn(f"prompts are left out: they are {self.too_long}", stacklevel=2)
+            if self._is_news(self.too_long):
+                warnings.warn(f"prompts are left out: they are {self.too_long}", stacklevel=2)
             return tree
         for growth in self.shape.start(tree):
             self._submit(tree, growth)
@@ -189,10 +193,16 @@ class Rollout:
         invalid, total = sum(s.invalid_gradings for s in every), sum(s.gradings for s in every)
         if total and invalid / total > MAX_INVALID_RATE:
             raise RuntimeError(
-                f"{invalid} of {total} gradings failed, more than {MAX_INVALID_RATE:.0%}; run the "
-                "task's `grade` on a response to see why"
+                f"{invalid} of {total} gradings failed, more than {MAX_INVALID_RATE:.0%}; the "
+                f"first: {stats.invalid_reason}"
             )
         return stats
+
+    def _is_news(self, what: str) -> bool:
+        """Whether the run has not warned of this yet; from now on it has."""
+        known = what in self.options.told
+        self.options.told.add(what)
+        return not known
 
     def _submit(self, tree: Tree, growth: Growth, index: int = 0, n: int | None = None) -> None:
         options = self.options
@@ -292,6 +302,7 @@ class Rollout:
         self.stats.gradings += 1
         if graded.reward is None:
             self.stats.invalid_gradings += 1
+            self.stats.invalid_reason = self.stats.invalid_reason or graded.reason or "unknown"
             self._show(graded, tree, node)
         elif self.options.success is not None:
             tree.nodes[node].reward = float(graded.reward >= self.options.success)
@@ -304,17 +315,16 @@ class Rollout:
         self._close_one(tree, finished)
 
     def _show(self, graded: Graded, tree: Tree, node: int) -> None:
-        """Warn, once for each kind of failure, of a response that has no reward."""
+        """Warn, once in a run for each kind of failure, of a response that has no reward."""
         kind = (graded.reason or "").partition(":")[0]
-        if not graded.trace or kind in self._shown:
+        if not graded.trace or not self._is_news(kind):
             return
-        self._shown.add(kind)
         response = self.decode(tree.response_ids(node))
-        warnings.warn(
-            f"a response has no reward, as its function failed: {graded.reason}\n{graded.trace}\n"
-            f"the response: {response[:SHOWN]!r}{'…' if len(response) > SHOWN else ''}",
-            stacklevel=2,
-        )
+        text = _printable(response[:SHOWN]) + ("…" if len(response) > SHOWN else "")
+        below = f"the response:\n{indent(text, TAB)}" if response else "the response is empty"
+        sentence = f"a response has no reward, as its function failed: {graded.reason}"
+        shown = indent(f"{graded.trace}\n{below}", TAB)
+        warnings.warn(FailedReward(f"{sentence}\n{shown}"), stacklevel=2)
 
     def _close_one(self, tree: Tree, finished: list[Tree]) -> None:
         tree.open -= 1
@@ -329,6 +339,11 @@ class Rollout:
         else:
             self.stats.trees += 1
         finished.append(tree)
+
+
+def _printable(text: str) -> str:
+    """The same lines, with what would steer a terminal spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def path_seed(seed: int, iteration: int, prompt: int, path: Sequence[int]) -> int:

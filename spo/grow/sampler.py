@@ -35,7 +35,8 @@ class Sampler:
     """What `spo train`, `eval`, `rollout` and `compare` sample with. Close it, or use `with`.
 
     Args:
-        engine: use this engine and leave it open; by default the recipe's is made and closed.
+        engine: use this engine and leave it open; by default the recipe's is made and closed. Its
+            samples in flight are dropped.
         rescore: (prefix ids, token ids) -> the trainer's logprobs, for shapes that need them.
         rank: of this process; each rank has other seeds.
     """
@@ -55,6 +56,7 @@ class Sampler:
         # A prompt is read once for all its leaves, which a reward is asked about one by one.
         self._prompt_text = lru_cache(maxsize=1024)(partial(exact_text, self.tokenizer))
         self._rescore = rescore
+        self._told: set[str] = set()  # what was warned of
         self._shapes: dict[int, Shape] = {}  # by their limit
         self.sampling = sampling_of(recipe, self.tokenizer)
         self.sets = evaluation_sets(recipe)
@@ -66,6 +68,8 @@ class Sampler:
         self._own = engine is None
         try:
             self.engine = Lane(engine_of(recipe) if engine is None else engine)
+            if engine is not None:
+                self.engine.abort()  # samples of an interrupted run
         except BaseException:
             self.grader.close()
             raise
@@ -101,7 +105,11 @@ class Sampler:
         """Rollout options of an iteration of training."""
         sampling = replace(self.sampling, seed=self.recipe.train.seed + 1_000_003 * self.rank)
         options = RolloutOptions(
-            sampling, iteration, self.recipe.sampling.truncated, origin=self.origin
+            sampling,
+            iteration,
+            self.recipe.sampling.truncated,
+            origin=self.origin,
+            told=self._told,
         )
         return options if self.recipe.reward is None else replace(options, read=self.response)
 

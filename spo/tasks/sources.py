@@ -66,7 +66,7 @@ def read_rows(source: Source | str, split: str | None) -> list[tuple[dict, str]]
     """
     path = str(source)
     if path.startswith(memory.PREFIX):
-        return [(row, f"{path}, row {i}") for i, row in enumerate(memory.rows(path), 1)]
+        return [(row, f"rows in Python, row {i}") for i, row in enumerate(memory.rows(path), 1)]
     rows = rows_of_files(paths_of(path, split))
     if not rows:
         raise ValueError(f"data set {path}: its {split or 'data'} files hold no rows")

@@ -166,6 +166,7 @@ BAD = {
     "3": ["reward: expected", "found 3"],
     "[]": ["reward.terms", "at least one"],
     "nothing": ["reward.function", "module:Name"],
+    "boxed": ["reward.terms.0: boxed is a rule: write {rule: boxed}"],
     "./none.py:f": ["reward.function", "no file"],
     f"{FILE}:none": ["reward.function", "has no function none"],
     f"{FILE}:NOT_A_FUNCTION": ["to be a function, found 3"],
