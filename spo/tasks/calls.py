@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections import deque
@@ -13,6 +14,7 @@ from spo.config.reward import RewardConfig
 from spo.reward import Response, Result, Reward, failed
 
 Item = tuple[int, Response]
+CLOSING_S = 1.0  # that `close` waits for coroutines to end
 
 
 class Calls:
@@ -30,8 +32,9 @@ class Calls:
         self._done: queue.SimpleQueue[tuple[int, Result]] = queue.SimpleQueue()
         self._running = 0  # calls
         self.pending = 0  # responses that `poll` has not returned
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="spo-reward", daemon=True).start()
+        self._loop = asyncio.new_event_loop()  # not the caller's, which a notebook's kernel runs
+        self._thread = threading.Thread(target=self._serve, name="spo-reward", daemon=True)
+        self._thread.start()
 
     def submit(self, key: int, response: Response) -> None:
         """Queue one response; the next `poll` starts its call."""
@@ -55,9 +58,19 @@ class Calls:
         return found
 
     def close(self) -> None:
-        """Forget all responses and end the event loop."""
+        """Forget all responses, cancel the coroutines and end the event loop."""
         self._waiting.clear()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        with contextlib.suppress(RuntimeError):  # it was closed before
+            self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSING_S)  # a coroutine that blocks keeps it
+
+    def _serve(self) -> None:
+        self._loop.run_forever()
+        for task in (tasks := asyncio.all_tasks(self._loop)):
+            task.cancel()
+        if tasks:
+            self._loop.run_until_complete(asyncio.wait(tasks))
+        self._loop.close()
 
     def _start(self) -> None:
         while self._waiting and self._running < self._config.parallel:

@@ -88,7 +88,11 @@ class Grader:
         self._sent: deque[tuple[int, str]] = deque()  # with the worker, in order
         self._graded: list[Graded] = []
         self._process: subprocess.Popen[bytes] | None = None
-        self._start()
+        try:
+            self._start()
+        except BaseException:  # an interrupt, too
+            self.close()
+            raise
 
     def submit(self, key: int, task: str, text: str, answer: object) -> None:
         """Queue one response; `answer` is any JSON value. The next `poll` sends it.
