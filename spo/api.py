@@ -23,7 +23,7 @@ from spo.grow.evaluate import Accuracy
 from spo.grow.rollout import RolloutStats
 from spo.grow.sampler import Sampler
 from spo.learn import distributed
-from spo.learn.checkpoint import find, latest_checkpoint
+from spo.learn.checkpoint import choose, find
 from spo.learn.model import sequence_logprobs
 from spo.learn.policy import load_policy
 from spo.models.given import is_loaded, save_given
@@ -130,12 +130,7 @@ def evaluate(
     if any(limit < 1 for limit in limits):
         raise ValueError(f"limits: expected positive numbers of tokens, found {list(limits)}")
     if checkpoint is not None:
-        newest = latest_checkpoint(Path(checkpoint))
-        if (Path(checkpoint) / "policy").is_dir():  # one checkpoint of a run
-            newest = Path(checkpoint)
-        if newest is None:
-            raise ValueError(f"checkpoint: expected a complete checkpoint, {checkpoint} holds none")
-        recipe, policy = _at(recipe, newest / "policy"), None
+        recipe, policy = _at(recipe, choose(Path(checkpoint)) / "policy"), None
     with (
         _with_policy(recipe, policy, tokenizer) as recipe,
         Sampler(recipe, engine=_engine(engine)) as sampler,

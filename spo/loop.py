@@ -23,6 +23,7 @@ from spo.grow.sampler import Sampler
 from spo.grow.stream import Stream
 from spo.learn import checkpoint, distributed
 from spo.learn.agreement import check_engine, compare_logprobs, sync
+from spo.learn.best import forget_from, keep_if_best
 from spo.learn.distributed import Ranks
 from spo.learn.learner import Learner
 from spo.learn.model import sequence_logprobs
@@ -90,7 +91,7 @@ def train(
         while not (stopped or _finished(recipe, state)):
             every = recipe.eval.every
             if state.iteration == 0 or (every and state.iteration % every == 0):
-                log.write(evaluate(sampler, ranks))
+                _test(learner, sampler, log, state)
                 if any(distributed.gather(ranks, log.stopped)):
                     if newest < state.iteration:
                         log.tell("on_checkpoint", learner.save(state, buffer))
@@ -148,7 +149,7 @@ def train(
             sampler.engine.abort()  # samples of later iterations
             final = learner.weights(sampler.engine, stored=True)  # as others will load it
             sampler.engine.load_weights(final, state.version)
-            log.write(evaluate(sampler, ranks))
+            _test(learner, sampler, log, state)
     return log.lines
 
 
@@ -172,6 +173,13 @@ def evaluate(sampler: Sampler, ranks: Ranks) -> dict:
             found |= {"problems": asked - one.too_long, "too_long": one.too_long}
         line |= found if name == TEST else {f"{name}/{key}": v for key, v in found.items()}
     return line
+
+
+def _test(learner: Learner, sampler: Sampler, log: Log, state: checkpoint.State) -> None:
+    """Evaluate the policy as it is now, keep it if it is the best one, and write the line."""
+    line = evaluate(sampler, learner.ranks)
+    keep_if_best(learner, line, state.iteration)
+    log.write(line)
 
 
 def response_limit(recipe: Recipe, state: checkpoint.State) -> int:
@@ -233,9 +241,10 @@ def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
 def _writer(
     recipe: Recipe, state: checkpoint.State, ranks: Ranks
 ) -> AbstractContextManager[MetricsWriter | None]:
-    """The metrics file on rank 0, nothing on the others."""
+    """The metrics file on rank 0, nothing on the others. What is after `state` is dropped."""
     if not ranks.main:
         return nullcontext()
+    forget_from(recipe.out_dir, state.iteration)
     return MetricsWriter(recipe.out_dir / "metrics.jsonl", resume_at=state.iteration)
 
 

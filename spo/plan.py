@@ -16,12 +16,12 @@ STATES = {"local": "local", "cached": "in the hub's cache", "download": "would b
 
 
 def describe(recipe: Recipe) -> str:
-    """A page of text: sources, memory of the weights, tokens of an iteration.
+    """A page of text: sources, memory and disk of the weights, tokens of an iteration.
 
     It asks no server. Raises ValueError if a source neither exists nor can be on the hub.
     """
     cost = cost_of_iteration(recipe)
-    train = recipe.train
+    train, count = recipe.train, parameters(recipe.policy)
     # Replacements begin below the limit, at most one for each prompt at a time.
     refilled = train.refill + cost.sampled + cost.probed if train.refill else 0
     evaluated = sum(
@@ -34,7 +34,8 @@ def describe(recipe: Recipe) -> str:
             f"policy  {recipe.policy.path}: {_policy_state(recipe)}",
             *_data(recipe),
         ],
-        "memory": _memory(recipe),
+        "memory": _memory(recipe, count),
+        "disk": _disk(recipe, count),
         "an iteration, at most": [
             f"{train.prompts} prompts, {cost.graded:,} responses to grade",
             f"{cost.sampled:,} sampled tokens to train on",
@@ -146,8 +147,7 @@ def _data(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _memory(recipe: Recipe) -> list[str]:
-    count = parameters(recipe.policy)
+def _memory(recipe: Recipe, count: int | None) -> list[str]:
     trained, sampler = BYTES[recipe.policy.dtype], BYTES[recipe.engine.dtype]
     per_weight = {
         f"weights, {recipe.policy.dtype}": trained,
@@ -169,3 +169,32 @@ def _memory(recipe: Recipe) -> list[str]:
         f"{_size(count * sum(per_weight.values()))}  in all, "
         "without activations and the engine's cache",
     ]
+
+
+def _disk(recipe: Recipe, count: int | None) -> list[str]:
+    """What the run keeps, without the nodes of a replay buffer."""
+    trained, train = BYTES[recipe.policy.dtype], recipe.train
+    kept = f"{train.keep_checkpoints} checkpoint{'s' * (train.keep_checkpoints > 1)}"
+    if count is None:
+        return [f"unknown until the policy's config.json is here: {kept}, and one being written"]
+    stored = _stored(recipe.policy)
+    one = stored + 2 * trained  # with AdamW's two moments
+    one += trained if stored < trained else 0  # the bits that the policy's folder lacks
+    one += 3 * trained if recipe.credit.critic else 0
+    one += trained if train.reference_every else 0
+    best = 3 * stored if train.keep_best else 0
+    most = one * (train.keep_checkpoints + 1) + best
+    return [
+        f"{_size(count * one)}  a checkpoint",
+        *([f"{_size(count * best)}  best policies, three at most for a moment"] if best else []),
+        f"{_size(count * most)}  in all, at most: {kept}, and one being written",
+    ]
+
+
+def _stored(policy: PolicyConfig) -> int:
+    """Bytes of most weights in the policy's folder; where it is not whole, those of training."""
+    from spo.learn.policy_folder import stored_dtypes
+    from spo.models.files import start_folder
+
+    _, usual = stored_dtypes(start_folder(policy.source))
+    return usual.itemsize if usual is not None else BYTES[policy.dtype]

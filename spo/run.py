@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from spo.config.recipe import Recipe
 from spo.forest import Forest
-from spo.learn.checkpoint import latest_checkpoint, load_saved
+from spo.learn.checkpoint import BEST, choose, load_saved
 from spo.metrics import plus_minus, read_metrics, scored
 from spo.models.files import from_pretrained
 from spo.models.load import policy_class
@@ -66,10 +66,12 @@ class Run:
     @property
     def checkpoint(self) -> Path:
         """The newest checkpoint; its folder `policy` is the trained model as others load it."""
-        newest = latest_checkpoint(self.folder)
-        if newest is None:
-            raise ValueError(f"expected a complete checkpoint, {self.folder} holds none")
-        return newest
+        return choose(self.folder)
+
+    @property
+    def best(self) -> Path:
+        """The policy that `train.keep_best` kept, in a folder as that of a checkpoint."""
+        return choose(self.folder, BEST)
 
     @property
     def recipe(self) -> Recipe:

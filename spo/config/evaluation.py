@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from spo import named
 from spo.config.ranges import Count, NotNegativeInt, Probability, Share
 
 TEST = "test"  # the recipe's own set, which `EvalConfig.sets` cannot name
@@ -64,3 +66,26 @@ class EvalConfig:
                 "eval.top_p, eval.top_k and eval.min_p: expected none with eval.sampled=false, as "
                 "they change sampled responses alone"
             )
+
+
+def pass_ks(samples: int) -> list[int]:
+    """The k of the Pass@k that are measured with so many samples: 1, 2, 4, … and all."""
+    return [*(2**i for i in range(samples.bit_length()) if 2**i < samples), samples]
+
+
+def figures(
+    sets: Mapping[str, Any],  # name -> recipe, as `evaluation_sets` returns them
+) -> list[str]:
+    """Names of the figures of these evaluation sets, as a metrics line has them.
+
+    Raises ValueError if there is no task of such a name.
+    """
+    found = []
+    for name, recipe in sets.items():
+        settings = recipe.eval
+        kinds = ["greedy"] + ["sampled"] * settings.sampled
+        if settings.samples > 1:
+            kinds += [f"pass_at_{k}" for k in pass_ks(settings.samples)[1:]]
+            kinds += ["majority"] * hasattr(named.find("task", recipe.task), "answer")
+        found += [kind if name == TEST else f"{name}/{kind}" for kind in kinds]
+    return found

@@ -18,7 +18,7 @@ from spo import named
 from spo.config.credit import Rule
 from spo.config.data import WRITES, DataConfig
 from spo.config.engine import EngineConfig
-from spo.config.evaluation import TEST, EvalConfig, EvalSet
+from spo.config.evaluation import TEST, EvalConfig, EvalSet, figures
 from spo.config.keywords import DEFAULTS, GROUPS, UNIONS, with_keywords
 from spo.config.loss import LOSSES, LossConfig, PolicyLossConfig
 from spo.config.policy import PolicyConfig
@@ -283,8 +283,13 @@ def check_recipe(recipe: Recipe) -> None:
         if dataclasses.is_dataclass(group):
             settings.pop(UNIONS.get(key), None)
             named.build(type(group), settings, key)
-    evaluation_sets(recipe)
+    sets = evaluation_sets(recipe)
     sampling, train, engine = recipe.sampling, recipe.train, recipe.engine
+    if train.keep_best is not None and train.keep_best not in (known := figures(sets)):
+        raise ValueError(
+            f"train.keep_best: expected a figure of the evaluations, {', '.join(known)}, found "
+            f"{train.keep_best!r}"
+        )
     _asked(f"credit.type={recipe.credit_type}", recipe.credit.check, recipe.shape)
     if train.replay_nodes and not recipe.credit.replayable:
         raise ValueError(

@@ -82,6 +82,11 @@ class TrainConfig:
     weight update; the run stops if it is exceeded."""
     checkpoint_every: PositiveInt = 1
     """Iterations between checkpoints."""
+    keep_checkpoints: Count = 1
+    """Keep so many of the newest checkpoints."""
+    keep_best: str | None = None
+    """A figure of the evaluations, such as `greedy` or `aime/sampled`: keep the policy that has the
+    highest, in the folder `best`. Of equal ones the earlier is kept."""
     seed: Seed = 0
     """Seed of prompts, sampling and the order of training."""
 

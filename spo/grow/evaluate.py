@@ -10,7 +10,7 @@ from math import comb
 
 import torch
 
-from spo.config.evaluation import TEST
+from spo.config.evaluation import TEST, pass_ks
 from spo.engines.protocol import Engine
 from spo.grow.rollout import RolloutOptions
 from spo.grow.shapes import star
@@ -133,8 +133,7 @@ def majority(samples: Sequence[tuple[str | None, float]]) -> float:
 
 def _of_several(found: Accuracy, each: Sequence[Sequence[float]]) -> Accuracy:
     """With Pass@k; problems with fewer than k graded samples are left out of it."""
-    ks = [2**i for i in range(found.samples.bit_length()) if 2**i < found.samples]
-    for k in (*ks, found.samples):
+    for k in pass_ks(found.samples):
         shares = [pass_at(len(s), s.count(1.0), k) for s in each if len(s) >= k]
         if shares:
             found.pass_at[k], found.pass_at_stderr[k] = mean_stderr(shares)

@@ -1,6 +1,6 @@
 """Checkpoints, whole or absent: written to a temporary folder, fsynced, then renamed.
 
-The previous checkpoint is removed only after that.
+The earlier ones are removed only after that.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,6 +45,8 @@ EXACT = "weights.safetensors"
 """The weights in training precision, where the policy's folder holds fewer bits of them."""
 REFERENCE = "reference.safetensors"
 """The weights of a reference that is no longer the start policy."""
+BEST = "best"
+"""Folder of a run with the policies that `train.keep_best` kept."""
 
 
 @dataclass
@@ -72,37 +75,53 @@ def save_checkpoint(
     critic: Whole | None = None,
     reference: Whole | None = None,
 ) -> Path:
-    """Write `out_dir/checkpoints/iter-NNNNNN` and remove the earlier ones.
+    """Write `out_dir/checkpoints/iter-NNNNNN`, keep the newest ones, and remove the others.
 
-    Raises OSError if it cannot be written; the previous checkpoint is then untouched.
+    Raises OSError if it cannot be written; the earlier checkpoints are then untouched.
     """
-    folder = out_dir / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"iter-{state.iteration:06d}"
-    temporary = folder / f".writing-{state.iteration:06d}"
+    final = out_dir / "checkpoints" / f"iter-{state.iteration:06d}"
+    with whole_folder(final) as folder:
+        exact = save_policy(folder / "policy", recipe.policy, policy.model, policy.weights)
+        if exact:
+            save_file(exact, folder / EXACT)
+        rng = {"torch": torch.get_rng_state()}
+        torch.save({"optimizer": policy.optimizer, "rng": rng}, folder / "optimizer.pt")
+        if critic is not None:
+            critic.model.save_pretrained(folder / "critic", state_dict=dict(critic.weights))
+            torch.save({"optimizer": critic.optimizer}, folder / "critic" / "optimizer.pt")
+        if reference is not None:
+            tensors = {name: tensor.contiguous() for name, tensor in reference.weights.items()}
+            save_file(tensors, folder / REFERENCE)
+        if replay.forest is not None:
+            replay.forest.save(folder / "replay.safetensors")
+            assert replay.credit is not None and replay.received is not None
+            tensors = {"credit": replay.credit, "received": replay.received}
+            save_file(tensors, folder / "replay_credit.safetensors")
+        (folder / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        describe(folder, recipe)
+    for older in _complete(final.parent)[: -recipe.train.keep_checkpoints]:
+        shutil.rmtree(older)
+    return final
+
+
+def describe(folder: Path, recipe: Recipe) -> None:
+    """Write what a policy was trained with: the resolved recipe and the versions."""
+    save_recipe(recipe, folder / "recipe.yaml")
+    (folder / "versions.json").write_text(json.dumps(versions(), indent=1))
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """An empty folder to fill. It becomes `final` once all of it is on the disk.
+
+    After an exception it is removed. Raises OSError if it cannot be written.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".writing-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        exact = save_policy(temporary / "policy", recipe.policy, policy.model, policy.weights)
-        if exact:
-            save_file(exact, temporary / EXACT)
-        rng = {"torch": torch.get_rng_state()}
-        torch.save({"optimizer": policy.optimizer, "rng": rng}, temporary / "optimizer.pt")
-        if critic is not None:
-            with quiet():
-                critic.model.save_pretrained(temporary / "critic", state_dict=dict(critic.weights))
-            torch.save({"optimizer": critic.optimizer}, temporary / "critic" / "optimizer.pt")
-        if reference is not None:
-            tensors = {name: tensor.contiguous() for name, tensor in reference.weights.items()}
-            save_file(tensors, temporary / REFERENCE)
-        if replay.forest is not None:
-            replay.forest.save(temporary / "replay.safetensors")
-            assert replay.credit is not None and replay.received is not None
-            tensors = {"credit": replay.credit, "received": replay.received}
-            save_file(tensors, temporary / "replay_credit.safetensors")
-        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
-        save_recipe(recipe, temporary / "recipe.yaml")
-        (temporary / "versions.json").write_text(json.dumps(versions(), indent=1))
+        yield temporary
         for path in [p for p in temporary.rglob("*") if p.is_file()]:
             _fsync(path)
         for path in [temporary, *(p for p in temporary.rglob("*") if p.is_dir())]:
@@ -110,20 +129,44 @@ def save_checkpoint(
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError):  # for example a full disk
-            raise OSError(f"checkpoint {final} cannot be written: {error}") from error
+            raise OSError(f"{final} cannot be written: {error}") from error
         raise
     temporary.rename(final)
-    _fsync(folder)
-    for older in _complete(folder):
-        if older != final:
-            shutil.rmtree(older)
-    return final
+    _fsync(final.parent)
 
 
 def latest_checkpoint(out_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
     complete = _complete(out_dir / "checkpoints")
     return complete[-1] if complete else None
+
+
+def kept_bests(out_dir: Path) -> list[Path]:
+    """The policies of a run that `train.keep_best` kept; the last one is the best."""
+    return _complete(out_dir / BEST)
+
+
+def choose(path: Path, which: str | None = None) -> Path:
+    """The folder of a saved policy: `path` itself if it is one, else one of the run `path`.
+
+    Args:
+        which: iter-000010 or best; by default the newest checkpoint.
+
+    Raises ValueError if there is none.
+    """
+    if (path / "policy").is_dir():
+        if which is not None:
+            raise ValueError(f"checkpoint: expected a run folder, found one checkpoint, {path}")
+        return path
+    checkpoints, bests = _complete(path / "checkpoints"), kept_bests(path)
+    found = {folder.name: folder for folder in checkpoints}
+    if bests:
+        found[BEST] = bests[-1]
+    if which is not None and found and which not in found:
+        raise ValueError(f"checkpoint: expected {' or '.join(found)} of {path}, found {which}")
+    if not (found if which is not None else checkpoints):
+        raise ValueError(f"checkpoint: expected a complete checkpoint, {path} holds none")
+    return found[which if which is not None else checkpoints[-1].name]
 
 
 def find(recipe: Recipe, resume: bool) -> Path | None:
