@@ -1,4 +1,4 @@
-"""The command line: spo train | eval | rollout | view | compare.
+"""The command line: spo train | eval | rollout | view | compare | export.
 
 Bad input ends with one sentence on stderr and exit code 2; a run that cannot go on, with code 1.
 """
@@ -140,6 +140,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", type=Path, help="default: runs/compare-<time>")
     sub.add_argument("--json", type=Path, help="also write all evaluations to this file")
+    sub = command(
+        "export", _export, "write a trained policy as a folder with a model card", recipe=False
+    )
+    sub.add_argument("path", type=Path, help="run folder, or one checkpoint of a run")
+    sub.add_argument("-o", "--output", type=Path, help="default: export in the run folder")
+    sub.add_argument("--checkpoint", help="iter-000010 or best; default: the newest")
+    sub.add_argument("--dtype", default="stored", help="stored (the default), bfloat16 or float32")
+    sub.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it; -o keeps the folder")
+    sub.add_argument("--private", action="store_true", help="if the hub's model is made now")
     return parser
 
 
@@ -283,6 +292,22 @@ def _compare(arguments) -> None:
         record = {"runs": evals, "engine": recipes[0].engine.name, "seconds": seconds}
         arguments.json.write_text(json.dumps(record | {"versions": versions()}, indent=1))
     console.print(f"{time.perf_counter() - start:.0f} s in all; report: {page.resolve()}")
+
+
+def _export(arguments) -> None:
+    from spo.publish.folder import export
+    from spo.publish.hub import push_to_hub
+
+    _quiet()
+    chosen = {"checkpoint": arguments.checkpoint, "dtype": arguments.dtype}
+    if arguments.push_to_hub is None:
+        if arguments.private:
+            raise ValueError("--private: expected --push-to-hub OWNER/NAME beside it, found none")
+        console.print(f"folder: {export(arguments.path, arguments.output, **chosen)}")
+        return
+    name, output = arguments.push_to_hub, arguments.output
+    address = push_to_hub(arguments.path, name, output, private=arguments.private, **chosen)
+    console.print(f"pushed: {address}")
 
 
 def show(name: str, line: dict) -> None:

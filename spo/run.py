@@ -20,9 +20,9 @@ from spo.config.recipe import Recipe
 from spo.forest import Forest
 from spo.learn.checkpoint import BEST, choose, load_saved
 from spo.metrics import plus_minus, read_metrics, scored
-from spo.models.files import from_pretrained
-from spo.models.load import policy_class
 from spo.models.tokenizer import load_tokenizer
+from spo.publish.folder import export, load_trained
+from spo.publish.hub import push_to_hub
 from spo.report.pages import write_run_page
 
 
@@ -81,10 +81,7 @@ class Run:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The trained model, loaded by transformers in the type it is stored in, on the CPU."""
-        config, folder = self.recipe.policy, str(self.checkpoint / "policy")
-        trusted = {"trust_remote_code": config.trust_remote_code}
-        auto, _ = policy_class(folder, **trusted)
-        return from_pretrained(auto, folder, dtype="auto", **trusted)
+        return load_trained(self.checkpoint, self.recipe.policy)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -101,3 +98,31 @@ class Run:
     def report(self, output: str | os.PathLike | None = None) -> Path:
         """Write the HTML page of curves and trees, by default report.html in the folder."""
         return write_run_page(self.folder, None if output is None else Path(output))
+
+    def export(
+        self,
+        output: str | os.PathLike | None = None,
+        *,
+        checkpoint: str | None = None,
+        dtype: str = "stored",
+    ) -> Path:
+        """Write the policy as a folder for others, with a model card; returns the folder.
+
+        Args:
+            output: an empty or a new folder, by default `export` in the run's.
+            checkpoint: iter-000010 or best; by default the newest.
+            dtype: stored, bfloat16 or float32.
+        """
+        return export(self.folder, output, checkpoint=checkpoint, dtype=dtype)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool = False,
+        checkpoint: str | None = None,
+        dtype: str = "stored",
+    ) -> str:
+        """Upload such a folder as the hub's model OWNER/NAME; returns its address."""
+        chosen = {"checkpoint": checkpoint, "dtype": dtype}
+        return push_to_hub(self.folder, name, private=private, **chosen)

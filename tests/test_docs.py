@@ -86,6 +86,13 @@ def test_the_evaluation_of_the_page(tmp_path):
     assert fours.data.options == {"numbers": 4} and own.eval.top_p == 0.95
 
 
+def test_what_the_page_keeps_is_a_recipe(tmp_path):
+    (text,) = blocks("docs/keeping.md", "yaml")
+    (tmp_path / "recipe.yaml").write_text(text)
+    train = load_recipe(tmp_path / "recipe.yaml").train
+    assert (train.keep_checkpoints, train.keep_best) == (3, "aime/sampled")
+
+
 def test_the_readme_s_snippets_give_one_loss_and_one_gradient(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

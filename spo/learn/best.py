@@ -46,12 +46,8 @@ def keep_if_best(learner: Learner, line: Mapping[str, Any], iteration: int) -> N
         record = {"iteration": iteration, "figure": figure} | found
         (folder / RECORD).write_text(json.dumps(record, indent=1))
         checkpoint.describe(folder, recipe)
-    newest = checkpoint.latest_checkpoint(out)
-    *others, _ = checkpoint.kept_bests(out)
-    resumed = [x for x in others if newest is not None and x.name < newest.name]
-    for folder in others:
-        if folder not in resumed[-1:]:
-            shutil.rmtree(folder)
+    for older in checkpoint.outdated_bests(out):
+        shutil.rmtree(older)
 
 
 def forget_from(out_dir: Path, iteration: int) -> None:

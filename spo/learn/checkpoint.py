@@ -87,7 +87,8 @@ def save_checkpoint(
         rng = {"torch": torch.get_rng_state()}
         torch.save({"optimizer": policy.optimizer, "rng": rng}, folder / "optimizer.pt")
         if critic is not None:
-            critic.model.save_pretrained(folder / "critic", state_dict=dict(critic.weights))
+            with quiet():
+                critic.model.save_pretrained(folder / "critic", state_dict=dict(critic.weights))
             torch.save({"optimizer": critic.optimizer}, folder / "critic" / "optimizer.pt")
         if reference is not None:
             tensors = {name: tensor.contiguous() for name, tensor in reference.weights.items()}
@@ -99,7 +100,8 @@ def save_checkpoint(
             save_file(tensors, folder / "replay_credit.safetensors")
         (folder / "state.json").write_text(json.dumps(asdict(state), indent=1))
         describe(folder, recipe)
-    for older in _complete(final.parent)[: -recipe.train.keep_checkpoints]:
+    outdated = _complete(final.parent)[: -recipe.train.keep_checkpoints]
+    for older in outdated + outdated_bests(out_dir):
         shutil.rmtree(older)
     return final
 
@@ -144,6 +146,13 @@ def latest_checkpoint(out_dir: Path) -> Path | None:
 def kept_bests(out_dir: Path) -> list[Path]:
     """The policies of a run that `train.keep_best` kept; the last one is the best."""
     return _complete(out_dir / BEST)
+
+
+def outdated_bests(out_dir: Path) -> list[Path]:
+    """Those that are neither the best, nor the best that a run resumed now would have."""
+    bests, newest = kept_bests(out_dir), latest_checkpoint(out_dir)
+    before = [path for path in bests if newest is not None and path.name < newest.name]
+    return [path for path in bests if path not in (bests[-1], *before[-1:])]
 
 
 def choose(path: Path, which: str | None = None) -> Path:

@@ -30,7 +30,11 @@ CHANGING = {"_name_or_path", "dtype", "torch_dtype", "transformers_version"}
 
 
 def save_policy(
-    folder: Path, config: PolicyConfig, model: PreTrainedModel, weights: Mapping[str, Tensor]
+    folder: Path,
+    config: PolicyConfig,
+    model: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Write a policy's folder: the start policy's files around the trained weights in its dtypes.
 
@@ -39,11 +43,15 @@ def save_policy(
 
     Args:
         weights: the model's parameters and saved buffers by name.
+        dtype: of the written weights, in place of the start policy's; config.json stays as it is.
 
     Returns the weights that lost bits when they were cast; training goes on from these.
     """
     source = start_folder(config.source)
-    stored = as_stored(config, weights.items(), model.base_model_prefix)
+    if dtype is None:
+        stored = as_stored(config, weights.items(), model.base_model_prefix)
+    else:
+        stored = ((n, t.to(dtype) if t.is_floating_point() else t) for n, t in weights.items())
     cast = {name: tensor.cpu() for name, tensor in stored}
     generation = model.generation_config
     model.generation_config = GenerationConfig()  # some of the hub's are refused when written

@@ -99,6 +99,17 @@ def state(source: Source | str) -> str:
     return "cached"
 
 
+def hub_id(source: Source | str) -> str | None:
+    """owner/name of a source that is a data set of the hub; None for another."""
+    root, _, _ = _parts(str(source))
+    if root.startswith(memory.PREFIX) or Path(root).exists():
+        return None
+    try:
+        return hub.hub_name(root)[0]
+    except ValueError:  # a file that is gone
+        return None
+
+
 def paths_of(path: str, split: str | None) -> list[Path]:
     """The files of a split, those of a folder in a fixed order. Raises as `read_rows` does."""
     root, configuration, named = _parts(path)

@@ -15,7 +15,7 @@ ORDER = [  # a room may import from rooms before it, and from its own
     ("credit",),
     ("learn",),
     ("plan", "loop", "callbacks"),
-    ("forest", "report"),
+    ("forest", "report", "publish"),
     ("run",),
     ("api",),
     ("cli",),

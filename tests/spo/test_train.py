@@ -112,7 +112,7 @@ PLACES = {
     "weights go to the engine": ("spo.loop", "sync", 2),
     "a line is written, its checkpoint is not": ("spo.learn.learner", "Learner.save", 2),
     "half a checkpoint is written": ("spo.learn.checkpoint", "save_recipe", 2),
-    "the older checkpoint is still there": ("spo.learn.checkpoint", "_complete", 4),
+    "the older checkpoint is still there": ("spo.learn.checkpoint", "_complete", 6),
 }
 KILLED = """
 import importlib, json, os, signal, sys

@@ -11,10 +11,10 @@ from solved import chosen, settings
 from test_train import MIXED
 from trained import trained_weights
 
-from spo.config.policy import PolicyConfig
+from spo.config.policy import EMBEDDED, PolicyConfig
 from spo.config.recipe import load_recipe
 from spo.learn import distributed
-from spo.learn.checkpoint import latest_checkpoint, load_state
+from spo.learn.checkpoint import choose, latest_checkpoint, load_state
 from spo.learn.distributed import Ranks, join
 from spo.learn.policy import load_policy
 from spo.loop import train
@@ -117,6 +117,7 @@ SMALL = [
     "train.replay_nodes=2",
     "loss.kl_coef=0.1",
     "train.reference_every=1",
+    "train.keep_best=greedy",
     "eval.every=0",
     "eval.problems=4",
 ]
@@ -174,6 +175,16 @@ def test_a_sharded_checkpoint_resumes_in_either_mode(begun, resumed, mode):
     for a, b in zip([m for m in mine if m["stage"] == "train"][-1:], theirs[-2:-1], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["kept_share"] == b["kept_share"] and a["packed_tokens"] == b["packed_tokens"]
+
+
+def test_a_sharded_run_keeps_its_best_policy_whole(begun):
+    folder, newest = choose(begun[0], "best"), latest_checkpoint(begun[0])
+    first, last = [m for m in read_metrics(begun[0] / "metrics.jsonl") if m["stage"] == "eval"]
+    better = last["greedy"] > first["greedy"]
+    assert folder.name == f"iter-{int(better):06d}"
+    kept = load_file(folder / "policy" / "model.safetensors")
+    expected = load_file((newest / "policy" if better else EMBEDDED) / "model.safetensors")
+    assert kept.keys() == expected.keys() and distance(kept, expected) == 0
 
 
 def test_a_sharded_checkpoint_trains_on_in_one_process(begun, tmp_path):
