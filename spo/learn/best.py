@@ -1,9 +1,8 @@
 """The policy with the best figure of an evaluation: `train.keep_best`.
 
-A run keeps it in `best/iter-NNNNNN`. What it keeps follows from its metrics lines alone, so that a
-resumed run, which drops the lines behind its checkpoint and measures them again, drops the policies
-behind it too. For that the best one of before the checkpoint stays, until a later checkpoint has a
-better one before it.
+A run keeps it in `best/iter-NNNNNN`. A resumed run drops the metrics lines after its checkpoint and
+measures them again, and so it drops the policies after it. For that the best one of before the
+checkpoint stays, until the best of all is before a checkpoint too.
 """
 
 from __future__ import annotations

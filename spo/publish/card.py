@@ -138,10 +138,10 @@ def _figures(recipe: Recipe, evals: Sequence[Mapping[str, Any]], iteration: int)
     sampling, evaluation = recipe.sampling, recipe.eval
     how = f"Responses have at most {sampling.max_new_tokens:,} tokens."
     if evaluation.sampled:
-        cut = [f"{name} {getattr(evaluation, name):g}" for name in ("top_p", "top_k", "min_p")]
-        untouched = ("top_p 1", "top_k 0", "min_p 0")
+        off = {"top_p": 1, "top_k": 0, "min_p": 0}
+        cut = {name: getattr(evaluation, name) for name in off}
         how += f" Sampled figures: temperature {sampling.temperature:g}" + "".join(
-            f", {text}" for text in cut if text not in untouched
+            f", {name} {value:g}" for name, value in cut.items() if value != off[name]
         )
         counts = [
             f"{one.eval.samples} of each problem" + (f" of {name}" if name != TEST else "")

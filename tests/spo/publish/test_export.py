@@ -17,14 +17,15 @@ import spo
 from spo.cli import main
 from spo.config.recipe import load_recipe
 from spo.publish.card import Trained, model_card
+from spo.publish.folder import export
 
 SMALL = {
     "engine": {"name": "hf", "max_num_seqs": 32, "max_model_len": 96},
     "shape": {"kind": "star", "group_size": 4},
     "train": {"iterations": 2, "prompts": 8, "minibatches": 1, "learning_rate": 5e-4}
     | {"keep_best": "greedy"},
-    "eval": {"problems": 6, "every": 1, "samples": 2},
-    "sampling": {"max_new_tokens": 40, "stop_token_ids": [5]},
+    "eval": {"problems": 6, "every": 1, "samples": 2, "top_p": 0.95},
+    "sampling": {"max_new_tokens": 40, "stop_token_ids": [137]},
 }
 PROMPT = "arithmetic 3 + 4\n"
 
@@ -48,7 +49,7 @@ def tensors(folder):
 def greedy(run):
     """The trained model's own greedy response, from token ids."""
     ids = run.tokenizer(PROMPT, return_tensors="pt").input_ids
-    output = run.model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=[1, 5])
+    output = run.model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=[1, 137])
     return run.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
@@ -67,7 +68,7 @@ def test_an_export_holds_the_policy_and_a_card(run, exported):
     stored = tensors(run.checkpoint / "policy")
     assert all(torch.equal(tensor, stored[name]) for name, tensor in tensors(exported).items())
     settings = json.loads((exported / "generation_config.json").read_text())
-    assert settings["eos_token_id"] == [1, 5] and settings["pad_token_id"] == 0
+    assert settings["eos_token_id"] == [1, 137] and settings["pad_token_id"] == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -125,7 +126,8 @@ def test_what_cannot_be_exported_is_one_sentence(run, exported, tmp_path, capsys
 
 
 def test_a_checkpoint_needs_a_folder_to_go_to(run):
-    assert main(["export", str(run.checkpoint)]) == 2
+    with one_sentence(["output: expected a folder for the export of", run.checkpoint.name]):
+        export(run.checkpoint)
 
 
 def head_and_recipe(card):
@@ -145,6 +147,7 @@ def test_the_card_of_a_run(run, exported):
     for line in (line for line in run.metrics if line["stage"] == "eval"):
         curve = f"| {line['iteration']} | {line['generated_tokens']:,} | {line['greedy']:.3f} "
         assert curve in card
+    assert "temperature 1, top_p 0.95, 2 of each problem." in card
     assert f"2 iterations, {last['generated_tokens']:,} generated tokens" in card
     assert "2505.23564" in card and f"torch {torch.__version__}" in card
 
