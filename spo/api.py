@@ -23,9 +23,10 @@ from spo.grow.evaluate import Accuracy
 from spo.grow.rollout import RolloutStats
 from spo.grow.sampler import Sampler
 from spo.learn import distributed
-from spo.learn.checkpoint import choose, find
+from spo.learn.checkpoint import choose, find, load_saved
 from spo.learn.model import sequence_logprobs
 from spo.learn.policy import load_policy
+from spo.learn.policy_folder import whole_policy
 from spo.models.given import is_loaded, save_given
 from spo.reward import reward_given
 from spo.run import Run
@@ -130,9 +131,9 @@ def evaluate(
     if any(limit < 1 for limit in limits):
         raise ValueError(f"limits: expected positive numbers of tokens, found {list(limits)}")
     if checkpoint is not None:
-        recipe, policy = _at(recipe, choose(Path(checkpoint)) / "policy"), None
+        checkpoint = choose(Path(checkpoint))
     with (
-        _with_policy(recipe, policy, tokenizer) as recipe,
+        _with_policy(recipe, policy, tokenizer, checkpoint) as recipe,
         Sampler(recipe, engine=_engine(engine)) as sampler,
     ):
         results, limits = [], sorted(set(limits))
@@ -291,14 +292,19 @@ def _keep_policy(recipe: Recipe, model: Any, tokenizer: Any, resume: bool) -> Re
 
 
 @contextmanager
-def _with_policy(recipe: Recipe, model: Any, tokenizer: Any) -> Iterator[Recipe]:
-    """The recipe, with a caller's loaded model as its policy if there is one."""
-    if not is_loaded(model):
+def _with_policy(
+    recipe: Recipe, model: Any, tokenizer: Any, checkpoint: Path | None = None
+) -> Iterator[Recipe]:
+    """The recipe, whose policy is that of a checkpoint or a caller's loaded model, if given."""
+    if checkpoint is not None:
+        with whole_policy(checkpoint, load_saved(checkpoint).policy) as folder:
+            yield _at(recipe, folder)
+    elif is_loaded(model):
+        with TemporaryDirectory(prefix="spo-policy-") as folder:
+            save_given(model, tokenizer, Path(folder))
+            yield _at(recipe, folder)
+    else:
         yield recipe
-        return
-    with TemporaryDirectory(prefix="spo-policy-") as folder:
-        save_given(model, tokenizer, Path(folder))
-        yield _at(recipe, folder)
 
 
 def _at(recipe: Recipe, folder: str | os.PathLike) -> Recipe:

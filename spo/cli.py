@@ -140,16 +140,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", type=Path, help="default: runs/compare-<time>")
     sub.add_argument("--json", type=Path, help="also write all evaluations to this file")
-    sub = command(
-        "export", _export, "write a trained policy as a folder with a model card", recipe=False
-    )
+    text = "write a trained policy as a folder with a model card"
+    _export_options(command("export", _export, text, recipe=False))
+    return parser
+
+
+def _export_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("path", type=Path, help="run folder, or one checkpoint of a run")
     sub.add_argument("-o", "--output", type=Path, help="default: export in the run folder")
     sub.add_argument("--checkpoint", help="iter-000010 or best; default: the newest")
     sub.add_argument("--dtype", default="stored", help="stored (the default), bfloat16 or float32")
+    sub.add_argument("--merge", action="store_true", help="merge adapters into the weights")
     sub.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it; -o keeps the folder")
     sub.add_argument("--private", action="store_true", help="if the hub's model is made now")
-    return parser
 
 
 def _quiet() -> None:
@@ -299,7 +302,7 @@ def _export(arguments) -> None:
     from spo.publish.hub import push_to_hub
 
     _quiet()
-    chosen = {"checkpoint": arguments.checkpoint, "dtype": arguments.dtype}
+    chosen = {name: getattr(arguments, name) for name in ("checkpoint", "dtype", "merge")}
     if arguments.push_to_hub is None:
         if arguments.private:
             raise ValueError("--private: expected --push-to-hub OWNER/NAME beside it, found none")

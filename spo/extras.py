@@ -18,6 +18,7 @@ EXTRA_OF = {
     "yaml": "train",
     "flash_attn": "flash-attn",
     "math_verify": "math",
+    "bitsandbytes": "peft",
     "peft": "peft",
     "tensorboard": "trackers",
     "trackio": "trackers",
@@ -35,8 +36,14 @@ def missing(error: ImportError) -> str | None:
     extra = EXTRA_OF.get(module)
     if extra is None:
         return None
-    who = "the trainer" if extra == "train" else "what was asked for"
     state = "which is not installed"
     if not isinstance(error, ModuleNotFoundError) or error.name != module:
         state = f"and what is installed does not fit ({error})"  # too old, as a rule
+    return needs(module, state)
+
+
+def needs(module: str, state: str = "which is not installed") -> str:
+    """The sentence for a module that an extra installs."""
+    extra = EXTRA_OF[module]
+    who = "the trainer" if extra == "train" else "what was asked for"
     return f"{who} needs {module}, {state}: pip install 'spo-kernels[{extra}]'"

@@ -80,7 +80,8 @@ class Run:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The trained model, loaded by transformers in the type it is stored in, on the CPU."""
+        """The trained model, loaded by transformers in the type it is stored in, on the CPU, with
+        adapters merged in."""
         return load_trained(self.checkpoint, self.recipe.policy)
 
     @cached_property
@@ -105,6 +106,7 @@ class Run:
         *,
         checkpoint: str | None = None,
         dtype: str = "stored",
+        merge: bool = False,
     ) -> Path:
         """Write the policy as a folder for others, with a model card; returns the folder.
 
@@ -112,8 +114,9 @@ class Run:
             output: an empty or a new folder, by default `export` in the run's.
             checkpoint: iter-000010 or best; by default the newest.
             dtype: stored, bfloat16 or float32.
+            merge: adapters into the weights; the export of a run with `policy.lora` needs it.
         """
-        return export(self.folder, output, checkpoint=checkpoint, dtype=dtype)
+        return export(self.folder, output, checkpoint=checkpoint, dtype=dtype, merge=merge)
 
     def push_to_hub(
         self,
@@ -122,7 +125,8 @@ class Run:
         private: bool = False,
         checkpoint: str | None = None,
         dtype: str = "stored",
+        merge: bool = False,
     ) -> str:
         """Upload such a folder as the hub's model OWNER/NAME; returns its address."""
-        chosen = {"checkpoint": checkpoint, "dtype": dtype}
+        chosen = {"checkpoint": checkpoint, "dtype": dtype, "merge": merge}
         return push_to_hub(self.folder, name, private=private, **chosen)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from spo.config.lora import LoraConfig
+
 EMBEDDED = Path(__file__).parents[1] / "assets" / "policy"
 CHUNK, STRIDE = 1 << 20, 1 << 26  # CHUNK bytes of every STRIDE are hashed
 
@@ -33,6 +35,9 @@ class PolicyConfig:
     dropout: bool = False
     """Train with the dropout and the router noise of the model's configuration. Off, a logprob is
     the same whenever it is computed, and the ratio of a token to itself is 1."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters in place of the weights: {rank: 16, alpha: 32, targets: all-linear}.
+    The reference is then the model without them, and checkpoints hold them alone."""
     trust_remote_code: bool = False
     """Run code that comes with the model folder. Leave it off for models you did not write."""
 

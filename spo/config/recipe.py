@@ -20,6 +20,7 @@ from spo.config.data import WRITES, DataConfig
 from spo.config.engine import EngineConfig
 from spo.config.evaluation import TEST, EvalConfig, EvalSet, figures
 from spo.config.keywords import DEFAULTS, GROUPS, UNIONS, with_keywords
+from spo.config.lora import check_lora
 from spo.config.loss import LOSSES, LossConfig, PolicyLossConfig
 from spo.config.policy import PolicyConfig
 from spo.config.reward import RewardConfig, reward_settings
@@ -316,6 +317,7 @@ def check_recipe(recipe: Recipe) -> None:
             f"engine.max_model_len: expected more than sampling.max_new_tokens="
             f"{sampling.max_new_tokens}, to hold the prompt too, found {engine.max_model_len}"
         )
+    check_lora(recipe.policy.lora, train)
     check_reward(recipe.reward, recipe.sampling.truncated, recipe.task)
     who = f"shape.kind={recipe.shape_kind}"
     cost = _asked(who, recipe.shape.cost, sampling.max_new_tokens)

@@ -16,7 +16,7 @@ from typing import Any
 
 from spo.learn import checkpoint, distributed
 from spo.learn.learner import Learner
-from spo.learn.policy_folder import save_policy
+from spo.learn.policy_folder import save_trained
 from spo.metrics import finite
 
 RECORD = "evaluation.json"
@@ -40,7 +40,7 @@ def keep_if_best(learner: Learner, line: Mapping[str, Any], iteration: int) -> N
         return
     final = out / checkpoint.BEST / f"iter-{iteration:06d}"
     with checkpoint.whole_folder(final) as folder:
-        save_policy(folder / "policy", recipe.policy, policy.model, policy.weights)
+        save_trained(folder / "policy", recipe.policy, policy.model, policy.weights)
         found = {"mean": line[figure], "stderr": finite(line[f"{figure}_stderr"])}
         record = {"iteration": iteration, "figure": figure} | found
         (folder / RECORD).write_text(json.dumps(record, indent=1))

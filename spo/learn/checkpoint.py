@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from spo import named
 from spo.config.recipe import Recipe, load_recipe, save_recipe
 from spo.learn.distributed import Whole
-from spo.learn.policy_folder import save_policy
+from spo.learn.policy_folder import save_trained
 from spo.models.files import quiet
 from spo.records import Forest, Replay
 from spo.tasks.memory import PREFIX
@@ -34,6 +34,7 @@ from spo.tasks.memory import PREFIX
 FIXED = (  # settings that a resumed run must keep
     "task",
     "policy.dtype",
+    "policy.lora",
     "sampling.temperature",
     "shape_kind",
     "credit_type",
@@ -81,7 +82,7 @@ def save_checkpoint(
     """
     final = out_dir / "checkpoints" / f"iter-{state.iteration:06d}"
     with whole_folder(final) as folder:
-        exact = save_policy(folder / "policy", recipe.policy, policy.model, policy.weights)
+        exact = save_trained(folder / "policy", recipe.policy, policy.model, policy.weights)
         if exact:
             save_file(exact, folder / EXACT)
         rng = {"torch": torch.get_rng_state()}

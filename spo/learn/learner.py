@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from spo.config.recipe import Recipe
 from spo.credit.nodes import check_credit, of_tokens
 from spo.engines.protocol import Engine
-from spo.learn import checkpoint, distributed
+from spo.learn import checkpoint, distributed, lora
 from spo.learn.critic import explained_variance, load_critic, row_values, value_loss
 from spo.learn.distributed import Ranks
 from spo.learn.figures import SUMS, summarize
@@ -38,14 +38,22 @@ class Learner:
         """Load the checkpoint `saved`, or the recipe's start policy."""
         policy, critic = recipe.policy, recipe.credit.critic
         self.recipe, self.ranks = recipe, ranks
-        self.model = self._load(str(saved / "policy") if saved else None)
-        if saved:
+        whole = saved if policy.lora is None else None
+        self.model = self._load(str(whole / "policy") if whole else None)
+        if policy.lora is not None:
+            lora.attach(self.model, policy, recipe.train.seed)
+            self._fresh = {name: x.detach().clone() for name, x in lora.adapter(self.model)}
+            if saved:
+                lora.load_adapter(saved / "policy", self.model)
+        elif saved:
             checkpoint.load_weights(saved, self.model)
         self.optimizer = _adamw(self.model, recipe, recipe.train.learning_rate)
         self.models = {"policy": self.model}
         self.refreshed = False  # whether the reference is no longer the start policy
         self.optimizers = {"policy": self.optimizer}
-        if recipe.loss.kl_coef or recipe.credit.reference:
+        if policy.lora is not None and (recipe.loss.kl_coef or recipe.credit.reference):
+            self.models["reference"] = self.model
+        elif recipe.loss.kl_coef or recipe.credit.reference:
             self.models["reference"] = self._load().eval().requires_grad_(False)
             if saved:
                 file = checkpoint.REFERENCE
@@ -79,13 +87,19 @@ class Learner:
             (name, distributed.full(parameter.detach()))
             for name, parameter in self.model.named_parameters()
         )
-        if stored:
+        if self.recipe.policy.lora is not None:
+            named = lora.merged(self.model)
+        elif stored:
             named = as_stored(self.recipe.policy, named, self.model.base_model_prefix)
         return saved_weights(self.model, named) if engine.saved_names else named
 
     def restart(self) -> None:
         """Go back to the start policy and a fresh optimiser, in place."""
-        self.model.load_state_dict(self._load().state_dict())
+        if self.recipe.policy.lora is not None:
+            for name, parameter in lora.adapter(self.model):
+                parameter.data.copy_(self._fresh[name])
+        else:
+            self.model.load_state_dict(self._load().state_dict())
         self.optimizer.state.clear()
 
     def refresh_reference(self, iterations: int) -> None:
@@ -119,7 +133,8 @@ class Learner:
         def rows(name: str, packed: Batch) -> Tensor:
             if name == "critic":
                 return row_values(self.models[name], packed)
-            return row_logprobs(self.models[name], packed, temperature)
+            with self._as(name) as model:
+                return row_logprobs(model, packed, temperature)
 
         return [self._score(forest, packs, partial(rows, name)) for name in names]
 
@@ -227,8 +242,16 @@ class Learner:
     def _policy_loss(self, packed: Batch) -> LossOutput:
         loss, temperature = self.recipe.loss, self.recipe.sampling.temperature
         if loss.kl_coef:
-            packed = score(self.models["reference"], packed, temperature)
+            with self._as("reference") as reference:
+                packed = score(reference, packed, temperature)
         return LOSSES[type(loss)](self.model, packed, loss, temperature)
+
+    def _as(self, name: str) -> AbstractContextManager[PreTrainedModel]:
+        """One of the models; a policy with adapters is its own reference without them."""
+        model = self.models[name]
+        if name == "reference" and model is self.model:
+            return lora.without_adapter(model)
+        return nullcontext(model)
 
     def _value_loss(self, targets: Targets, value_clip: float, packed: Batch) -> LossOutput:
         assert packed.token_index is not None  # every pack has it
@@ -318,7 +341,7 @@ class Learner:
 
 def _adamw(model: torch.nn.Module, recipe: Recipe, learning_rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=learning_rate,
         weight_decay=recipe.train.weight_decay,
         betas=(0.9, 0.95),

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from spo.config.policy import PolicyConfig
 from spo.engines.attention_calls import attention_calls
 from spo.learn.attention import PREFIX
+from spo.learn.lora import keep_differentiable, quantization
 from spo.learn.model import (
     find_router_coefficient,
     hidden_states,
@@ -52,7 +53,10 @@ def load_policy(
     Raises ValueError with one sentence if it cannot be loaded, or if what would train differs from
     the model's own logprobs.
     """
-    model = load_model(config, path, limit=limit)
+    quantized = {} if config.lora is None else quantization(config.lora)
+    model = load_model(config, path, limit=limit, **quantized)
+    if quantized:
+        keep_differentiable(model)
     try:
         known = vocab_size(load_tokenizer(config))
     except ValueError:  # a folder without a tokenizer: token ids are all that there is

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,7 +19,9 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from spo.config.policy import PolicyConfig
-from spo.models.files import quiet, start_folder, text_files
+from spo.learn.lora import attach, load_adapter, merged, quantization, save_adapter
+from spo.learn.policy import load_model
+from spo.models.files import ADAPTER, quiet, start_folder, text_files
 from spo.models.tokenizer import load_pretrained
 
 DTYPES = {
@@ -77,6 +82,44 @@ def save_policy(
         for name, tensor in weights.items()
         if torch.promote_types(tensor.dtype, cast[name].dtype) != cast[name].dtype
     }
+
+
+def save_trained(
+    folder: Path, config: PolicyConfig, model: PreTrainedModel, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Write what a run trains: the policy, as `save_policy` does, or its adapters alone."""
+    if config.lora is None:
+        return save_policy(folder, config, model, weights)
+    save_adapter(folder, config, model)
+    return {}
+
+
+@contextmanager
+def whole_policy(checkpoint: Path, config: PolicyConfig) -> Iterator[Path]:
+    """The folder of a checkpoint's policy; a merged one for this time if it holds adapters."""
+    folder = checkpoint / "policy"
+    if not (folder / ADAPTER).is_file():
+        yield folder
+        return
+    with TemporaryDirectory(prefix="spo-policy-") as scratch:
+        whole = Path(scratch) / "policy"
+        save_merged(whole, config, folder)
+        yield whole
+
+
+def save_merged(
+    folder: Path, config: PolicyConfig, adapter: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write a policy's folder with the adapters of the folder `adapter` merged into its weights.
+
+    Weights that are held in 4 bits for training are merged as they are then.
+    """
+    assert config.lora is not None
+    model = load_model(config, **quantization(config.lora))
+    attach(model, config, seed=0)
+    load_adapter(adapter, model)
+    whole = load_model(dataclasses.replace(config, lora=None))
+    save_policy(folder, config, whole, dict(merged(model)), dtype)
 
 
 def as_stored(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from spo.models.load import body, own_attention
+from spo_kernels import head_weight
 from spo_kernels.model_logits import measure
 
 
@@ -73,6 +74,8 @@ def head_arguments(
     head: Head = vars(model).get("spo_head") or find_head(model)
     projection: Any = model.get_output_embeddings()
     weight, bias = projection.weight, projection.bias
+    if hasattr(projection, "base_layer"):  # it has an adapter
+        weight = head_weight(projection)
     if head.vocab_size is not None:
         weight = weight[: head.vocab_size]
         bias = None if bias is None else bias[: head.vocab_size]

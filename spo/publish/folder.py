@@ -17,7 +17,7 @@ from spo.config.recipe import Recipe
 from spo.learn.best import RECORD
 from spo.learn.checkpoint import BEST, choose, load_saved, load_weights, whole_folder
 from spo.learn.distributed import Whole
-from spo.learn.policy_folder import save_policy
+from spo.learn.policy_folder import save_merged, save_policy, whole_policy
 from spo.metrics import read_metrics
 from spo.models.files import from_pretrained
 from spo.models.load import policy_class
@@ -33,6 +33,7 @@ def export(
     *,
     checkpoint: str | None = None,
     dtype: str = "stored",
+    merge: bool = False,
     name: str | None = None,
 ) -> Path:
     """Write a policy as a folder for others: weights, tokenizer, settings and a model card.
@@ -43,6 +44,7 @@ def export(
         checkpoint: of the run, iter-000010 or best; by default the newest.
         dtype: of the weights: as they are stored, bfloat16, or float32, which has every bit of
             training that the checkpoint holds.
+        merge: write a whole model where the policy is an adapter.
         name: the hub id that the folder will have, for the card.
 
     Raises ValueError with one sentence if there is no such policy, or if the folder is not empty.
@@ -57,6 +59,11 @@ def export(
         what = "one that is not empty" if target.is_dir() else "a file"
         raise ValueError(f"output: expected an empty or a new folder, found {what}, {target}")
     recipe = load_saved(source)
+    if recipe.policy.lora is not None and not merge:
+        raise ValueError(
+            f"merge: expected --merge, which writes a whole model, as {source / 'policy'} holds an "
+            "adapter; peft loads that as it is"
+        )
     with whole_folder(target) as folder:
         _write_policy(source, folder, recipe.policy, dtype)
         written = dataclasses.replace(recipe.policy, path=str(folder))
@@ -70,22 +77,27 @@ def export(
 def load_trained(source: Path, config: PolicyConfig, dtype: Any = "auto") -> PreTrainedModel:
     """The policy of a checkpoint as transformers loads it, on the CPU."""
     trusted = {"trust_remote_code": config.trust_remote_code}
-    folder = str(source / "policy")
-    auto, _ = policy_class(folder, **trusted)
-    return from_pretrained(auto, folder, dtype=dtype, **trusted)
+    with whole_policy(source, config) as folder:
+        auto, _ = policy_class(str(folder), **trusted)
+        return from_pretrained(auto, str(folder), dtype=dtype, **trusted)
 
 
 def _write_policy(source: Path, folder: Path, config: PolicyConfig, dtype: str) -> None:
     """The policy's files; with another type, its exact weights where the checkpoint has these."""
-    if dtype == "stored":
+    chosen = None if dtype == "stored" else getattr(torch, dtype)
+    if config.lora is not None:
+        save_merged(folder, config, source / "policy", chosen)
+    elif chosen is None:
         shutil.copytree(
             source / "policy", folder, copy_function=shutil.copyfile, dirs_exist_ok=True
         )
+    else:
+        model = load_trained(source, config, torch.float32)
+        load_weights(source, model)
+        start = dataclasses.replace(config, path=str(source / "policy"))
+        save_policy(folder, start, model, Whole(model, None).weights, chosen)
+    if chosen is None:
         return
-    model = load_trained(source, config, torch.float32)
-    load_weights(source, model)
-    start = dataclasses.replace(config, path=str(source / "policy"))
-    save_policy(folder, start, model, Whole(model, None).weights, getattr(torch, dtype))
     path = folder / "config.json"
     settings = _with_dtype(json.loads(path.read_text(encoding="utf-8")), dtype)
     path.write_text(json.dumps({"dtype": dtype} | settings, indent=2) + "\n", encoding="utf-8")
