@@ -19,6 +19,7 @@ EXTRA_OF = {
     "flash_attn": "flash-attn",
     "math_verify": "math",
     "bitsandbytes": "peft",
+    "mlflow": "trackers",
     "peft": "peft",
     "tensorboard": "trackers",
     "trackio": "trackers",

@@ -31,6 +31,7 @@ from spo.learn.schedule import share_done
 from spo.metrics import MetricsWriter
 from spo.models.tokenizer import load_tokenizer
 from spo.records import Credit, Forest, Replay
+from spo.trackers.tracker import opened, require_installed
 
 
 def train(
@@ -57,6 +58,7 @@ def train(
     Raises ValueError for settings that cannot work, RuntimeError if training cannot go on.
     """
     check_callbacks(callbacks)
+    require_installed(recipe)
     settings, out = recipe.train, recipe.out_dir
     saved = checkpoint.find(recipe, resume)
     ranks = distributed.join(settings.parallel, recipe.policy.device)
@@ -78,8 +80,9 @@ def train(
         Sampler(
             recipe, engine=engine, tokenizer=tokenizer, rescore=rescore, rank=ranks.rank
         ) as sampler,
+        opened(recipe, ranks.main, saved is not None, state.iteration) as trackers,
     ):
-        log = Log(writer, state, report, callbacks)
+        log = Log(writer, state, report, [*trackers, *callbacks])
         tests = sampler.test_prompts()
         begin = (state.iteration, state.prompt_cursor, state.zero_variance)
         stream, order = sampler.stream(*begin, ranks.world)
@@ -128,14 +131,14 @@ def train(
                 state.version += 1
                 line["probe_difference"] = sync(learner, sampler, tests[0], state.version)
                 line |= {"time_train": trained - grown, "time_sync": time.perf_counter() - trained}
-            taken = grown - start
-            line |= {"time_rollout": taken} | _costs(generated, costs, taken) | figures
+            line |= _costs(generated, costs, grown - start) | figures
             line |= _reward_parts(recipe, costs)
             line["replay_trees"] = len(buffer.forest.prompts) if buffer.forest is not None else 0
             state.generated_tokens += generated
             state.prompt_cursor += sum(c.prompts for c in costs) + figures.get("drawn_less", 0)
             state.zero_variance = sorted(order.zero_variance)
-            state.seconds += time.perf_counter() - start
+            line["time_iteration"] = time.perf_counter() - start
+            state.seconds += line["time_iteration"]
             log.write(line)
             _check_skipped(recipe, line, empty)
             state.iteration += 1
@@ -277,6 +280,7 @@ def _save_forest(recipe: Recipe, forest: Forest, state: checkpoint.State, ranks:
 def _costs(generated: int, costs: Sequence[RolloutStats], seconds: float) -> dict[str, float]:
     """Cost of a rollout, over all ranks."""
     return {
+        "time_rollout": seconds,
         "tokens_per_s": generated / seconds,
         "trees_per_s": sum(cost.trees for cost in costs) / seconds,
         "dropped_prompts": sum(cost.dropped_prompts for cost in costs),

@@ -18,7 +18,7 @@ from spo.config.policy import PolicyConfig
 from spo.config.sampling import SamplingConfig
 from spo.config.train import TrainConfig
 
-PLAIN = ("name", "task", "out", "reward")  # keys of a recipe that are no group
+PLAIN = ("name", "task", "out", "reward", "log")  # keys of a recipe that are no group
 GROUPS: dict[str, type] = {
     "data": DataConfig,
     "policy": PolicyConfig,

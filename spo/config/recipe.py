@@ -20,6 +20,7 @@ from spo.config.data import WRITES, DataConfig
 from spo.config.engine import EngineConfig
 from spo.config.evaluation import TEST, EvalConfig, EvalSet, figures
 from spo.config.keywords import DEFAULTS, GROUPS, UNIONS, with_keywords
+from spo.config.log import tracker_names
 from spo.config.lora import check_lora
 from spo.config.loss import LOSSES, LossConfig, PolicyLossConfig
 from spo.config.policy import PolicyConfig
@@ -45,6 +46,9 @@ class Recipe:
     settings."""
     out: str | None = None
     """Folder for checkpoints, metrics and the report."""
+    log: list[str] = field(default_factory=list)
+    """Trackers that get the figures besides metrics.jsonl: tensorboard, wandb, trackio, mlflow.
+    docs/metrics.md describes them."""
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -200,6 +204,7 @@ def _resolve(tree: Mapping[str, Any], folder: Path | None) -> Recipe:
     fields: dict[str, Any] = {key: tree.get(key, default) for key, default in plain.items()}
     for key, kind in GROUPS.items():
         fields[key] = named.build(kind, _group(tree, key), key)
+    fields["log"] = tracker_names(tree.get("log"))
     task = named.find("task", fields["task"], folder)
     fields["task"] = named.name_of("task", task)
     named.build(task, fields["data"].options, "data.options")
@@ -285,6 +290,7 @@ def check_recipe(recipe: Recipe) -> None:
             settings.pop(UNIONS.get(key), None)
             named.build(type(group), settings, key)
     sets = evaluation_sets(recipe)
+    tracker_names(recipe.log)
     sampling, train, engine = recipe.sampling, recipe.train, recipe.engine
     if train.keep_best is not None and train.keep_best not in (known := figures(sets)):
         raise ValueError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from spo.records import Credit, Forest
+from spo.records import LENGTH, Credit, Forest
 
 ZERO_CREDIT = 1e-6  # a token trains only if its credit is larger
 
@@ -82,17 +83,40 @@ def figures(forest: Forest, values: Tensor, credit: Tensor) -> dict[str, float]:
     roots = forest.parent < 0
     seen = values[roots & values.isfinite()]
     graded = forest.rewards[forest.rewards.isfinite()]
-    segments = forest.trained.long()
+    segments, sizes = forest.trained.long(), forest.cu_tokens.diff() * ~roots
+    lengths = sizes
     for exists, ancestor in ancestors(forest.parent.long()):
         segments = segments + torch.where(exists, forest.trained[ancestor], False)
+        lengths = lengths + torch.where(exists, sizes[ancestor], 0)
     trajectories = torch.where(forest.is_leaf & forest.trained, forest.weight, 0)
+    responses = lengths[forest.is_leaf]
     return {
         "value_n": float(seen.numel()),
         "value_mean": float(seen.mean()),
         "value_stderr": float(seen.std(correction=0) / max(seen.numel(), 1) ** 0.5),
         "reward_mean": float(graded.mean()),
+        "reward_std": float(graded.std()) if graded.numel() > 1 else math.nan,
+        "same_reward_share": _same_reward_share(forest),
+        "response_tokens_mean": float(responses.double().mean()),
+        "response_tokens_min": int(responses.min()),
+        "response_tokens_max": int(responses.max()),
+        "truncated_share": float((forest.finish[forest.is_leaf] == LENGTH).double().mean()),
         "zero_advantage_share": float((credit.abs() <= ZERO_CREDIT).float().mean()),
         "mean_abs_advantage": float(credit.abs().mean()),
         "segments_per_trajectory": float((segments * trajectories).sum())
         / max(float(trajectories.sum()), 1),
     }
+
+
+def _same_reward_share(forest: Forest) -> float:
+    """Share of the prompts with graded responses whose responses all have the same reward."""
+    graded = forest.rewards.isfinite()
+    prompts, rewards = forest.prompt[graded].long(), forest.rewards[graded]
+    extremes = (
+        torch.zeros(len(forest.prompts)).scatter_reduce_(
+            0, prompts, rewards, reduce, include_self=False
+        )
+        for reduce in ("amin", "amax")
+    )
+    same = torch.eq(*extremes)
+    return float(same[prompts.unique()].double().mean())

@@ -14,6 +14,7 @@ ORDER = [  # a room may import from rooms before it, and from its own
     ("grow",),
     ("credit",),
     ("learn",),
+    ("trackers",),
     ("plan", "loop", "callbacks"),
     ("forest", "report", "publish"),
     ("run",),
