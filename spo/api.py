@@ -20,8 +20,8 @@ from spo.engines.make import engine_of
 from spo.engines.protocol import Engine
 from spo.forest import Forest
 from spo.grow.evaluate import Accuracy
-from spo.grow.rollout import RolloutStats
 from spo.grow.sampler import Sampler
+from spo.grow.stats import RolloutStats
 from spo.learn import distributed
 from spo.learn.checkpoint import choose, find, load_saved
 from spo.learn.model import sequence_logprobs

@@ -18,8 +18,8 @@ from spo.engines.make import require_device
 from spo.engines.protocol import Engine
 from spo.grow.curriculum import Curriculum
 from spo.grow.refill import join, refill
-from spo.grow.rollout import RolloutStats
 from spo.grow.sampler import Sampler
+from spo.grow.stats import RolloutStats
 from spo.grow.stream import Stream
 from spo.learn import checkpoint, distributed
 from spo.learn.agreement import check_engine, compare_logprobs, sync
@@ -296,15 +296,14 @@ def _costs(generated: int, costs: Sequence[RolloutStats], seconds: float) -> dic
 def _reward_parts(recipe: Recipe, costs: Sequence[RolloutStats]) -> dict[str, float]:
     """The mean of what each term of the recipe's reward says, without its weight."""
     terms = () if recipe.reward is None else recipe.reward.terms
-    found = {}
+    names, found = [term.name for term in terms], {}
     for index, term in enumerate(terms):
         total, count = (
             sum(x) for x in zip(*(c.parts.get(index, (0, 0)) for c in costs), strict=True)
         )
-        name = (
-            term.name if [t.name for t in terms].count(term.name) == 1 else f"{term.name}_{index}"
-        )
         if count:
+            clear = names.count(term.name) == 1 and term.name not in ("mean", "std")
+            name = term.name if clear else f"{term.name}_{index}"
             found[f"reward_{name}"] = total / count
     return found
 

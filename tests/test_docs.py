@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from spo import cli, load_recipe, rollout, train
+from spo.config.log import TRACKERS
 from spo.config.recipe import evaluation_sets
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +76,12 @@ def test_a_look_into_a_forest(tmp_path, monkeypatch, capsys):
     assert names["values"].shape == names["leave_one_out"].shape == (forest.num_nodes,)
     assert len(names["frame"]) == forest.num_nodes
     assert Path("tree.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_the_trackers_of_the_page(tmp_path):
+    (text,) = blocks("docs/metrics.md", "yaml")
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert load_recipe(tmp_path / "recipe.yaml").log == list(TRACKERS)
 
 
 def test_the_evaluation_of_the_page(tmp_path):

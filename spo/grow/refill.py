@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from spo.grow.curriculum import varies
-from spo.grow.rollout import RolloutStats
+from spo.grow.stats import RolloutStats
 from spo.records import Forest, concat, select
 
 Grown = tuple[Forest, list[RolloutStats]]

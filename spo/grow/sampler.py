@@ -17,8 +17,9 @@ from spo.engines.make import engine_of
 from spo.engines.protocol import Engine
 from spo.grow.curriculum import Curriculum
 from spo.grow.evaluate import Accuracy, accuracies
-from spo.grow.rollout import Rollout, RolloutOptions, RolloutStats
+from spo.grow.rollout import Rollout, RolloutOptions
 from spo.grow.shapes import Shape
+from spo.grow.stats import RolloutStats
 from spo.grow.stream import Stream, grow, require_fitting
 from spo.models.tokenizer import exact_text, load_tokenizer, response_text, sampling_of
 from spo.records import Completion, Forest, Origin, Prompt, Request

@@ -7,8 +7,9 @@ from itertools import chain, islice
 
 from spo.engines.protocol import Engine
 from spo.grow.assemble import assemble
-from spo.grow.rollout import Rollout, RolloutOptions, RolloutStats
+from spo.grow.rollout import Rollout, RolloutOptions
 from spo.grow.shapes import Shape, Tree
+from spo.grow.stats import RolloutStats
 from spo.records import Forest, Prompt
 from spo.tasks.grading import Grader
 

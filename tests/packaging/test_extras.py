@@ -74,6 +74,16 @@ def test_a_missing_package_of_the_trainer_is_one_sentence(module):
     assert result.returncode == 2 and result.stdout == ""
 
 
+def test_a_tracker_that_is_not_installed_is_one_sentence_before_the_run(tmp_path):
+    asked = ["grpo", "engine.name=hf", "log=mlflow", f"out={tmp_path / 'run'}"]
+    result = without(["mlflow"], COMMAND.replace('"recipe.yaml"', f"*{asked}"))
+    assert result.stderr.splitlines()[-1] == (
+        "spo: what was asked for needs mlflow, which is not installed: "
+        "pip install 'spo-kernels[trackers]'"
+    )
+    assert result.returncode == 2 and not (tmp_path / "run").exists()
+
+
 def test_an_error_that_no_extra_explains_stays_an_error():
     result = without(["argparse"], COMMAND)
     assert "No module named 'argparse'" in result.stderr and result.returncode == 1

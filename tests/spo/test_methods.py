@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from explained import unexplained
 from ranks import distance, torchrun
 from safetensors.torch import load_file
 from trained import trained_weights
@@ -75,6 +76,7 @@ def test_every_recipe_trains(method, tmp_path, trained):
     lines = trained(method).lines
     assert len(lines) == (3 if method == "grpo-staged" else 2)
     for line in lines:
+        assert not unexplained(line)  # in docs/metrics.md
         assert line["grad_norm"] > 0 and line["skipped_steps"] == 0
         assert line["probe_difference"] < 1e-3
         assert math.isfinite(line["loss"]) and line["mismatch_kl"] < 0.1

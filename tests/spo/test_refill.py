@@ -15,7 +15,7 @@ from test_train import forest_bytes, weights
 from spo.config.recipe import load_recipe
 from spo.grow.curriculum import Curriculum, key_of, varies
 from spo.grow.refill import refill
-from spo.grow.rollout import RolloutStats
+from spo.grow.stats import RolloutStats
 from spo.learn.checkpoint import latest_checkpoint, load_state
 from spo.loop import train
 from spo.plan import describe

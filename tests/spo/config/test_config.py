@@ -43,6 +43,11 @@ def test_saved_recipe_reads_back(tmp_path):
     [
         (["train.lerning_rate=1"], ["train.lerning_rate", "learning_rate"]),
         (["colour=red"], ["unknown key colour", "policy"]),
+        (
+            ["log=wandv"],
+            ["log: expected names of tensorboard", "did you mean wandb?"],
+        ),
+        (["log={wandb: true}"], ["log: expected a list of tensorboard", "True"]),
         (["train.iterations=many"], ["train.iterations", "many"]),
         (["sampling.top_p=0.9"], ["sampling.top_p: expected 1", "0.9"]),
         (["sampling.top_k=5"], ["sampling.top_k: expected 0", "biases", "eval.top_k"]),

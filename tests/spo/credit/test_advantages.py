@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from spo.credit.nodes import of_nodes, of_tokens
+from spo.credit.nodes import figures, of_nodes, of_tokens
 from spo.credit.values import Values
 from spo.grow.assemble import assemble, is_leaf, leave_out_unrewarded
 from spo.grow.chain import ChainShape, cutpoint_partition, fixed_partition, step_partition
 from spo.grow.shapes import Node, Tree
 from spo.grow.steps import line_ends
-from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Completion, Prompt
+from spo.records import LENGTH, PROMPT, SEGMENT, STOP, Completion, Prompt, concat
 
 NAN = float("nan")
 
@@ -280,9 +280,30 @@ def test_whitening_is_over_trained_nodes():
 
 
 def test_summary():
-    figures = Values().assign(STAR).figures
-    assert figures["reward_mean"] == 0.25 and figures["value_mean"] == 0.25
-    assert figures["zero_advantage_share"] == 0 and figures["segments_per_trajectory"] == 1
-    assert figures["mean_abs_advantage"] == pytest.approx((0.75 + 3 * 0.25) / 4)
+    found = Values().assign(STAR).figures
+    assert found["reward_mean"] == 0.25 and found["value_mean"] == 0.25
+    assert found["zero_advantage_share"] == 0 and found["segments_per_trajectory"] == 1
+    assert found["mean_abs_advantage"] == pytest.approx((0.75 + 3 * 0.25) / 4)
     cut = forest(node(0, 0.0, finish=LENGTH), node(0, 0.0))
     assert Values().assign(cut).figures["zero_advantage_share"] == 1
+
+
+def test_figures_of_responses():
+    tree = forest(
+        node(0, tokens=3),
+        node(0, 1.0, tokens=1),
+        node(1, 1.0, tokens=4, finish=LENGTH),
+        node(1, NAN, tokens=2, finish=STOP),  # its grading failed
+    )
+    both = concat([tree, forest(node(0, 0.5, tokens=6), node(0, 0.0, tokens=5))])
+    found = figures(both, torch.zeros(both.num_nodes), torch.zeros(3))
+    lengths = [1, 3 + 4, 3 + 2, 6, 5]
+    assert found["response_tokens_mean"] == pytest.approx(sum(lengths) / 5)
+    assert (found["response_tokens_min"], found["response_tokens_max"]) == (1, 7)
+    assert found["truncated_share"] == pytest.approx(1 / 5)
+    assert found["reward_mean"] == 0.625  # of 1, 1, 0.5 and 0
+    deviations = [0.375, 0.375, -0.125, -0.625]
+    assert found["reward_std"] == pytest.approx((sum(d * d for d in deviations) / 3) ** 0.5)
+    assert found["same_reward_share"] == 0.5
+    one = forest(node(0, 1.0))
+    assert math.isnan(figures(one, torch.zeros(2), torch.zeros(1))["reward_std"])
