@@ -18,7 +18,7 @@ from spo.config.recipe import Recipe, as_tree
 PARAMS = 100  # that MLflow takes in one request
 
 
-class Mlflow:
+class Service:
     """See `spo.trackers.tracker.Service`. The caller's active run stays as it is."""
 
     holds_before = math.inf

@@ -46,7 +46,7 @@ def figures(line: Mapping[str, Any]) -> dict[str, float]:
     return {
         trl_name(key, line["stage"]): float(value)
         for key, value in line.items()
-        if key not in ("iteration", "stage") and math.isfinite(value)
+        if key != "iteration" and not isinstance(value, str) and math.isfinite(value)
     }
 
 

@@ -11,7 +11,7 @@ from spo.config.recipe import Recipe, as_tree
 from spo.trackers.names import in_sections
 
 
-class TensorBoard:
+class Service:
     """See `spo.trackers.tracker.Service`."""
 
     def __init__(self, recipe: Recipe, run: str | None, start: int):

@@ -24,13 +24,15 @@ from spo.extras import missing
 from spo.metrics import read_metrics
 from spo.trackers.names import figures
 
-CLASSES = {"tensorboard": "TensorBoard", "wandb": "Wandb", "trackio": "Trackio", "mlflow": "Mlflow"}
 BEFORE = (-1, False)  # nothing was sent
 
 
 class Service(Protocol):
-    """A run in one tracker. It is made of the recipe, the name of the run that goes on (None: a new
-    one) and the iteration at which this process starts."""
+    """A run in one tracker; each module of this folder has one.
+
+    It is made of the recipe, the run that goes on (None: a new one) and the iteration at which this
+    process starts.
+    """
 
     run: str  # the name under which the tracker finds it again
     holds_before: float  # iteration from which on it holds no line, although some were sent
@@ -41,13 +43,16 @@ class Service(Protocol):
 
 
 class Tracker:
-    """A callback that sends each line to one tracker. If that fails, one warning says so, and the
-    run goes on without it."""
+    """A callback that sends each line to one tracker.
+
+    If that fails, one warning says so, and the run goes on without it. Raises ValueError with one
+    sentence if the tracker does not start.
+    """
 
     def __init__(self, name: str, recipe: Recipe, resumed: bool, start: int):
         self._name = name
         self._file = recipe.out_dir / f"tracker-{name}.json"
-        kind = getattr(import_module(f"spo.trackers.{name}"), CLASSES[name])
+        kind = import_module(f"spo.trackers.{name}").Service
         saved: dict[str, Any] = {}
         try:
             if resumed and self._file.exists():
@@ -104,8 +109,7 @@ def require_installed(recipe: Recipe) -> None:
     for name in tracker_names(recipe.log):
         spec = find_spec(name)
         if spec is None or spec.origin is None:  # a folder of that name is no package
-            error = ModuleNotFoundError(name=name)
-            raise ModuleNotFoundError(missing(error), name=name)
+            raise ModuleNotFoundError(missing(ModuleNotFoundError(name=name)), name=name)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from spo.config.recipe import Recipe, as_tree
 from spo.trackers.names import in_sections
 
 
-class Trackio:
+class Service:
     """See `spo.trackers.tracker.Service`."""
 
     holds_before = math.inf

@@ -12,7 +12,7 @@ from spo.config.recipe import Recipe, as_tree
 from spo.trackers.names import STEP, in_sections
 
 
-class Wandb:
+class Service:
     """See `spo.trackers.tracker.Service`."""
 
     def __init__(self, recipe: Recipe, run: str | None, start: int):

@@ -78,6 +78,12 @@ def first_heard(tracked):
     return before + [line for line in after if (line["iteration"], line["stage"]) not in heard]
 
 
+def line_of(iteration, **more):
+    """A short line of an iteration."""
+    head = {"iteration": iteration, "seconds": 1.0, "generated_tokens": 5, "stage": "train"}
+    return head | more
+
+
 def scalars(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -199,13 +205,8 @@ def test_every_key_is_explained_and_has_the_name_that_the_page_gives(tracked):
     assert sent["rewards/quarters/mean"] == after[1]["reward_quarters"]
     assert sent["spo/generated_tokens"] == after[1]["generated_tokens"]
     assert {*TRL.values()} - sent.keys() == {"kl"}  # without loss.kl_coef
-    evaluated = {
-        "iteration": 2,
-        "stage": "eval",
-        "aime/greedy": 0.5,
-        "aime/greedy_stderr": math.nan,
-    }
-    assert figures(evaluated) == {"eval_aime_greedy": 0.5}
+    line = {"stage": "eval", "iteration": 2, "aime/greedy": 0.5, "aime/majority": math.nan}
+    assert figures(line | {"note": "of a rule"}) == {"eval_aime_greedy": 0.5}
 
 
 def test_a_tracker_that_fails_is_left_out_and_a_resumed_run_sends_what_it_lacks(places):
@@ -233,7 +234,8 @@ def test_a_tracker_that_fails_is_left_out_and_a_resumed_run_sends_what_it_lacks(
     (out / "hidden").rename(folder / "mlruns")
     run = spo.train("grpo", log=["mlflow", "tensorboard"], resume=True, **settings)
     wanted = expected(run.metrics)["reward"]
-    assert len(wanted) == 4 and scalars(folder)[1].keys() >= {"train/reward"}
+    assert [step for step, _ in wanted] == [0, 1, 2, 3]
+    assert [step for step, _ in scalars(folder)[1]["train/reward"]] == [0, 1, 2, 3]
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=(folder / "mlruns").as_uri())
@@ -242,19 +244,31 @@ def test_a_tracker_that_fails_is_left_out_and_a_resumed_run_sends_what_it_lacks(
     assert [(m.step, m.value) for m in history] == wanted
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_fails_is_one_warning(tmp_path):
+    recipe = load_recipe("grpo", [f"out={tmp_path}", "log=tensorboard"])
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.warns(UserWarning) as heard, opened(recipe, True, False, 0) as (tracker,):
+        tracker.on_iteration(line_of(0))
+        shutil.rmtree(tmp_path / "tensorboard")
+        for step in (1, 2):
+            tracker.on_iteration(line_of(step))
+    said = [str(w.message) for w in heard if "log:" in str(w.message)]
+    assert len(said) == 1 and "tensorboard is left out from iteration 1 on" in said[0]
+
+
 def test_a_new_run_in_the_folder_of_one_without_a_checkpoint_is_a_new_run(places):
     recipe = load_recipe("grpo", [f"out={places / 'again'}", "log=[tensorboard, trackio]"])
     from trackio.sqlite_storage import SQLiteStorage
 
     recipe.out_dir.mkdir()
     known = len(SQLiteStorage.get_run_records("spo"))
-    head = {"stage": "train", "seconds": 1.0, "generated_tokens": 5}
     for attempt, steps in enumerate((3, 2)):
         (recipe.out_dir / "metrics.jsonl").write_text("")
         with opened(recipe, True, False, 0) as trackers:
             for step in range(steps):
                 for tracker in trackers:
-                    tracker.on_iteration(head | {"iteration": step, "loss": float(attempt)})
+                    tracker.on_iteration(line_of(step, loss=float(attempt)))
     assert scalars(recipe.out_dir)[1]["train/loss"] == [(0, 1.0), (1, 1.0)]
     runs = SQLiteStorage.get_run_records("spo")[known:]
     assert [len(SQLiteStorage.get_logs("spo", run_id=run["id"])) for run in runs] == [3, 2]
@@ -264,7 +278,7 @@ def test_a_new_run_in_the_folder_of_one_without_a_checkpoint_is_a_new_run(places
         json.dumps({"run": runs[0]["id"], "sent": [2, True]})
     )
     with opened(recipe, True, True, 3) as (_, tracker):
-        tracker.on_iteration(head | {"iteration": 3, "loss": 2.0})
+        tracker.on_iteration(line_of(3))
     assert [len(SQLiteStorage.get_logs("spo", run_id=run["id"])) for run in runs] == [4, 2]
 
 
