@@ -27,7 +27,13 @@ SMALL: dict[str, Any] = {
     "max_new_tokens": 40,
     "iterations": 4,
 }
-OWN = "def quarters(response):\n    return len(response) % 5 / 4\n"
+OWN = """
+def quarters(response):
+    return len(response) % 5 / 4
+
+def mean(response):
+    return 0.5
+"""
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -54,7 +60,8 @@ def tracked(places):
     """A run that crashed in iteration 3 and went on from its checkpoint before iteration 2: its
     folder, the lines at the crash and those at the end."""
     (places / "own.py").write_text(OWN)
-    settings = SMALL | {"out": places / "run", "reward": f"{places}/own.py:quarters"}
+    reward = [f"{places}/own.py:{name}" for name in ("quarters", "mean")]
+    settings = SMALL | {"out": places / "run", "reward": reward}
     with pytest.raises(KeyError, match="crash"):
         spo.train("grpo", callbacks=[Crash()], log=list(TRACKERS), **settings)
     before = read_metrics(places / "run" / "metrics.jsonl")
@@ -203,6 +210,7 @@ def test_every_key_is_explained_and_has_the_name_that_the_page_gives(tracked):
     sent = figures(after[1])
     assert sent["reward"] == after[1]["reward_mean"]
     assert sent["rewards/quarters/mean"] == after[1]["reward_quarters"]
+    assert sent["rewards/mean_1/mean"] == 0.5 != sent["reward"]  # a term of the name `mean`
     assert sent["spo/generated_tokens"] == after[1]["generated_tokens"]
     assert {*TRL.values()} - sent.keys() == {"kl"}  # without loss.kl_coef
     line = {"stage": "eval", "iteration": 2, "aime/greedy": 0.5, "aime/majority": math.nan}
