@@ -16,6 +16,7 @@ EXTRA_OF = {
     "tokenizers": "train",
     "transformers": "train",
     "yaml": "train",
+    "bitsandbytes": "optim",
     "flash_attn": "flash-attn",
     "math_verify": "math",
     "bitsandbytes": "peft",

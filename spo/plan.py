@@ -104,7 +104,7 @@ def parameters(policy: PolicyConfig) -> int | None:
     return sum(p.numel() for p in model.parameters())
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     """Bytes, in GiB or for a small model in MiB."""
     return f"{count / GIB:9.2f} GiB" if count >= GIB / 10 else f"{count / MIB:9.2f} MiB"
 
@@ -148,20 +148,27 @@ def _data(recipe: Recipe) -> list[str]:
 
 
 def _memory(recipe: Recipe, count: int | None) -> list[str]:
+    from spo.learn.optimizer import state_bytes
+
     trained, sampler = BYTES[recipe.policy.dtype], BYTES[recipe.engine.dtype]
+    parked = recipe.train.offload  # in the host's memory
+    optimizer = 0 if "optimizer" in parked else state_bytes(recipe)
+    reference = recipe.loss.kl_coef or recipe.credit.reference
     per_weight = {
         f"weights, {recipe.policy.dtype}": trained,
         "gradients": trained,
-        "optimiser": 2 * trained,  # AdamW's two moments
-        "reference": trained if recipe.loss.kl_coef or recipe.credit.reference else 0,
-        "critic, its gradients and optimiser": (4 * trained if recipe.credit.critic else 0),
+        "optimiser": optimizer,
+        "reference": trained if reference and "reference" not in parked else 0,
+        "critic, its gradients and optimiser": (
+            2 * trained + optimizer if recipe.credit.critic else 0
+        ),
         f"engine's weights, {recipe.engine.dtype}": sampler,
     }
     per_weight = {name: size for name, size in per_weight.items() if size}
     if count is None:
         return [
             "unknown until the policy's config.json is here; bytes per weight:",
-            *(f"{size:9d}  {name}" for name, size in per_weight.items()),
+            *(f"{size:9.4g}  {name}" for name, size in per_weight.items()),
         ]
     return [
         f"{count:,} weights",

@@ -303,11 +303,14 @@ def check_recipe(recipe: Recipe) -> None:
             f"train.replay_nodes: expected 0 with credit.type={recipe.credit_type}, whose credit "
             f"is true in its own iteration only, found {train.replay_nodes}"
         )
-    if train.reference_every and not (recipe.loss.kl_coef or recipe.credit.reference):
-        raise ValueError(
-            "train.reference_every: expected 0, as loss.kl_coef is 0 and "
-            f"credit.type={recipe.credit_type} has no reference, found {train.reference_every}"
-        )
+    train.check(recipe.policy)
+    asked = {"reference_every": train.reference_every, "offload": train.offload.count("reference")}
+    for key, found in asked.items():
+        if found and not (recipe.loss.kl_coef or recipe.credit.reference):
+            raise ValueError(
+                f"train.{key}: expected nothing of a reference, as loss.kl_coef is 0 and "
+                f"credit.type={recipe.credit_type} has none, found {getattr(train, key)!r}"
+            )
     if train.replay_nodes and recipe.loss.kl_coef and recipe.loss.kl_scope == "all":
         raise ValueError(
             "train.replay_nodes: expected 0 with loss.kl_scope=all, as only nodes with an "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from spo.config.policy import PolicyConfig
 from spo.config.ranges import (
     Count,
     NotNegative,
@@ -48,6 +49,18 @@ class TrainConfig:
     """Maximum number of packed tokens in one forward; a longer path is one of its own."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: ddp keeps the whole weights on every rank, fsdp shards them (FSDP2)."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit keeps AdamW's two moments in blocks of 8-bit numbers (bitsandbytes): about 2 bytes
+    per weight in place of 8."""
+    master_weights: Literal["fp32", "stochastic", "none"] = "fp32"
+    """What keeps the small steps of weights in policy.dtype=bfloat16, which have three digits. fp32:
+    the optimiser holds the other 16 bits of weights in float32, and its moments in float32.
+    stochastic: a step is rounded up or down at random, right in the mean; moments in bfloat16. none:
+    it is rounded to the nearest, so that most steps at usual rates change nothing; moments in
+    bfloat16. docs/precision.md compares them."""
+    offload: tuple[Literal["optimizer", "reference"], ...] = ()
+    """What waits in the host's memory while it is not used, with policy.device=cuda: the optimiser's
+    state, the reference's weights. The results are the same bits."""
     learning_rate: Positive = 1e-6
     """Peak learning rate of AdamW."""
     warmup_share: Share = 0.03
@@ -100,3 +113,22 @@ class TrainConfig:
             raise ValueError("train.restart: expected train.parallel=ddp, found fsdp")
         if self.replay_samples is not None and not self.replay_nodes:
             raise ValueError("train.replay_samples: expected train.replay_nodes above 0, found 0")
+        if self.parallel == "fsdp" and (self.offload or self.optimizer == "adamw_8bit"):
+            found = f"offload={list(self.offload)}" if self.offload else "optimizer=adamw_8bit"
+            raise ValueError(
+                f"train.{found}: expected train.parallel=ddp, found fsdp, which shards the "
+                "optimiser's state and the reference already"
+            )
+
+    def check(self, policy: PolicyConfig) -> None:
+        """Raise ValueError if the policy's settings contradict these."""
+        if self.master_weights != "fp32" and policy.dtype == "float32":
+            raise ValueError(
+                "train.master_weights: expected fp32 with policy.dtype=float32, whose weights need "
+                f"no masters, found {self.master_weights}"
+            )
+        if self.offload and policy.device.startswith("cpu"):
+            raise ValueError(
+                "train.offload: expected [] with policy.device=cpu, where all is in the host's "
+                f"memory, found {list(self.offload)}"
+            )

@@ -39,6 +39,8 @@ FIXED = (  # settings that a resumed run must keep
     "shape_kind",
     "credit_type",
     "train.seed",
+    "train.optimizer",
+    "train.master_weights",
 )
 
 

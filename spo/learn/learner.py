@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from spo.learn.distributed import Ranks
 from spo.learn.figures import SUMS, summarize
 from spo.learn.loss import LOSSES
 from spo.learn.model import row_logprobs, score, to_device
+from spo.learn.offload import on_device, park
+from spo.learn.optimizer import make_optimizer
 from spo.learn.pack import PackStats, pack, unpack
 from spo.learn.policy import load_policy
 from spo.learn.policy_folder import as_stored
@@ -47,7 +49,7 @@ class Learner:
                 lora.load_adapter(saved / "policy", self.model)
         elif saved:
             checkpoint.load_weights(saved, self.model)
-        self.optimizer = _adamw(self.model, recipe, recipe.train.learning_rate)
+        self.optimizer = make_optimizer(self.model, recipe, recipe.train.learning_rate)
         self.models = {"policy": self.model}
         self.refreshed = False  # whether the reference is no longer the start policy
         self.optimizers = {"policy": self.optimizer}
@@ -58,11 +60,13 @@ class Learner:
             if saved:
                 file = checkpoint.REFERENCE
                 self.refreshed = checkpoint.load_weights(saved, self.models["reference"], file)
+            if "reference" in recipe.train.offload:
+                park(self.models["reference"])
         if critic is not None:
             start = str(saved / "critic") if saved else None
             model = load_critic(policy, start, limit=recipe.engine.max_model_len)
             self.models["critic"] = model
-            self.optimizers["critic"] = _adamw(model, recipe, critic.learning_rate)
+            self.optimizers["critic"] = make_optimizer(model, recipe, critic.learning_rate)
 
     def restore(self, saved: Path) -> Replay:
         """Restore a checkpoint's optimisers and random state; returns its replay buffer."""
@@ -130,13 +134,15 @@ class Learner:
         packs, _ = self._pack(forest, tokens, trees, masked=False)
         temperature = self.recipe.sampling.temperature
 
-        def rows(name: str, packed: Batch) -> Tensor:
-            if name == "critic":
-                return row_values(self.models[name], packed)
+        found = []
+        for name in names:
             with self._as(name) as model:
-                return row_logprobs(model, packed, temperature)
-
-        return [self._score(forest, packs, partial(rows, name)) for name in names]
+                if name == "critic":
+                    rows = partial(row_values, model)
+                else:
+                    rows = partial(row_logprobs, model, temperature=temperature)
+                found.append(self._score(forest, packs, rows))
+        return found
 
     def train(
         self, forest: Forest, credit: Credit, state: checkpoint.State, generated: int
@@ -190,6 +196,8 @@ class Learner:
             norm = float(len(trees) * recipe.sampling.max_new_tokens)
         if norm is not None:
             packs = [dataclasses.replace(packed, policy_norm=norm) for packed in packs]
+        if recipe.loss.kl_coef:
+            packs = self._with_reference(packs)
         figures = self._update(
             self.model, self.optimizer, packs, self._policy_loss, rate * recipe.train.learning_rate
         )
@@ -241,17 +249,24 @@ class Learner:
 
     def _policy_loss(self, packed: Batch) -> LossOutput:
         loss, temperature = self.recipe.loss, self.recipe.sampling.temperature
-        if loss.kl_coef:
-            with self._as("reference") as reference:
-                packed = score(reference, packed, temperature)
         return LOSSES[type(loss)](self.model, packed, loss, temperature)
 
-    def _as(self, name: str) -> AbstractContextManager[PreTrainedModel]:
-        """One of the models; a policy with adapters is its own reference without them."""
+    def _with_reference(self, packs: list[Batch]) -> list[Batch]:
+        """The batches of a step, on the device, with the reference's logprobs."""
+        device, temperature = self.recipe.policy.device, self.recipe.sampling.temperature
+        with self._as("reference") as model, self._autocast():
+            return [score(model, to_device(packed, device), temperature) for packed in packs]
+
+    @contextmanager
+    def _as(self, name: str) -> Iterator[PreTrainedModel]:
+        """One of the models, on its device; a policy with adapters is its reference without them."""
         model = self.models[name]
         if name == "reference" and model is self.model:
-            return lora.without_adapter(model)
-        return nullcontext(model)
+            with lora.without_adapter(model):
+                yield model
+        else:
+            with on_device(model, self.recipe.policy.device):
+                yield model
 
     def _value_loss(self, targets: Targets, value_clip: float, packed: Batch) -> LossOutput:
         assert packed.token_index is not None  # every pack has it
@@ -337,12 +352,3 @@ class Learner:
         policy = self.recipe.policy
         device = torch.device(policy.device).type
         return torch.autocast(device, torch.bfloat16) if policy.autocast else nullcontext()
-
-
-def _adamw(model: torch.nn.Module, recipe: Recipe, learning_rate: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=learning_rate,
-        weight_decay=recipe.train.weight_decay,
-        betas=(0.9, 0.95),
-    )
