@@ -19,7 +19,6 @@ EXTRA_OF = {
     "bitsandbytes": "optim",
     "flash_attn": "flash-attn",
     "math_verify": "math",
-    "bitsandbytes": "peft",
     "mlflow": "trackers",
     "peft": "peft",
     "tensorboard": "trackers",

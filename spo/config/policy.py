@@ -21,9 +21,8 @@ class PolicyConfig:
     """Folder with config.json, safetensors weights and tokenizer.json, or a hub id. `embedded` is
     the small policy that ships with the package."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the trained weights and their gradients; what bfloat16 rounds off,
-    `train.master_weights` keeps. A checkpoint's policy has the type of the folder that the run began
-    with."""
+    """Type of the trained weights and their gradients; `train.master_weights` keeps what bfloat16
+    rounds off. A checkpoint's policy has the type of the folder that the run began with."""
     autocast: bool = False
     """Run the forward in bfloat16 over float32 weights."""
     device: str = "cpu"

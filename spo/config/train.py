@@ -53,14 +53,14 @@ class TrainConfig:
     """adamw_8bit keeps AdamW's two moments in blocks of 8-bit numbers (bitsandbytes): about 2 bytes
     per weight in place of 8."""
     master_weights: Literal["fp32", "stochastic", "none"] = "fp32"
-    """What keeps the small steps of weights in policy.dtype=bfloat16, which have three digits. fp32:
-    the optimiser holds the other 16 bits of weights in float32, and its moments in float32.
-    stochastic: a step is rounded up or down at random, right in the mean; moments in bfloat16. none:
-    it is rounded to the nearest, so that most steps at usual rates change nothing; moments in
-    bfloat16. docs/precision.md compares them."""
+    """What keeps small steps of weights in policy.dtype=bfloat16, which have three digits. fp32:
+    the optimiser holds the other 16 bits of float32 weights, for 2 bytes per weight, and float32
+    moments. stochastic: steps are rounded up or down at random, right in the mean. none: they are
+    rounded to nearest, and most of them change nothing. These two have bfloat16 moments, half as
+    large. docs/precision.md compares them."""
     offload: tuple[Literal["optimizer", "reference"], ...] = ()
-    """What waits in the host's memory while it is not used, with policy.device=cuda: the optimiser's
-    state, the reference's weights. The results are the same bits."""
+    """What waits in the host's memory while it is not used, with policy.device=cuda: the state of
+    the optimisers, the reference's weights. The results are the same bits."""
     learning_rate: Positive = 1e-6
     """Peak learning rate of AdamW."""
     warmup_share: Share = 0.03

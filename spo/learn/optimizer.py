@@ -141,7 +141,7 @@ class MixedPrecisionAdamW(torch.optim.AdamW):
             else:
                 state[key] = zeros(p, torch.float32 if masters else p.dtype)
         if masters and p.dtype == torch.bfloat16:
-            # 16-bit integers, in the only type of that size which collectives of gloo and NCCL carry
+            # 16-bit integers, in a type that gloo and NCCL carry
             state["low_bits"] = zeros(p, torch.bfloat16)
         return state
 

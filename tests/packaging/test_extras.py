@@ -49,6 +49,17 @@ runpy.run_module("spo", run_name="__main__", alter_sys=True)
 """
 
 
+OPTIMISER = """
+import torch, spo
+from spo.learn.optimizer import make_optimizer
+recipe = spo.load_recipe(None, ["train.optimizer=adamw_8bit"])
+try:
+    make_optimizer(torch.nn.Linear(2, 2), recipe, 1.0)
+except ImportError as error:
+    print(error)
+"""
+
+
 def without(modules, code: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", WITHOUT + code, ",".join(modules)],
@@ -82,6 +93,14 @@ def test_a_tracker_that_is_not_installed_is_one_sentence_before_the_run(tmp_path
         "pip install 'spo-kernels[trackers]'"
     )
     assert result.returncode == 2 and not (tmp_path / "run").exists()
+
+
+def test_an_optimiser_without_its_package_is_one_sentence():
+    result = without(["bitsandbytes"], OPTIMISER)
+    assert result.stdout == (
+        "what was asked for needs bitsandbytes, which is not installed: "
+        "pip install 'spo-kernels[optim]'\n"
+    ), result.stderr
 
 
 def test_an_error_that_no_extra_explains_stays_an_error():
@@ -124,4 +143,5 @@ def test_what_is_required_and_what_is_extra():
     assert {"transformers", "datasets", "safetensors", "pydantic", "cloudpickle"} < extras["train"]
     for extra in ("vllm", "triton", "flash-attn", "peft", "trl", "verl"):
         assert extras[extra] == {extra}
+    assert extras["optim"] == {"bitsandbytes"}
     assert "pytest-benchmark" in extras["bench"] and "math-verify" in extras["math"]

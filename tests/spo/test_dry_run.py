@@ -93,6 +93,17 @@ def test_weights_are_counted_without_loading_them(tiny_model, tmp_path):
     text = describe(dataclasses.replace(config, policy=policy))
     # fp32: weights, gradients, two moments, reference; bf16: the engine
     assert f"{real:,} weights" in text and f"{real * 22 / 2**20:.2f} MiB  in all" in text
+    gae = ["credit.type=gae", "shape.kind=star", "policy.dtype=bfloat16", "policy.device=cuda"]
+    gae += ["loss.kl_coef=1e-4"]
+    for more, of_weight in (  # bf16: twice weights, gradients, state; reference; fp32: the engine
+        ([], 2 * (2 + 2 + 10) + 2 + 4),
+        (["train.optimizer=adamw_8bit"], 2 * (2 + 2 + 4 + 2 / 64) + 2 + 4),
+        (["train.master_weights=stochastic"], 2 * (2 + 2 + 4) + 2 + 4),
+        (["train.offload=[optimizer,reference]"], 2 * (2 + 2) + 4),
+    ):
+        config = dataclasses.replace(load_recipe(None, [*gae, *more]).policy, path=policy.path)
+        text = describe(dataclasses.replace(load_recipe(None, [*gae, *more]), policy=config))
+        assert f"{real * of_weight / 2**20:.2f} MiB  in all" in text
 
 
 def test_sources_are_told_apart(tmp_path):

@@ -240,5 +240,6 @@ def test_a_damaged_adapter_is_one_sentence(whole, tmp_path):
 def test_a_missing_package_is_named_with_its_command(monkeypatch, module, lora_settings):
     real = importlib.util.find_spec
     monkeypatch.setattr(lora, "find_spec", lambda name: None if name == module else real(name))
-    with one_sentence([module, "pip install 'spo-kernels[peft]'"]):
+    extra = {"peft": "peft", "bitsandbytes": "optim"}[module]
+    with one_sentence([module, f"pip install 'spo-kernels[{extra}]'"]):
         Learner(load_recipe("grpo", policy={"lora": lora_settings}), Ranks())

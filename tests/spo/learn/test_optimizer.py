@@ -270,7 +270,7 @@ for settings in json.loads(sys.argv[2]):
         for optimizer in optimizers:
             optimizer.step()
     a, b = (distributed.Whole(*pair) for pair in zip((model, single), optimizers))
-    same = [torch.equal(a.weights[n].view(torch.int16), w.view(torch.int16)) for n, w in b.weights.items()]
+    same = [torch.equal(a.weights[name], weight) for name, weight in b.weights.items()]
     for index, state in b.optimizer["state"].items():
         for key, x in state.items():
             y = a.optimizer["state"][index][key]
