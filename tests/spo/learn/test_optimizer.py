@@ -30,7 +30,7 @@ class Weights(torch.nn.Module):
         super().__init__()
         g = torch.Generator().manual_seed(0)
         start = {
-            "matrix": torch.randn(301, 200, generator=g) * 0.06,
+            "matrix": torch.randn(200, 301, generator=g).t() * 0.06,  # not contiguous
             "norm": 1 + 0.1 * torch.randn(4000, generator=g),
             "odd": torch.randn(17, generator=g),
         }
