@@ -34,6 +34,11 @@ def check_lora(lora: LoraConfig | None, train: TrainConfig) -> None:
             "train.parallel: expected ddp with policy.lora, whose weights do not train and so need "
             "no shards of gradients or optimiser, found fsdp"
         )
+    if "reference" in train.offload:
+        raise ValueError(
+            "train.offload: expected no reference with policy.lora, whose reference is the policy "
+            "itself without its adapters"
+        )
     if train.reference_every:
         raise ValueError(
             "train.reference_every: expected 0 with policy.lora, whose reference is the model "

@@ -21,8 +21,8 @@ from spo.config.engine import EngineConfig
 from spo.config.evaluation import TEST, EvalConfig, EvalSet, figures
 from spo.config.keywords import DEFAULTS, GROUPS, UNIONS, with_keywords
 from spo.config.log import tracker_names
-from spo.config.lora import check_lora
 from spo.config.loss import LOSSES, LossConfig, PolicyLossConfig
+from spo.config.pairs import check_pairs
 from spo.config.policy import PolicyConfig
 from spo.config.reward import RewardConfig, reward_settings
 from spo.config.sampling import SamplingConfig
@@ -291,42 +291,9 @@ def check_recipe(recipe: Recipe) -> None:
             named.build(type(group), settings, key)
     sets = evaluation_sets(recipe)
     tracker_names(recipe.log)
-    sampling, train, engine = recipe.sampling, recipe.train, recipe.engine
-    if train.keep_best is not None and train.keep_best not in (known := figures(sets)):
-        raise ValueError(
-            f"train.keep_best: expected a figure of the evaluations, {', '.join(known)}, found "
-            f"{train.keep_best!r}"
-        )
+    sampling, train = recipe.sampling, recipe.train
     _asked(f"credit.type={recipe.credit_type}", recipe.credit.check, recipe.shape)
-    if train.replay_nodes and not recipe.credit.replayable:
-        raise ValueError(
-            f"train.replay_nodes: expected 0 with credit.type={recipe.credit_type}, whose credit "
-            f"is true in its own iteration only, found {train.replay_nodes}"
-        )
-    train.check(recipe.policy)
-    asked = {"reference_every": train.reference_every, "offload": train.offload.count("reference")}
-    for key, found in asked.items():
-        if found and not (recipe.loss.kl_coef or recipe.credit.reference):
-            raise ValueError(
-                f"train.{key}: expected nothing of a reference, as loss.kl_coef is 0 and "
-                f"credit.type={recipe.credit_type} has none, found {getattr(train, key)!r}"
-            )
-    if train.replay_nodes and recipe.loss.kl_coef and recipe.loss.kl_scope == "all":
-        raise ValueError(
-            "train.replay_nodes: expected 0 with loss.kl_scope=all, as only nodes with an "
-            f"advantage are drawn from the buffer, found {train.replay_nodes}"
-        )
-    if recipe.shape.rescores and train.stream_depth:
-        raise ValueError(
-            "shape.rescore=true: expected train.stream_depth=0, as the trainer's weights are newer "
-            f"than those that sampled a stream's first tokens, found {train.stream_depth}"
-        )
-    if engine.max_model_len is not None and engine.max_model_len <= sampling.max_new_tokens:
-        raise ValueError(
-            f"engine.max_model_len: expected more than sampling.max_new_tokens="
-            f"{sampling.max_new_tokens}, to hold the prompt too, found {engine.max_model_len}"
-        )
-    check_lora(recipe.policy.lora, train)
+    check_pairs(recipe, figures(sets))
     check_reward(recipe.reward, recipe.sampling.truncated, recipe.task)
     who = f"shape.kind={recipe.shape_kind}"
     cost = _asked(who, recipe.shape.cost, sampling.max_new_tokens)

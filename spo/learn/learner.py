@@ -44,7 +44,6 @@ class Learner:
         self.model = self._load(str(whole / "policy") if whole else None)
         if policy.lora is not None:
             lora.attach(self.model, policy, recipe.train.seed)
-            self._fresh = {name: x.detach().clone() for name, x in lora.adapter(self.model)}
             if saved:
                 lora.load_adapter(saved / "policy", self.model)
         elif saved:
@@ -100,8 +99,7 @@ class Learner:
     def restart(self) -> None:
         """Go back to the start policy and a fresh optimiser, in place."""
         if self.recipe.policy.lora is not None:
-            for name, parameter in lora.adapter(self.model):
-                parameter.data.copy_(self._fresh[name])
+            lora.reset(self.model)
         else:
             self.model.load_state_dict(self._load().state_dict())
         self.optimizer.state.clear()
@@ -259,14 +257,11 @@ class Learner:
 
     @contextmanager
     def _as(self, name: str) -> Iterator[PreTrainedModel]:
-        """One of the models, on its device; a policy with adapters is its reference without them."""
-        model = self.models[name]
-        if name == "reference" and model is self.model:
-            with lora.without_adapter(model):
-                yield model
-        else:
-            with on_device(model, self.recipe.policy.device):
-                yield model
+        """One of the models; a policy with adapters is also the reference, without them."""
+        model, device = self.models[name], self.recipe.policy.device
+        shared = name == "reference" and model is self.model
+        with lora.without_adapter(model) if shared else on_device(model, device):
+            yield model
 
     def _value_loss(self, targets: Targets, value_clip: float, packed: Batch) -> LossOutput:
         assert packed.token_index is not None  # every pack has it

@@ -76,6 +76,7 @@ def attach(model: PreTrainedModel, config: PolicyConfig, seed: int) -> None:
         parameter.requires_grad_(name in trained)
         if name in trained:
             parameter.data = parameter.data.float()
+    vars(model)["fresh_adapter"] = {name: x.detach().clone() for name, x in adapter(model)}
     head: Any = model.get_output_embeddings()
     inputs: Any = model.get_input_embeddings()
     if _base(inputs) is not inputs or (_base(head) is not head and _tied(model)):
@@ -83,6 +84,12 @@ def attach(model: PreTrainedModel, config: PolicyConfig, seed: int) -> None:
             "policy.lora.targets: expected no embedding, and no head that shares its weight with "
             f"one, found {config.lora.targets}"
         )
+
+
+def reset(model: PreTrainedModel) -> None:
+    """Make the adapters fresh again, in place."""
+    for name, parameter in adapter(model):
+        parameter.data.copy_(vars(model)["fresh_adapter"][name])
 
 
 def adapter(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
