@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from spo.config.ranges import Count
-from spo.config.train import TrainConfig
+
+if TYPE_CHECKING:
+    from spo.config.train import TrainConfig
 
 
 @dataclass(frozen=True)
