@@ -8,6 +8,7 @@ Names are loaded at their first use, so importing this package is fast.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,9 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# Where it is installed, transformers imports it, and it misses a package that nothing here needs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _MODULES = {
     "Credit": "spo.records",

@@ -23,7 +23,7 @@ from spo.grow.evaluate import Accuracy
 from spo.grow.sampler import Sampler
 from spo.grow.stats import RolloutStats
 from spo.learn import distributed
-from spo.learn.checkpoint import choose, find, load_saved
+from spo.learn.checkpoint import check_folder, choose, find, load_saved
 from spo.learn.model import sequence_logprobs
 from spo.learn.policy import load_policy
 from spo.learn.policy_folder import whole_policy
@@ -79,10 +79,12 @@ def train(
     chosen = recipe_of(
         recipe, overrides, policy=policy, data=data, reward=reward, engine=engine, **settings
     )
-    if is_loaded(policy):
+    ranks = distributed.join(chosen.train.parallel, chosen.policy.device)
+    if is_loaded(policy, tokenizer):
         chosen = _keep_policy(chosen, policy, tokenizer, resume)
     given = {"report": report, "callbacks": callbacks}
     loop.train(chosen, resume=resume, engine=_engine(engine), **given)
+    distributed.gather(ranks, None)  # rank 0 has written its last line
     return Run(chosen.out_dir)
 
 
@@ -96,7 +98,7 @@ def evaluate(
     data: Any = None,
     reward: Any = None,
     engine: Any = None,
-    limits: Sequence[int] = (),
+    limits: int | Sequence[int] = (),
     samples: int | None = None,
     temperature: float | None = None,
     **settings: Any,
@@ -124,11 +126,12 @@ def evaluate(
     )
     if temperature is None:
         temperature = recipe.sampling.temperature
-    if samples is not None and samples < 0:
-        raise ValueError(f"samples: expected 0 or more, found {samples}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature:g}")
-    if any(limit < 1 for limit in limits):
+    if samples is not None and (type(samples) is not int or samples < 0):
+        raise ValueError(f"samples: expected 0 or more, found {samples!r}")
+    if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature!r}")
+    limits = [limits] if isinstance(limits, int) else limits
+    if any(type(limit) is not int or limit < 1 for limit in limits):
         raise ValueError(f"limits: expected positive numbers of tokens, found {list(limits)}")
     if checkpoint is not None:
         checkpoint = choose(Path(checkpoint))
@@ -232,6 +235,10 @@ def recipe_of(
     """
     if isinstance(overrides, str):
         raise ValueError(f"overrides: expected a list such as [{overrides!r}], found a string")
+    if not isinstance(recipe, Recipe | str | os.PathLike):
+        raise ValueError(
+            f"recipe: expected a name, a path or a Recipe, found {type(recipe).__name__}"
+        )
     if isinstance(recipe, Recipe) and overrides:
         raise ValueError("overrides: expected none for a Recipe; give its name or path to use them")
     if policy is not None and not is_loaded(policy):
@@ -279,6 +286,7 @@ def _keep_policy(recipe: Recipe, model: Any, tokenizer: Any, resume: bool) -> Re
     """
     ranks = distributed.join(recipe.train.parallel, recipe.policy.device)
     out = recipe.out_dir
+    check_folder(out)
     if ranks.main:
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=out, prefix=".start-") as scratch:
@@ -299,7 +307,7 @@ def _with_policy(
     if checkpoint is not None:
         with whole_policy(checkpoint, load_saved(checkpoint).policy) as folder:
             yield _at(recipe, folder)
-    elif is_loaded(model):
+    elif is_loaded(model, tokenizer):
         with TemporaryDirectory(prefix="spo-policy-") as folder:
             save_given(model, tokenizer, Path(folder))
             yield _at(recipe, folder)
@@ -323,4 +331,8 @@ def _is_mixture(data: Any) -> bool:
 
 def _engine(engine: Any) -> Engine | None:
     """The caller's engine; None where it is a name, or settings."""
-    return None if isinstance(engine, str | Mapping) else engine
+    if engine is None or isinstance(engine, str | Mapping):
+        return None
+    if not hasattr(engine, "submit"):
+        raise ValueError(f"engine: expected hf, vllm or an engine, found {type(engine).__name__}")
+    return engine

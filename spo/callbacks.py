@@ -64,5 +64,6 @@ class Log:
         """Call the method `event` of every callback that has it."""
         for one in self._callbacks if self._writer is not None else ():
             method = getattr(one, event, None)
-            if method is not None and method(what) is False:
+            said = None if method is None else method(what)
+            if said is False or (hasattr(said, "dtype") and not said):  # NumPy's, or PyTorch's
                 self.stopped = True

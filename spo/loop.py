@@ -172,8 +172,7 @@ def evaluate(sampler: Sampler, ranks: Ranks) -> dict:
         for kind, (temperature, samples) in kinds.items():
             (one,) = sampler.accuracies(name, temperature=temperature, samples=samples)
             found |= one.figures(kind)
-            asked = len(sampler.test_prompts(name))
-            found |= {"problems": asked - one.too_long, "too_long": one.too_long}
+            found |= {"problems": one.problems, "too_long": one.too_long}
         line |= found if name == TEST else {f"{name}/{key}": v for key, v in found.items()}
     return line
 

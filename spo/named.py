@@ -289,7 +289,8 @@ def _sentence(error: Any, where: str) -> str:
         return said if said.startswith(f"{where}.") else f"{setting}: {said}"
     if first["type"] == "unexpected_keyword_argument":
         return f"recipe: unknown key {setting}"
-    return f"recipe: {setting}: {first['msg']}, found {first['input']!r}"
+    said = first["msg"].replace("a valid tuple", "a list")
+    return f"recipe: {setting}: {said}, found {first['input']!r:.200}"
 
 
 _FILE = "spo_file_"  # modules of files: name + digest of the path

@@ -183,6 +183,8 @@ class Forest:
 
         Raises ValueError with the file's name if it is not a forest.
         """
+        if os.path.isdir(path):
+            raise ValueError(f"{path} is a folder, expected a forest file in it")
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("spo", "{}"))

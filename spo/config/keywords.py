@@ -76,6 +76,13 @@ def _group_of(name: str, tree: Mapping[str, Any]) -> str:
     if found:
         choices = " or ".join(f'**{{"{group}.{name}": …}}' for group in found)
         raise ValueError(f"{name}: several groups have this setting; write {choices}")
+    for group in UNIONS:
+        for kind in named.OWN[(key := f"{group}.{UNIONS[group]}")]:
+            if name in _fields(named.find(key, kind)):
+                raise ValueError(
+                    f"{name}: a setting of {key}={kind}, and the recipe has another; write "
+                    f"{group}={{{UNIONS[group]!r}: {kind!r}, {name!r}: …}}"
+                )
     every = {n: f"{group}.{n}" for group, names in known.items() for n in names}
     close = [every[n] for n in get_close_matches(name, every, 3)]
     hint = f"; close to it: {', '.join(close)}" if close else ""

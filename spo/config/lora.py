@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from spo.config.ranges import Count
-
-if TYPE_CHECKING:
-    from spo.config.train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -25,24 +22,3 @@ class LoraConfig:
     quantize: Literal["none", "nf4"] = "none"
     """nf4: hold the weights under the adapters in 4 bits (QLoRA, arXiv 2305.14314), by
     bitsandbytes. Its 8 bits are left out: they round a token's input by what its neighbours are."""
-
-
-def check_lora(lora: LoraConfig | None, train: TrainConfig) -> None:
-    """Raise ValueError for settings that do not go with adapters."""
-    if lora is None:
-        return
-    if train.parallel == "fsdp":
-        raise ValueError(
-            "train.parallel: expected ddp with policy.lora, whose weights do not train and so need "
-            "no shards of gradients or optimiser, found fsdp"
-        )
-    if "reference" in train.offload:
-        raise ValueError(
-            "train.offload: expected no reference with policy.lora, whose reference is the policy "
-            "itself without its adapters"
-        )
-    if train.reference_every:
-        raise ValueError(
-            "train.reference_every: expected 0 with policy.lora, whose reference is the model "
-            f"without its adapters, found {train.reference_every}"
-        )

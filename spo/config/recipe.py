@@ -39,7 +39,8 @@ class Recipe:
     """One run."""
 
     name: str = "run"
-    """Shown in reports and used as the default output folder, runs/<name>."""
+    """Shown in reports and used as the default output folder, runs/<name>. By default the name of
+    the YAML file."""
     task: str = "arithmetic"
     """The task: arithmetic, countdown, knights_knaves, point24, gsm8k, math, aime24, rows (any
     table), or a task of your own, `module:Name` or `./file.py:Name`. `data.options` holds its
@@ -157,7 +158,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Path]:
         raise ValueError(
             f"recipe {path}: expected a mapping of settings, found {type(loaded).__name__}"
         )
-    return loaded or {}, path.parent
+    return {"name": path.stem} | (loaded or {}), path.parent
 
 
 class _Loader(yaml.SafeLoader):
@@ -291,9 +292,18 @@ def check_recipe(recipe: Recipe) -> None:
             named.build(type(group), settings, key)
     sets = evaluation_sets(recipe)
     tracker_names(recipe.log)
-    sampling, train = recipe.sampling, recipe.train
+    sampling, train, engine = recipe.sampling, recipe.train, recipe.engine
     _asked(f"credit.type={recipe.credit_type}", recipe.credit.check, recipe.shape)
-    check_pairs(recipe, figures(sets))
+    check_pairs(
+        recipe.policy,
+        engine,
+        sampling,
+        recipe.shape,
+        recipe.credit,
+        recipe.loss,
+        train,
+        figures(sets),
+    )
     check_reward(recipe.reward, recipe.sampling.truncated, recipe.task)
     who = f"shape.kind={recipe.shape_kind}"
     cost = _asked(who, recipe.shape.cost, sampling.max_new_tokens)

@@ -9,27 +9,25 @@ import json
 import operator
 import os
 import platform
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from spo import named
 from spo.config.recipe import Recipe, load_recipe, save_recipe
 from spo.learn.distributed import Whole
 from spo.learn.policy_folder import save_trained
 from spo.models.files import quiet
 from spo.records import Forest, Replay
-from spo.tasks.memory import PREFIX
 
 FIXED = (  # settings that a resumed run must keep
     "task",
@@ -188,14 +186,24 @@ def find(recipe: Recipe, resume: bool) -> Path | None:
     checkpoint or another run.
     """
     out = recipe.out_dir
+    check_folder(out)
     newest = latest_checkpoint(out)
     if newest and not resume:
-        raise ValueError(f"out: {out} already holds a run; add --resume or choose another folder")
+        raise ValueError(
+            f"out: {out} already holds a run; add --resume (in Python resume=True), or choose "
+            "another folder"
+        )
     if resume and not newest and (out / "checkpoints").exists():
         raise ValueError(f"out: expected a complete checkpoint to resume from, {out} holds none")
     if newest:
         check_resumed(newest, recipe)
     return newest
+
+
+def check_folder(out: Path) -> None:
+    """Raise ValueError if a run cannot have this folder, as it is a file."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a folder, {out} is a file")
 
 
 def load_state(path: Path) -> State:
@@ -217,38 +225,32 @@ def load_saved(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def check_resumed(path: Path, recipe: Recipe) -> None:
     """Raise ValueError if `recipe` belongs to another run, whose checkpoint would replace this one.
 
-    The length of the run, its optimiser settings and its evaluations may change.
+    The length of the run, its optimiser settings and its evaluations may change, and how a reward
+    is called.
     """
     saved = load_saved(path)
-    for name in FIXED:
-        before, now = map(operator.attrgetter(name), (saved, recipe))
+    data = [f"data.{f.name}" for f in fields(recipe.data) if f.name != "test"]
+    for name in (*FIXED, *data, "reward"):
+        before, now = (_fixed(one, name) for one in (saved, recipe))
         if before != now:
             raise ValueError(
                 f"{name}: the run to resume has {before!r}, found {now!r} in the recipe; "
                 "choose another folder for another run"
             )
-    for name in ("data", "reward"):
-        before, now = _in_memory(saved, name), _in_memory(recipe, name)
-        if before != now:
-            raise ValueError(
-                f"{name}: the run to resume has {', '.join(before) or 'none'} of a Python caller, "
-                f"found {', '.join(now) or 'none'}; give the same, or choose another folder"
-            )
     before = load_state(path).policy
     if before != recipe.policy.content():
         raise ValueError(
-            "policy.path: expected the model that the run to resume began with, found another in "
-            f"{recipe.policy.path}; choose another folder for another run"
+            "policy.path: expected the model and the tokenizer that the run to resume began with, "
+            f"found others in {recipe.policy.path}; choose another folder for another run"
         )
 
 
-def _in_memory(recipe: Recipe, group: str) -> list[str]:
-    """Names of the rows or functions that a Python caller gave, with their fingerprints."""
-    if group == "data":
-        text = f"{recipe.data.train} {recipe.data.test}"
-        return re.findall(rf"{PREFIX}\w+", text)
+def _fixed(recipe: Recipe, name: str) -> Any:
+    """A setting that a resumed run must keep; of the reward its functions."""
+    if name != "reward":
+        return operator.attrgetter(name)(recipe)
     terms = () if recipe.reward is None else recipe.reward.terms
-    return [name for t in terms if (name := t.function or "").startswith(named.GIVEN)]
+    return [asdict(term) for term in terms]
 
 
 def load_weights(path: Path, model: torch.nn.Module, file: str = EXACT) -> bool:

@@ -38,8 +38,9 @@ class Learner:
 
     def __init__(self, recipe: Recipe, ranks: Ranks, saved: Path | None = None):
         """Load the checkpoint `saved`, or the recipe's start policy."""
-        policy, critic = recipe.policy, recipe.credit.critic
-        self.recipe, self.ranks = recipe, ranks
+        self.recipe, self.ranks, policy, critic = recipe, ranks, recipe.policy, recipe.credit.critic
+        if policy.dropout:
+            torch.manual_seed(recipe.train.seed * 1_000_003 + ranks.rank)
         whole = saved if policy.lora is None else None
         self.model = self._load(str(whole / "policy") if whole else None)
         if policy.lora is not None:
@@ -64,8 +65,8 @@ class Learner:
         if critic is not None:
             start = str(saved / "critic") if saved else None
             model = load_critic(policy, start, limit=recipe.engine.max_model_len)
-            self.models["critic"] = model
-            self.optimizers["critic"] = make_optimizer(model, recipe, critic.learning_rate)
+            optimizer = make_optimizer(model, recipe, critic.learning_rate)
+            self.models["critic"], self.optimizers["critic"] = model, optimizer
 
     def restore(self, saved: Path) -> Replay:
         """Restore a checkpoint's optimisers and random state; returns its replay buffer."""

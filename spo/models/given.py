@@ -9,12 +9,21 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from spo.models.files import start_folder, text_files
+from spo.models.files import quiet, start_folder, text_files
 
 
-def is_loaded(policy: Any) -> bool:
-    """Whether it is a model, or another object, in place of the name of one."""
-    return policy is not None and not isinstance(policy, str | os.PathLike | dict)
+def is_loaded(policy: Any, tokenizer: Any = None) -> bool:
+    """Whether it is a model, or another object, in place of the name of one.
+
+    Raises ValueError for a tokenizer beside a name, whose folder has its own.
+    """
+    loaded = policy is not None and not isinstance(policy, str | os.PathLike | dict)
+    if tokenizer is not None and not loaded:
+        raise ValueError(
+            f"tokenizer: expected none beside policy={policy!r}, whose folder has its own; it goes "
+            "with a loaded model"
+        )
+    return loaded
 
 
 def save_given(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -34,7 +43,8 @@ def save_given(model: Any, tokenizer: Any, folder: Path) -> None:
             f"{type(model).__name__}{merge}"
         )
     try:
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     except Exception as error:  # of the model's own code

@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sentences import one_sentence
@@ -18,6 +19,10 @@ SMALL = [
     "train={iterations: 1, prompts: 2, minibatches: 1}",
     "eval={every: 0, problems: 4}",
 ]
+
+
+def anything(value: Any) -> Any:
+    return value
 
 
 def python(code):
@@ -80,6 +85,15 @@ def test_one_engine_serves_all_three(tmp_path):
         (lambda: spo.train("no-such-recipe"), ["no-such-recipe", "spo-tree"]),
         (lambda: spo.evaluate("spo-tree", SMALL, samples=-1), ["samples", "-1"]),
         (lambda: spo.evaluate("spo-tree", SMALL, limits=[0]), ["limits", "0"]),
+        (lambda: spo.evaluate("spo-tree", SMALL, limits=anything([2.5])), ["limits", "2.5"]),
+        (lambda: spo.evaluate("spo-tree", SMALL, samples=anything(2.0)), ["samples", "2.0"]),
+        (
+            lambda: spo.evaluate("spo-tree", SMALL, temperature=anything("1")),
+            ["temperature", "'1'"],
+        ),
+        (lambda: spo.rollout("spo-tree", SMALL, engine=object()), ["engine", "found object"]),
+        (lambda: spo.rollout(anything(3)), ["recipe: expected a name, a path or a Recipe", "int"]),
+        (lambda: spo.train(anything({"task": "rows"})), ["recipe: expected a name", "dict"]),
         (lambda: spo.evaluate("spo-tree", SMALL, checkpoint="nowhere"), ["nowhere", "checkpoint"]),
         (lambda: spo.rollout(spo.Recipe(), SMALL), ["overrides"]),
     ],

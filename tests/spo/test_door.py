@@ -96,6 +96,8 @@ BAD = {
     "iterations": ("many", ["train.iterations"]),
     "train.none": (3, ["unknown key train.none"]),
     "nothing.at_all": (3, ["unknown key nothing"]),
+    "group_size": (4, ["group_size: a setting of shape.kind=star", "shape={'kind': 'star'"]),
+    "stop": ("</answer>", ["sampling.stop", "a list"]),
 }
 
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sentences import one_sentence
@@ -10,8 +11,10 @@ from trained import trained_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spo
+from spo.callbacks import Log
 from spo.config.policy import EMBEDDED
-from spo.learn.checkpoint import latest_checkpoint
+from spo.learn.checkpoint import State, latest_checkpoint
+from spo.metrics import MetricsWriter
 from spo.models.tokenizer import load_tokenizer
 
 SMALL: dict[str, Any] = {
@@ -163,7 +166,7 @@ def test_a_loaded_model_trains_as_its_folder_does(whole, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype="auto")
     with torch.no_grad():
         next(other.parameters())[0] += 1
-    with one_sentence(["policy.path", "the model that the run to resume began with"]):
+    with one_sentence(["policy.path", "that the run to resume began with"]):
         spo.train("grpo", resume=True, **given(**settings | {"policy": other}))
     with one_sentence(["already holds a run"]):
         spo.train("grpo", **settings)
@@ -199,6 +202,52 @@ def test_other_objects_are_refused(tmp_path, policy):
         ["policy: expected a folder, a hub id or a loaded model", type(policy).__name__]
     ):
         spo.train("grpo", policy=policy, out=tmp_path / "run", **SMALL)
+
+
+@pytest.mark.parametrize("said", [np.bool_(False), torch.tensor(False), np.mean([0.5]) > 0.9])
+def test_false_of_numpy_and_torch_stops_too(tmp_path, said):
+    class Answers:
+        def on_evaluation(self, line):
+            return said
+
+    run = spo.train("grpo", out=tmp_path, callbacks=[Answers()], **SMALL)
+    assert [line["stage"] for line in run.metrics] == ["eval"]
+
+
+@pytest.mark.parametrize("said", [None, True, 1, np.bool_(True), "no"])
+def test_any_other_answer_does_not_stop(said):
+    class Answers:
+        def on_iteration(self, line):
+            return said
+
+    log = Log(writer=Lines(), state=State(), report=lambda line: None, callbacks=[Answers()])
+    log.write({"stage": "train"})
+    assert log.lines and not log.stopped
+
+
+class Lines(MetricsWriter):
+    """Writes nothing."""
+
+    def __init__(self):
+        pass
+
+    def write(self, line):
+        pass
+
+
+def test_a_tokenizer_beside_a_name_is_refused():
+    for call in (spo.train, spo.evaluate, spo.rollout):
+        with one_sentence(["tokenizer: expected none beside policy='embedded'"]):
+            call("grpo", policy="embedded", tokenizer=object(), **given(train={}))
+
+
+def test_a_run_s_folder_is_a_folder(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("x")
+    with one_sentence(["out: expected a folder", "file is a file"]):
+        spo.train("grpo", out=path, **SMALL)
+    with one_sentence(["is a folder, expected a forest file"]):
+        spo.Forest.load(tmp_path)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

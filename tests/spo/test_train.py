@@ -420,7 +420,14 @@ def test_what_no_recipe_sets_trains(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    ["task=countdown", "policy.dtype=bfloat16", "sampling.temperature=0.5", "train.seed=9"],
+    [
+        "task=countdown",
+        "policy.dtype=bfloat16",
+        "sampling.temperature=0.5",
+        "train.seed=9",
+        "data.template='again: {problem}'",
+        "reward={rule: number}",
+    ],
 )
 def test_another_run_is_not_resumed(reference, change):
     out, _ = reference
