@@ -1,12 +1,21 @@
-"""The rows of data files, read with `datasets`, which only reads: it asks no server."""
+"""The rows of data files: JSON and CSV as they are written, others with `datasets`.
+
+`datasets` gives the columns of a file one type each, which would change the values of JSON and CSV;
+of the other kinds it only reads, and asks no server.
+"""
 
 from __future__ import annotations
 
+import csv
 import glob
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice, zip_longest
 from pathlib import Path
+from typing import Any
+
+from spo.tasks.values import plain
 
 READERS = {  # if a folder holds several kinds, the first of these is read
     ".parquet": "parquet",
@@ -16,80 +25,119 @@ READERS = {  # if a folder holds several kinds, the first of these is read
     ".csv": "csv",
 }
 KINDS = ", ".join(READERS)
-MANY = 64  # this many files or more are opened together, which is ten times as fast
+LONGEST_CELL = 2**31 - 1  # characters of a CSV's cell; 131072 by default
 
 
-def rows_of_files(paths: Sequence[Path]) -> list[tuple[dict, str]]:
-    """The rows of files of one kind, each with its location."""
-    if len(paths) >= MANY:
-        try:
-            rows = _read(paths)
-        except ValueError:
-            rows = []  # read one by one: to name the bad file, or because columns differ
-        if len(rows) == len(paths):
-            return list(zip(rows, map(str, paths), strict=True))
+def rows_of_files(paths: Sequence[Path], most: int | None = None) -> list[tuple[dict, str]]:
+    """The rows of files, each with its location; only the first `most` of them, if given.
+
+    Lines of JSON are what `json.loads` makes of them, cells of CSV are texts. Raises ValueError
+    with one sentence for a file that is damaged.
+    """
     found: list[tuple[dict, str]] = []
     for path in paths:
-        rows = _read([path])
+        rows = _read(path, most)
         several = len(rows) > 1
         found += [(r, f"{path}, row {i}" if several else str(path)) for i, r in enumerate(rows, 1)]
-    return found
+        if most is not None and len(found) >= most:
+            break
+    return found[:most]
 
 
-def _read(paths: Sequence[Path]) -> list[dict]:
+def _read(path: Path, most: int | None) -> list[dict]:
+    if path.suffix not in READERS:
+        found = path.suffix or "no suffix"
+        raise ValueError(f"data file {path}: expected {KINDS}, found {found}")
+    kind = READERS[path.suffix]
+    try:
+        if kind in ("json", "csv"):
+            return list(islice(_json(path) if kind == "json" else _csv(path), most))
+        return _table(path, kind, most)
+    except OSError as error:
+        raise ValueError(f"data file {path}: cannot be read ({short(error)})") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = f"damaged or of another kind ({short(error)})"
+        raise ValueError(f"data file {path}: {reason}") from error
+
+
+def _json(path: Path) -> Iterator[dict]:
+    """The rows of JSON lines, or of one list or object; either may have either suffix."""
+    with path.open("rb") as file:
+        listed = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    if listed or path.suffix == ".json":
+        text = path.read_bytes()
+        try:
+            rows = json.loads(text) if text.strip() else []
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data":
+                raise
+        else:
+            yield from map(_row, rows if isinstance(rows, list) else [rows])
+            return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield _row(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from error
+
+
+def _row(value: Any) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a row, {{column: value}}, found {value!r:.60}")
+    return value
+
+
+def _csv(path: Path) -> Iterator[dict]:
+    before = csv.field_size_limit(LONGEST_CELL)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, strict=True)
+            try:
+                names = next(lines, [])
+                for name in filter(None, names):
+                    if names.count(name) > 1:
+                        raise ValueError(f"expected each column once, found {name} twice")
+                for cells in lines:
+                    if len(cells) > len(names):
+                        raise ValueError(f"expected {len(names)} cells, found {len(cells)}")
+                    if cells:  # no empty line
+                        row = dict(zip_longest(names, cells))
+                        row.pop("", None)  # a column without a name, as of a row's number
+                        yield row
+            except (ValueError, csv.Error) as error:
+                raise ValueError(f"line {lines.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _table(path: Path, kind: str, most: int | None) -> list[dict]:
+    """The rows of a file whose columns have types."""
     import datasets.config
     import pyarrow
 
-    kind = paths[0].suffix
-    if kind not in READERS:
-        raise ValueError(f"data file {paths[0]}: expected {KINDS}, found {kind or 'no suffix'}")
     bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else it tells the hub of local files too
     try:
-        # The first chunk decides the types of columns, so it must be the whole file.
-        size = max(path.stat().st_size for path in paths) + 1
-        options = {
-            "json": {"chunksize": size},
-            "csv": {"chunksize": size, "keep_default_na": False},  # "None" may be an answer
-        }.get(READERS[kind], {})
         # Streaming writes nothing but locks.
         with tempfile.TemporaryDirectory() as cache:
-            files = [glob.escape(str(path.absolute())) for path in paths]
-            return list(
-                datasets.load_dataset(
-                    READERS[kind],
-                    data_files=files,
-                    split="train",
-                    streaming=True,
-                    cache_dir=cache,
-                    **options,
-                )
+            rows = datasets.load_dataset(
+                kind,
+                data_files=[glob.escape(str(path.absolute()))],
+                split="train",
+                streaming=True,
+                cache_dir=cache,
             )
-    except StopIteration:  # raised by the library for an empty JSON file
-        return []
-    except OSError as error:
-        raise ValueError(f"data file {paths[0]}: cannot be read ({short(error)})") from error
-    except (ValueError, TypeError, RecursionError, pyarrow.ArrowException) as error:
-        line = _damaged_line(paths[0]) if kind == ".jsonl" else ""
-        reason = f"damaged or of another kind ({short(error)})"
-        raise ValueError(f"data file {paths[0]}{line}: {reason}") from error
+            return [plain(row) for row in islice(rows, most)]
+    except pyarrow.ArrowException as error:
+        raise ValueError(error) from error
     finally:  # as the caller had them
         datasets.logging.set_verbosity(level)
         if not bars:
             datasets.enable_progress_bars()
-
-
-def _damaged_line(path: Path) -> str:
-    """The first line that is not JSON; the library only counts rows within a block of the file."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                json.loads(line.strip() or b"0")
-            except (ValueError, RecursionError):
-                return f", line {number}"
-    return ""
 
 
 def short(error: Exception) -> str:

@@ -17,7 +17,7 @@ from annotated_types import Ge, Le
 
 from spo.tasks.problem import Problem, answer_span, column, problem_stream, stream, tag
 from spo.tasks.reading import read_problems
-from spo.tasks.sources import Source
+from spo.tasks.sources import Source, title
 
 NAME = "knights_knaves"
 PEOPLE = ("Ann", "Bob", "Cat", "Dan", "Eve", "Fay", "Gus", "Hal")
@@ -56,7 +56,7 @@ class KnightsKnaves:
         read = read_problems(NAME, split, source, _problem)
         chosen = [problem for problem in read if len(problem.answer["people"]) == count]
         if not chosen:
-            raise ValueError(f"data set {source}: no {split} problem has {count} people")
+            raise ValueError(f"{title(source)}: no {split} problem has {count} people")
         return problem_stream(NAME, split, seed, chosen)
 
     def grade(self, text: str, answer: object) -> bool:

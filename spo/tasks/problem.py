@@ -40,7 +40,11 @@ class Problem:
 
 
 class Missing(ValueError):
-    """A row without a problem or without an answer."""
+    """A row without a problem or without an answer: its cells in these columns are empty."""
+
+    def __init__(self, where: str, columns: Sequence[str]) -> None:
+        self.columns = " or ".join(columns)
+        super().__init__(f"{where}: expected a value in {self.columns}, found none")
 
 
 def stream(
@@ -131,8 +135,8 @@ def column(row: dict, where: str, *names: str) -> object:
     for name in names:
         if not is_empty(row.get(name)):
             return row[name]
-    if any(name in row for name in names):
-        raise Missing(f"{where}: expected a value in {' or '.join(names)}, found none")
+    if there := [name for name in names if name in row]:
+        raise Missing(where, there)
     raise ValueError(f"{where}: expected a column {' or '.join(names)}, found {', '.join(row)}")
 
 

@@ -9,13 +9,15 @@ import dataclasses
 import importlib.util
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from spo.tasks.memory import json_values
 from spo.tasks.problem import Missing, Problem, is_empty
-from spo.tasks.sources import CHOICES, Source, has_own_test, read_rows, state
+from spo.tasks.sources import CHOICES, Source, has_own_test, read_rows, state, title
+from spo.tasks.values import json_values
 
 PROBLEMS = ("problem", "question", "prompt", "instruction")
 ANSWERS = ("answer", "solution", "final_answer", "ground_truth", "target")
@@ -47,7 +49,8 @@ def read_problems(
 
     Left out, counted and warned of: rows without a problem or an answer (where `problem_of` raises
     Missing), problems that occur a second time with the same answer, and training problems that the
-    test set holds. Each problem gets the row's other columns, as far as JSON can hold them.
+    test set holds. Each problem gets the row's other columns; one warning names those that JSON
+    cannot hold.
 
     Args:
         source: what `problems` of the task was given; see `spo.tasks.sources`.
@@ -66,50 +69,67 @@ def read_problems(
         raise ValueError(f"task {task} reads data sets: pip install 'spo-kernels[train]'")
     source = source if isinstance(source, Source) else Source(source)
     if not source.given and not has_own_test(source.path):
-        raise ValueError(f"data.test: {source} has no test split of its own; {CHOICES}")
-    problems, counts = _read(split, source, problem_of, every_file)
+        raise ValueError(
+            f"data.test: expected a test split in {title(source)}, found none; {CHOICES}"
+        )
+    read = _read(split, source, problem_of, every_file)
+    problems = read.problems
     held = _of_tests(source, problem_of, every_file)
     kept = [problem for problem in problems if problem.prompt not in held]
     if not kept:
         raise ValueError(
-            f"data set {source}: each of its {len(problems)} {split} problems is a test problem "
-            f"too; {CHOICES}"
+            f"{title(source)}: each of the {len(problems)} {split} problems is a test problem too; "
+            f"{CHOICES}"
         )
     shared = [p for p in problems if held.get(p.prompt)]
-    _warn(source, source.reads or split, counts | {"in the test set too": len(shared)})
+    _warn(source, source.reads or split, read, len(shared))
     return kept
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The distinct problems of a source, and what was left out of it."""
+
+    problems: list[Problem]
+    rows: int
+    missing: Mapping[str, int]  # columns -> rows without a value in them
+    repeated: int  # rows whose problem was there before
+    not_held: Mapping[str, None]  # columns that JSON cannot hold
 
 
 def _read(
     split: str, source: Source, problem_of: Callable[[dict, str], Problem], every_file: bool
-) -> tuple[list[Problem], dict[str, int]]:
-    """The distinct problems of a source, and how many rows were read and left out."""
+) -> _Read:
     files = source.reads or split
     rows = read_rows(source, None if every_file else files)
     problems: dict[str, Problem] = {}
-    missing = 0
+    missing: Counter[str] = Counter()
+    first: Missing | None = None
+    not_held: dict[str, None] = {}
     for row, where in rows:
         try:
             problem = problem_of(_named(row, source.columns, where), where)
-        except Missing:
-            missing += 1
+        except Missing as error:
+            missing[error.columns] += 1
+            first = first or error
             continue
-        problem = _with_columns(problem, row, source.columns)
+        held = json_values(row)
+        not_held |= dict.fromkeys(name for name in row if name not in held)
+        problem = _with_columns(problem, held, source.columns)
         problems.setdefault(_identity(problem, where), problem)
     if not problems:
+        if isinstance(first, _Absent):
+            raise first
         raise ValueError(
-            f"data set {source}: none of its {len(rows)} {files} rows has a problem and an answer"
+            f"{title(source)}: none of {len(rows)} {files} rows has a problem and an answer: "
+            f"{', '.join(_without(missing))}"
         )
     distinct = list(problems.values())
-    counts = {
-        "rows": len(rows),
-        "without a problem or an answer": missing,
-        "there before": len(rows) - missing - len(distinct),
-    }
+    repeated = len(rows) - missing.total() - len(distinct)
     if source.share:
-        held = _held_out([problem.prompt for problem in distinct], source)
-        distinct = [problem for problem in distinct if problem.prompt in held]
-    return distinct, counts
+        chosen = _held_out([problem.prompt for problem in distinct], source)
+        distinct = [problem for problem in distinct if problem.prompt in chosen]
+    return _Read(distinct, len(rows), missing, repeated, not_held)
 
 
 def _of_tests(
@@ -123,8 +143,8 @@ def _of_tests(
             continue
         if not test.given and not has_own_test(test.path):
             continue
-        problems, _ = _read("test", test, problem_of, every_file)
-        found |= {problem.prompt: not test.share for problem in problems}
+        read = _read("test", test, problem_of, every_file)
+        found |= {problem.prompt: not test.share for problem in read.problems}
     return found
 
 
@@ -134,8 +154,8 @@ def _held_out(prompts: list[str], source: Source) -> set[str]:
     count = max(1, round(source.share * len(distinct)))
     if count >= len(distinct):
         raise ValueError(
-            f"data.test_share: {source.share:g} of the {len(distinct)} problems of {source} leaves "
-            "none to train on"
+            f"data.test_share: {source.share:g} of the {len(distinct)} problems of {title(source)} "
+            "leaves none to train on"
         )
     return set(sorted(distinct, key=lambda p: blake2b(p.encode(), digest_size=8).digest())[:count])
 
@@ -144,6 +164,11 @@ def _identity(problem: Problem, where: str) -> str:
     """Equal for problems of which one is enough; without an answer, the other columns count too."""
     rest = problem.columns if problem.answer is None else None
     try:
+        problem.text.encode()  # JSON may hold half of a pair of surrogates, which is no text
+    except UnicodeEncodeError as error:
+        found = f"{problem.text!a:.60}"
+        raise ValueError(f"{where}: expected a problem of Unicode text, found {found}") from error
+    try:
         return json.dumps([problem.prompt, problem.answer, rest], sort_keys=True)
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -151,17 +176,28 @@ def _identity(problem: Problem, where: str) -> str:
         ) from error
 
 
+class _Absent(Missing):
+    """A row without a column that `data.columns` names; if no row has it, it is a wrong name."""
+
+    def __init__(self, name: str, column: str, row: Mapping[str, Any], where: str) -> None:
+        super().__init__(where, [column])
+        self.args = (
+            f"data.columns.{name}: expected one of the columns {', '.join(row)}, found "
+            f"{column!r} ({where})",
+        )
+
+
 def _named(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
     """A row with lower-case names; what `data.columns` names replaces the columns usual for it."""
-    lower = {name.lower(): value for name, value in row.items()}
+    lower: dict[str, Any] = {}
+    for name, value in row.items():
+        if is_empty(lower.get(name.lower())):  # of two that differ by case, the one with a value
+            lower[name.lower()] = value
     found = lower
     for name, column in columns.items():
-        cell = _cell(lower, column.lower())
+        cell = row[column] if column in row else _cell(lower, column.lower())
         if cell is _NONE:
-            raise ValueError(
-                f"data.columns.{name}: expected one of the columns {', '.join(row)}, found "
-                f"{column!r} ({where})"
-            )
+            raise _Absent(name, column, row, where)
         rest = {key: value for key, value in found.items() if key not in USUAL[name]}
         found = rest | {name: cell}
     return found
@@ -181,21 +217,32 @@ def _cell(row: Mapping[str, Any], column: str) -> object:
     return _cell({str(name).lower(): value for name, value in cell.items()}, inner)
 
 
-def _with_columns(problem: Problem, row: Mapping[str, Any], columns: Mapping[str, str]) -> Problem:
-    """The problem with the row's columns, that of the problem left out, unless it has some."""
+def _with_columns(problem: Problem, row: dict[str, Any], columns: Mapping[str, str]) -> Problem:
+    """The problem with a row's columns, that of the problem left out, unless it has some."""
     if problem.columns:
         return problem
     given = columns.get("problem") or problem_column({k.lower(): v for k, v in row.items()}) or ""
-    rest = {k: v for k, v in json_values(row).items() if k.lower() != given.lower()}
+    rest = {k: v for k, v in row.items() if k.lower() != given.lower()}
     return dataclasses.replace(problem, columns=rest)
 
 
-def _warn(source: Source, split: str, counts: dict[str, int]) -> None:
-    """Say how many rows of a data set were left out, and why."""
-    rows = counts.pop("rows")
-    reasons = [f"{count} {why}" for why, count in counts.items() if count]
+def _without(missing: Mapping[str, int]) -> list[str]:
+    return [f"{count} without a value in {columns}" for columns, count in missing.items()]
+
+
+def _warn(source: Source, split: str, read: _Read, shared: int) -> None:
+    """Say how many rows of a data set were left out, and why, and which columns."""
+    counts = {"there before": read.repeated, "in the test set too": shared}
+    reasons = _without(read.missing) + [f"{count} {why}" for why, count in counts.items() if count]
     if reasons:
         warnings.warn(
-            f"data set {source}: of {rows} {split} rows, these are left out: {', '.join(reasons)}",
+            f"{title(source)}: of {read.rows} {split} rows, these are left out: "
+            f"{', '.join(reasons)}",
+            stacklevel=2,
+        )
+    if read.not_held:
+        warnings.warn(
+            f"{title(source)}: columns that JSON cannot hold are left out: "
+            f"{', '.join(read.not_held):.200}",
             stacklevel=2,
         )

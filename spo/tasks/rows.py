@@ -44,7 +44,7 @@ def problem_of(row: dict, where: str) -> Problem:
     """
     given, answer = _problem(row, where), _answer(row, where)
     if not is_chat(given):
-        if isinstance(given, list | Mapping):
+        if not isinstance(given, str | int | float):
             raise ValueError(f"{where}: expected a text or messages, found {given!r:.80}")
         return Problem(str(given), answer)
     messages = tuple(_message(turn, where) for turn in given)
@@ -58,8 +58,8 @@ def _problem(row: dict, where: str) -> Any:
     name = problem_column(row)
     if name is not None:
         return row[name]
-    if any(name in row for name in PROBLEMS):
-        raise Missing(f"{where}: expected a problem, found none")
+    if there := [name for name in PROBLEMS if name in row]:
+        raise Missing(where, there)
     raise ValueError(
         f"{where}: expected a column {' or '.join(PROBLEMS)}, found {', '.join(row)}; name the "
         "problem's column in data.columns.problem"
@@ -71,8 +71,10 @@ def _answer(row: dict, where: str) -> Any:
     verl, names = row.get(VERL), [name for name in ANSWERS if name in row]
     if isinstance(verl, Mapping) and "ground_truth" in verl:
         if is_empty(verl["ground_truth"]):
-            raise Missing(f"{where}: expected a value in {VERL}.ground_truth, found none")
+            raise Missing(where, [f"{VERL}.ground_truth"])
         return verl["ground_truth"]
+    if VERL in row and verl is None and not names:
+        raise Missing(where, [VERL])
     return column(row, where, *names) if names else None
 
 

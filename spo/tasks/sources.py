@@ -19,6 +19,7 @@ from spo.tasks.files import KINDS, READERS, rows_of_files
 ALL = "*"  # the configuration that stands for all
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= {name: "validation" for name in ("validation", "valid", "val", "dev")}
+OURS = "your rows"  # those of a Python caller, in messages
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 CHOICES = (
@@ -45,6 +46,7 @@ class Source:
     share: float = 0.0  # of its problems that are the test problems; 0: all
     given: bool = True  # False: the training set, which must have test files of its own
     apart: tuple[Source, ...] = ()  # test sets, whose problems do not train
+    most: int | None = None  # of its rows are read, the first ones; None: all
 
     def __str__(self) -> str:
         return self.path
@@ -56,6 +58,8 @@ class Source:
 def read_rows(source: Source | str, split: str | None) -> list[tuple[dict, str]]:
     """The rows of a split, as they are in the files, each with its location.
 
+    Every row has the columns of all, None where it has no such column.
+
     Args:
         source: a `Source`, or its name. A file is read as a whole. Of a folder or a hub data set
             those files are read whose path names the split; all files, if no path names a split.
@@ -64,13 +68,22 @@ def read_rows(source: Source | str, split: str | None) -> list[tuple[dict, str]]
     Raises ValueError with one sentence if there is nothing to read, if several configurations are
     there and none is chosen, or if a file is damaged.
     """
-    path = str(source)
+    path, most = str(source), source.most if isinstance(source, Source) else None
     if path.startswith(memory.PREFIX):
-        return [(row, f"rows in Python, row {i}") for i, row in enumerate(memory.rows(path), 1)]
-    rows = rows_of_files(paths_of(path, split))
+        rows = [(row, f"{OURS}, row {i}") for i, row in enumerate(memory.rows(path), 1)]
+    else:
+        rows = rows_of_files(paths_of(path, split), most)
     if not rows:
         raise ValueError(f"data set {path}: its {split or 'data'} files hold no rows")
-    return rows
+    columns = dict.fromkeys(name for row, _ in rows for name in row)
+    if not columns:
+        raise ValueError(f"{title(source)}: expected rows with columns, found {{}} in each row")
+    return [({name: row.get(name) for name in columns}, where) for row, where in rows]
+
+
+def title(source: Source | str) -> str:
+    """What messages call a source; the name of rows in memory says nothing to their owner."""
+    return OURS if str(source).startswith(memory.PREFIX) else f"data set {source}"
 
 
 def has_own_test(path: str) -> bool:
@@ -207,6 +220,12 @@ def _of_one_kind(files: list[Path]) -> list[Path]:
 
 def _by_card(path: str, folder: Path, name: str, split: str | None) -> list[Path]:
     """The files of a configuration that is no folder, as the data set's card lists them."""
+    listed = hub.configurations(folder)
+    if name not in (*listed, "default"):  # which `datasets` knows of every data set
+        held = sorted({*listed, *filter(None, map(_folders, _files(folder)))})
+        raise ValueError(
+            f"data set {path}: no configuration {name}; it holds {', '.join(held) or 'none'}"
+        )
     found = hub.card_files(path, folder, name)
     usual = SPLITS.get(split or "", split)
     keys = [key for key in found if split in (None, key)]

@@ -148,7 +148,7 @@ def test_a_configuration_that_is_no_folder_is_what_the_card_says(served):
     assert len(rows("openai/gsm8k/easy", "test")) == 3
     assert len(rows("openai/gsm8k/easy", "train")) == 1
     assert len(rows("openai/gsm8k:easy", "test")) == 3
-    with pytest.raises(ValueError, match="openai/gsm8k/hard: no folder .*easy") as error:
+    with pytest.raises(ValueError, match="gsm8k/hard: no configuration hard; .*easy") as error:
         rows("openai/gsm8k/hard", "test")
     assert "\n" not in str(error.value)
 

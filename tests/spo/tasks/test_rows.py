@@ -109,7 +109,9 @@ def test_verl_s_layout(tmp_path):
     assert named.answer == 0 and named.columns == rest
     assert one(tmp_path, VERL | {"answer": "It is 2"}).answer == "2"  # as verl reads it
     empty = [VERL, VERL | {"reward_model": {"style": "rule", "ground_truth": ""}}]
-    with pytest.warns(UserWarning, match="of 2 test rows, .*: 1 without a problem or an answer"):
+    with pytest.warns(
+        UserWarning, match="of 2 test rows, .*: 1 without a value in reward_model.ground_truth"
+    ):
         assert read(write_parquet(tmp_path / "train.parquet", empty)) == [found]
 
 

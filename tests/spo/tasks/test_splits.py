@@ -44,7 +44,7 @@ def test_several_configurations_are_never_merged_unasked(two):
     assert len(drawn("test", train=f"{two}:socratic", test="same")) == 10
     with pytest.warns(UserWarning, match="of 20 train rows, these are left out: 10 there before"):
         assert len(drawn("test", train=f"{two}:*", test="same")) == 10
-    with one_sentence([f"{two}:none: no folder none"]):
+    with one_sentence([f"{two}:none: no configuration none; it holds main, socratic"]):
         rows(f"{two}:none", "train")
 
 
@@ -102,9 +102,9 @@ def test_shards_of_one_split_are_one_set(tmp_path):
 def test_one_set_for_both_needs_a_word(tmp_path):
     path = str(write_lines(tmp_path / "mine.jsonl", numbered(*range(40))))
     choices = ["data.test=same", "data.test_share=0.05", "another set"]
-    with one_sentence([f"data.test: {path} has no test split", *choices]):
+    with one_sentence([f"data.test: expected a test split in data set {path}, found", *choices]):
         drawn("test", train=path)
-    with one_sentence(["each of its 40 train problems is a test problem too", *choices]):
+    with one_sentence(["each of the 40 train problems is a test problem too", *choices]):
         drawn("train", train=path, test=path)
     assert len(set(drawn("train", train=path))) == 40  # a rollout tests nothing
     test = drawn("test", train=path, test="same")
@@ -139,14 +139,16 @@ def test_what_is_left_out_is_counted(tmp_path):
     train = str(write_lines(tmp_path / "train.jsonl", table))
     shown = {"question": "\nQuestion 3? ", "answer": "3"}
     test = str(write_lines(tmp_path / "test.jsonl", [shown, *numbered(3, 4)]))
-    words = "of 8 train rows, .*: 2 without a problem or an answer, 2 there before, 1 in the test"
+    words = "1 without a value in answer, 1 .* in question, 2 there before, 1 in the test"
     with pytest.warns(UserWarning, match=words) as warned:
         assert {*drawn("train", train=train, test=test)} == {"1", "2", "two"}
     assert len(warned) == 1
     with pytest.warns(UserWarning, match="of 3 test rows, these are left out: 1 there before$"):
         assert drawn("test", train=train, test=test) == ["3", "4"]
     write_lines(tmp_path / "train.jsonl", [{"question": "Which?", "answer": None}] * 2)
-    with one_sentence(["none of its 2 train rows has a problem and an answer"]):
+    with one_sentence(
+        ["none of 2 train rows has a problem and an answer: 2 without a value in answer"]
+    ):
         drawn("train", train=train, test=test)
 
 
@@ -154,7 +156,7 @@ def test_what_is_left_out_is_counted(tmp_path):
 def test_rows_without_an_answer_are_left_out_in_every_task(tmp_path, task):
     table = [{"problem": "a", "answer": ""}, {"problem": "b", "answer": "#### 7"[-1:]}]
     path = write_lines(tmp_path / "a.jsonl", [*table, {"problem": "c", "answer": None}])
-    with pytest.warns(UserWarning, match="2 without a problem or an answer"):
+    with pytest.warns(UserWarning, match="2 without a value in answer"):
         found = list(get_task(task).problems("test", 0, source=str(path)))
     assert [problem.text for problem in found] == ["b"]
 
@@ -281,7 +283,7 @@ def test_rows_and_data_sets_of_python_have_names_that_follow_from_their_content(
         "3",
     ]
     assert data_settings(tmp_path) == {"train": str(tmp_path)}
-    with one_sentence([f"data.test: {mine['train']} has no test split"]):
+    with one_sentence(["data.test: expected a test split in your rows, found none"]):
         drawn("test", **mine)
 
 
@@ -289,7 +291,7 @@ def test_rows_and_data_sets_of_python_have_names_that_follow_from_their_content(
     ("data", "words"),
     [
         ([], "expected rows, found none"),
-        ([1], "expected rows that are dicts, found 1"),
+        ([{"a": 1}, 1], "row 2: expected a dict, found int"),
         (3, "expected rows .a list of dicts.*found int"),
         (iter(()), "expected rows .a list of dicts.*found tuple_iterator"),
         (datasets.Dataset.from_list([{"a": 1}]).to_iterable_dataset(), ".*found IterableDataset"),
