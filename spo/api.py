@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from spo import loop
-from spo.config.data import Part
+from spo.config.data import Part, parts_of
 from spo.config.recipe import Recipe, check_recipe, load_recipe
 from spo.engines.make import engine_of
 from spo.engines.protocol import Engine
@@ -30,7 +30,8 @@ from spo.learn.policy_folder import whole_policy
 from spo.models.given import is_loaded, save_given
 from spo.reward import reward_given
 from spo.run import Run
-from spo.tasks.memory import data_settings
+from spo.tasks.memory import data_settings, name_of
+from spo.tasks.sources import has_own_test
 
 HELD_OUT = 0.05  # of training problems, where a Python caller names no test problems
 START = "start"  # folder of a run's start policy, where a caller gave a loaded model
@@ -258,24 +259,30 @@ def recipe_of(
 
 
 def data_of(data: Any) -> dict[str, Any]:
-    """The settings of `data` that rows, data sets, a path, or a dict of settings with these mean.
+    """The settings of `data` that rows, data sets, a path, a mixture, or a dict of settings with
+    these mean.
 
-    Without test problems, `HELD_OUT` of the training problems are held out.
+    Without test problems, `HELD_OUT` of the training problems are held out, unless these are one
+    data set with a test split of its own.
     """
-    if _by_split(data):
-        settings = dict(data)
-        for split in settings.keys() & {"train", "test"}:
-            if not isinstance(settings[split], str | Mapping) and not _is_mixture(settings[split]):
-                settings[split] = data_settings(settings[split])["train"]
-    else:
-        settings: dict[str, Any] = dict(data_settings(data))
+    if _is_mixture(data):
+        data = {"train": data}
+    settings: dict[str, Any] = dict(data if _by_split(data) else data_settings(data))
+    for split in settings.keys() & {"train", "test"}:
+        given, where = settings[split], f"data.{split}"
+        if _is_mixture(given):
+            settings[split] = [{**part, "path": name_of(part["path"], where)} for part in given]
+        elif not _by_split(given):
+            settings[split] = name_of(given, where)
     if "train" in settings and not settings.keys() & {"test", "test_share"}:
-        settings["test_share"] = HELD_OUT
+        parts = parts_of(settings["train"])
+        if len(parts) != 1 or not has_own_test(parts[0].path):
+            settings["test_share"] = HELD_OUT
     return settings
 
 
 def _by_split(data: Any) -> bool:
-    """Whether it is a dict of settings; a `datasets.DatasetDict` is one of data sets."""
+    """Whether it is a dict of settings or weights; a `datasets.DatasetDict` is one of data sets."""
     return isinstance(data, Mapping) and not hasattr(data, "column_names")
 
 

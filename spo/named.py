@@ -290,7 +290,7 @@ def _sentence(error: Any, where: str) -> str:
     if first["type"] == "unexpected_keyword_argument":
         return f"recipe: unknown key {setting}"
     said = first["msg"].replace("a valid tuple", "a list")
-    return f"recipe: {setting}: {said}, found {first['input']!r:.200}"
+    return f"recipe: {setting}: {said}, found {first['input']!r:.80}"
 
 
 _FILE = "spo_file_"  # modules of files: name + digest of the path

@@ -34,22 +34,25 @@ def parts_of(train: Any) -> tuple[Part, ...]:
     elif isinstance(train, list | tuple) and all(isinstance(part, dict) for part in train):
         for key in (key for part in train for key in part):
             if key not in ("path", "weight", "columns"):
-                raise ValueError(f"data.train: expected path, weight or columns, found {key}")
+                raise ValueError(f"data.train: expected path, weight or columns, found {key!s:.80}")
         parts = [Part(**({"path": None} | part)) for part in train]
     else:
         parts = []
     if not parts:
         raise ValueError(
             "data.train: expected a data set, {path: weight} or a list of {path, weight}, found "
-            f"{train!r}"
+            f"{train!r:.80}"
         )
     for part in parts:
         if not isinstance(part.path, str) or not part.path:
-            raise ValueError(f"data.train: expected a data set in each part, found {part.path!r}")
+            raise ValueError(
+                f"data.train: expected a data set in each part, found {part.path!r:.80}"
+            )
         number = isinstance(part.weight, int | float) and not isinstance(part.weight, bool)
         if not number or not 0 < part.weight < math.inf:
             raise ValueError(
-                f"data.train: expected a positive weight for {part.path}, found {part.weight!r}"
+                f"data.train: expected a positive weight for {part.path:.80}, "
+                f"found {part.weight!r:.80}"
             )
         _check_columns(part.columns)
     paths = [part.path for part in parts]
@@ -61,12 +64,12 @@ def parts_of(train: Any) -> tuple[Part, ...]:
 
 def _check_columns(columns: Any) -> Any:
     if not isinstance(columns, dict):
-        raise ValueError(f"data.columns: expected {{problem: column}}, found {columns!r}")
+        raise ValueError(f"data.columns: expected {{problem: column}}, found {columns!r:.80}")
     for name, column in columns.items():
         if name not in NAMES:
-            raise ValueError(f"data.columns: expected {' or '.join(NAMES)}, found {name}")
+            raise ValueError(f"data.columns: expected {' or '.join(NAMES)}, found {name!s:.80}")
         if not isinstance(column, str) or not column:
-            raise ValueError(f"data.columns.{name}: expected a column's name, found {column!r}")
+            raise ValueError(f"data.columns.{name}: expected a column's name, found {column!r:.80}")
     return columns
 
 
@@ -75,9 +78,19 @@ def _check_train(train: Any) -> Any:
     return train
 
 
+def _check_test(test: Any) -> Any:
+    if test is not None and not isinstance(test, str):
+        raise ValueError(
+            f"expected one data set (file, folder or owner/name) or {SAME}, found "
+            f"{type(test).__name__}; rows in memory go in the argument `data` of spo.train"
+        )
+    return test
+
+
 Train = Annotated[
     str | dict[str, float] | list[dict[str, Any]] | None, BeforeValidator(_check_train)
 ]
+Test = Annotated[str | None, BeforeValidator(_check_test)]
 Columns = Annotated[dict[str, str], BeforeValidator(_check_columns)]
 WRITES = ("template", "system", "messages", "thinking", "chat_options", "date")  # the prompt
 
@@ -90,7 +103,7 @@ class DataConfig:
     """File, folder or hub data set (owner/name, owner/name@revision) of the training problems, with
     `:configuration` and `#split` where it has several; by default the task's own. A mixture is
     {path: weight}, or a list of {path, weight, columns}."""
-    test: str | None = None
+    test: Test = None
     """One data set of the test problems, or `same`: the training problems. By default the task's
     own, or the test split of `data.train`."""
     test_share: Annotated[float, Field(gt=0, lt=1)] | None = None
