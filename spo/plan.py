@@ -7,7 +7,7 @@ from pathlib import Path
 from spo.config.policy import PolicyConfig
 from spo.config.recipe import Recipe, evaluation_sets
 from spo.config.shape import Cost
-from spo.tasks import sources_of, task_of
+from spo.tasks import check_data, sources_of, task_of
 from spo.tasks.sources import state
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -18,7 +18,8 @@ STATES = {"local": "local", "cached": "in the hub's cache", "download": "would b
 def describe(recipe: Recipe) -> str:
     """A page of text: sources, memory and disk of the weights, tokens of an iteration.
 
-    It asks no server. Raises ValueError if a source neither exists nor can be on the hub.
+    It asks no server, and reads the first rows of data files that are here. Raises ValueError if a
+    source neither exists nor can be on the hub, and for rows that training would refuse.
     """
     cost = cost_of_iteration(recipe)
     train, count = recipe.train, parameters(recipe.policy)
@@ -142,6 +143,7 @@ def _data(recipe: Recipe) -> list[str]:
     sets = {"train": recipe} | evaluation_sets(recipe)
     for name, one in sets.items():
         split = "train" if name == "train" else "test"
+        check_data(one, split)
         found = [f"{s}: {STATES[state(s)]}" for s in sources_of(one, task_of(one), split)]
         lines += [f"{name:7s} {where}" for where in found or ["generated"]]
     return lines

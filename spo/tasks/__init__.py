@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spo import named
 from spo.tasks.answers import THINK
 from spo.tasks.problem import Problem, mixture
-from spo.tasks.sources import CHOICES, Source
+from spo.tasks.sources import CHOICES, Source, state
 from spo.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Problem",
     "Task",
+    "check_data",
     "get_task",
     "problems_of",
     "prompts",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 ALL_TOO_LONG = 20_000  # so many too long prompts in a row mean that all are too long
+FIRST_ROWS = 1000  # that a dry run reads of each file
 PARTS = 1_000_003  # between the seeds of two data sets of a mixture
 DRAWN = "test problems"  # seed of the subset, the same in all runs
 OPTIONS = "data.options"  # where a recipe sets the fields of its task
@@ -181,6 +184,28 @@ def _problems(task: str, draw: Callable[[], Iterable[Problem]]) -> Iterator[Prob
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"task {task}: problems failed ({reason})") from error
+
+
+def check_data(recipe: Recipe, split: str) -> None:
+    """Read the first rows of a split's files on this machine; asks no server.
+
+    Raises ValueError as reading all of them does, such as for an unknown column.
+    """
+    task = task_of(recipe)
+    for source in sources_of(recipe, task, split):
+        if state(source) != "local":
+            continue
+        whole = replace(source, apart=(), share=0.0)
+
+        def draw(source: Source = whole) -> Iterator[Problem]:
+            return islice(task.problems(split, 0, source=source), 1)  # pyright: ignore[reportCallIssue]
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they count the first rows only
+                list(_problems(recipe.task, partial(draw, replace(whole, most=FIRST_ROWS))))
+        except ValueError:  # rows further down may have what the first ones lack
+            list(_problems(recipe.task, draw))
 
 
 def prompts(

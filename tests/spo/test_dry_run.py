@@ -12,6 +12,7 @@ from spo.config.policy import EMBEDDED, PolicyConfig
 from spo.config.recipe import Recipe, load_recipe
 from spo.config.shape import Cost
 from spo.plan import cost_of_iteration, describe, parameters
+from spo.tasks import FIRST_ROWS
 
 PAPER = sorted((Path(__file__).parents[2] / "spo" / "recipes" / "paper").glob("*.yaml"))
 
@@ -107,7 +108,7 @@ def test_weights_are_counted_without_loading_them(tiny_model, tmp_path):
 
 
 def test_sources_are_told_apart(tmp_path):
-    (tmp_path / "test.jsonl").write_text("")
+    (tmp_path / "test.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
     config = Recipe(
         task="gsm8k",
         policy=PolicyConfig(path="nobody/nothing"),
@@ -164,3 +165,35 @@ def test_what_training_would_refuse_is_refused(tmp_path):
 
 def test_one_step_is_no_steps():
     assert "  1 optimiser step\n" in describe(load_recipe(None, ["train.minibatches=1"]))
+
+
+def test_the_first_rows_of_data_that_are_here_are_read(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    asked = ["task=rows", "reward={rule: number}", f"data.train={path}", "data.test=same"]
+    path.write_text('{"question": "q", "answer": 1}\n')
+    assert f"  train   {path}: local" in describe(load_recipe(None, asked)).splitlines()
+    with one_sentence([str(path), "data.columns.problem: expected one of the columns question"]):
+        describe(load_recipe(None, [*asked, "data.columns={problem: text}"]))
+    with one_sentence([f"data.test: expected a test split in data set {path}"]):
+        describe(load_recipe(None, asked[:-1]))
+    path.write_text("\n")
+    with one_sentence([f"data set {path}: its train files hold no rows"]):
+        describe(load_recipe(None, asked))
+    others = tmp_path / "others.jsonl"
+    others.write_text('{"text": "q"}\n')
+    with one_sentence([f"{others}: expected a column problem or question"]):
+        describe(load_recipe(None, [*asked[:2], f"eval.sets.o.data={{test: {others}}}"]))
+
+
+def test_a_dry_run_reads_no_more_than_the_first_rows_unless_these_say_nothing(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    asked = ["task=rows", "reward={rule: number}", f"data.train={path}", "data.test_share=0.1"]
+    empty, row = '{"question": "q", "answer": ""}\n', '{"question": "q", "answer": 1}\n'
+    path.write_text(row * FIRST_ROWS + "{damaged")
+    describe(load_recipe(None, asked))
+    path.write_text(empty * FIRST_ROWS + row)
+    with pytest.warns(UserWarning, match=f"of {FIRST_ROWS + 1} train rows"):
+        describe(load_recipe(None, asked))
+    path.write_text(empty * FIRST_ROWS + "{damaged")
+    with one_sentence([f"line {FIRST_ROWS + 1}: Expecting property name"]):
+        describe(load_recipe(None, asked))
