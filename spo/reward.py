@@ -1,43 +1,28 @@
-"""What a response earns: functions in the signatures of this package, of TRL and of verl."""
+"""What a response earns: the weighted sum of the functions that a recipe or a caller names."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import inspect
-import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo import named
 from spo.fingerprint import fingerprint
+from spo.signatures import Function, Response
 
 if TYPE_CHECKING:
     from spo.config.reward import RewardConfig, Term
 
 KEY = "reward.function"  # where a recipe names a function
 TRACE_LINES = 12  # of a function's traceback that are shown
-OWN = ("prompt", "response", "answer", "response_ids", "num_tokens", "truncated")
-"""What a function of this package's signature may ask for by name; the rest are columns."""
 
 
 class FailedReward(UserWarning):
     """A response has no reward: one sentence, and below it, indented, where that comes from."""
-
-
-@dataclass(frozen=True)
-class Response:
-    """What a reward may know of one response."""
-
-    prompt: str  # as the model read it
-    response: str
-    answer: Any  # the problem's, a JSON value
-    columns: Mapping[str, Any] = field(default_factory=dict)  # the other columns of its row
-    response_ids: Sequence[int] = ()
-    truncated: bool = False  # cut by the limit of tokens
 
 
 @dataclass(frozen=True)
@@ -48,91 +33,6 @@ class Result:
     parts: tuple[float | None, ...] = ()  # of each term, without its weight; None: does not apply
     reason: str | None = None  # why there is none
     trace: str = ""  # where the function failed
-
-
-class Function:
-    """A reward function of any signature, called with a list of responses.
-
-    Signatures, told apart by the names of their parameters:
-
-    - `(prompt, response, answer, **columns) -> float`: any of these, of `response_ids`,
-      `num_tokens`, `truncated` and of the data's columns, by name;
-    - TRL's `(prompts, completions, **columns) -> list of float`: lists over responses, chat
-      messages where the data's prompts are messages;
-    - verl's `compute_score(data_source, solution_str, ground_truth, extra_info) -> float or dict
-      with "score"`, and with plural names the same over lists.
-
-    Each may be a coroutine function. None as a result means that the function does not apply.
-    """
-
-    def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any]):
-        self.name, self.function, self._options = name, function, dict(options)
-        calls = (function, type(function).__call__)
-        self.is_async = any(inspect.iscoroutinefunction(call) for call in calls)
-        try:
-            parameters = inspect.signature(function).parameters
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"reward: {name} has no signature to read ({error})") from error
-        named = [p for p in parameters.values() if p.kind is not p.VAR_POSITIONAL]
-        self._any = any(p.kind is p.VAR_KEYWORD for p in named)
-        self._known = {p.name for p in named if p.kind is not p.VAR_KEYWORD}
-        if positional := [p.name for p in named if p.kind is p.POSITIONAL_ONLY]:
-            raise ValueError(
-                f"reward: expected parameters of {name} that can be given by name, "
-                f"{', '.join(positional)} cannot"
-            )
-        if unknown := sorted(self._options.keys() - self._known if not self._any else ()):
-            raise ValueError(f"reward: {name} has no parameter {', '.join(unknown)}")
-        self._needed = {p.name for p in named if p.default is p.empty and p.name in self._known}
-        self._needed -= self._options.keys()
-        kinds = {"completions": _trl, "solution_strs": _verl_lists, "solution_str": _verl}
-        found = [name for name in kinds if name in self._known]
-        self.takes_lists = bool(found) and found[0] != "solution_str"
-        self._arguments = kinds[found[0]] if found else _own
-
-    def asks(self, parameter: str) -> bool:
-        """Whether the function names this parameter."""
-        return parameter in self._known
-
-    def check(self, columns: Mapping[str, Any]) -> None:
-        """Raise ValueError if it needs a column that the data do not have."""
-        given = self._arguments([Response("", "", None, columns)])
-        if missing := sorted(self._needed - given.keys()):
-            names = ", ".join(columns) or "none"
-            raise ValueError(
-                f"reward: {self.name} needs {', '.join(missing)}; besides {', '.join(OWN)} the "
-                f"data have the columns: {names}"
-            )
-
-    def call(self, responses: Sequence[Response]) -> Any:
-        """What the function returns for these responses: one, unless it takes lists."""
-        given = self._arguments(responses)
-        if not self._any:
-            given = {key: value for key, value in given.items() if key in self._known}
-        return self.function(**given | self._options)
-
-    def results(self, returned: Any, count: int) -> list[float | None]:
-        """What was returned as one number per response. Raises ValueError if it is none."""
-        if not self.takes_lists:
-            return [self._number(returned)]
-        if isinstance(returned, str | Mapping) or not hasattr(returned, "__len__"):
-            raise ValueError(f"expected {self.name} to return a list, found {returned!r:.80}")
-        if len(returned) != count:
-            raise ValueError(f"expected {count} rewards of {self.name}, found {len(returned)}")
-        return [self._number(value) for value in returned]
-
-    def _number(self, value: Any) -> float | None:
-        if isinstance(value, Mapping):
-            value = value.get("score")
-        if value is None:
-            return None
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"expected a finite reward of {self.name}, found {value!r:.80}")
-        return number
 
 
 class Reward:
@@ -269,46 +169,3 @@ def failed(error: BaseException) -> Result:
 
 async def _awaited(coroutine: Any) -> Any:
     return await coroutine
-
-
-def _own(responses: Sequence[Response]) -> dict[str, Any]:
-    (one,) = responses
-    own = {"prompt": one.prompt, "response": one.response, "answer": one.answer}
-    own |= {"response_ids": list(one.response_ids), "num_tokens": len(one.response_ids)}
-    return {**one.columns, **own, "truncated": one.truncated}
-
-
-def _trl(responses: Sequence[Response]) -> dict[str, Any]:
-    prompts = [one.columns.get("prompt", one.prompt) for one in responses]
-    completions = [
-        one.response
-        if isinstance(prompt, str)
-        else [{"role": "assistant", "content": one.response}]
-        for one, prompt in zip(responses, prompts, strict=True)
-    ]
-    names = dict.fromkeys(name for one in responses for name in one.columns if name != "prompt")
-    columns = {name: [one.columns.get(name) for one in responses] for name in names}
-    columns.setdefault("answer", [one.answer for one in responses])
-    ids = [list(one.response_ids) for one in responses]
-    return {**columns, "prompts": prompts, "completions": completions, "completion_ids": ids}
-
-
-def _verl(responses: Sequence[Response]) -> dict[str, Any]:
-    (one,) = responses
-    return {
-        "data_source": one.columns.get("data_source"),
-        "solution_str": one.response,
-        "ground_truth": one.answer,
-        "extra_info": one.columns.get("extra_info") or {},  # as verl gives it
-    }
-
-
-def _verl_lists(responses: Sequence[Response]) -> dict[str, Any]:
-    each = [_verl([one]) for one in responses]
-    plural = {
-        "data_source": "data_sources",
-        "solution_str": "solution_strs",
-        "ground_truth": "ground_truths",
-        "extra_info": "extra_infos",
-    }
-    return {many: [row[one] for row in each] for one, many in plural.items()}

@@ -21,7 +21,8 @@ from spo.grow.assemble import is_leaf, leave_out_unrewarded
 from spo.grow.shapes import Growth, Shape, Tree
 from spo.grow.stats import RolloutStats
 from spo.records import LENGTH, Completion, Origin, Prompt, Request, Sampling
-from spo.reward import FailedReward, Response
+from spo.reward import FailedReward
+from spo.signatures import Response
 from spo.tasks.grading import Graded, Grader
 
 BARRIERS = ("none", "group", "level")

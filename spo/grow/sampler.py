@@ -23,7 +23,8 @@ from spo.grow.stats import RolloutStats
 from spo.grow.stream import Stream, grow, require_fitting
 from spo.models.tokenizer import exact_text, load_tokenizer, response_text, sampling_of
 from spo.records import Completion, Forest, Origin, Prompt, Request
-from spo.reward import Response, reward_of
+from spo.reward import reward_of
+from spo.signatures import Response
 from spo.tasks import prompts_of, task_of
 from spo.tasks.grading import Grader
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from spo.config.reward import RewardConfig
-from spo.reward import Response, Result, Reward, failed
+from spo.reward import Result, Reward, failed
+from spo.signatures import Response
 
 Item = tuple[int, Response]
 CLOSING_S = 1.0  # that `close` waits for coroutines to end

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 from spo import named
-from spo.reward import Response, Result, reward_of
+from spo.reward import Result, reward_of
+from spo.signatures import Response
 from spo.tasks import Task
 from spo.tasks.worker import HEADER
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from spo import named
-from spo.reward import Response, Reward, reward_of
+from spo.reward import Reward, reward_of
+from spo.signatures import Response
 from spo.tasks import OPTIONS, Task
 
 HEADER = 8  # bytes of a message's length, big endian

@@ -7,7 +7,8 @@ import sys
 
 from spo.config.recipe import load_recipe
 from spo.fingerprint import fingerprint
-from spo.reward import Response, reward_given, reward_of
+from spo.reward import reward_given, reward_of
+from spo.signatures import Response
 
 
 def typed(code):

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ORDER = [  # a room may import from rooms before it, and from its own
-    ("extras", "fingerprint", "named", "records", "config", "metrics", "reward"),
+    ("extras", "fingerprint", "named", "records", "config", "metrics", "signatures", "reward"),
     ("models",),
     ("tasks", "engines"),
     ("grow",),

@@ -10,7 +10,8 @@ from sentences import one_sentence
 
 from spo.config.recipe import as_tree, load_recipe, save_recipe
 from spo.loop import train
-from spo.reward import Response, reward_of
+from spo.reward import reward_of
+from spo.signatures import Response
 from spo.tasks.grading import Grader
 
 FOLDER = Path(__file__).parent
