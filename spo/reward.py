@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 KEY = "reward.function"  # where a recipe names a function
 TRACE_LINES = 12  # of a function's traceback that are shown
+ROUNDING = 1e-6  # by which a weighted sum may miss what it is compared with, as weights round
 
 
 class FailedReward(UserWarning):
@@ -81,7 +83,7 @@ class Reward:
         ]
         if not weighted:
             return Result(None, tuple(parts), "no reward function applies to it")
-        return Result(sum(weighted), tuple(parts))
+        return Result(math.fsum(weighted), tuple(parts))
 
 
 def reward_of(config: RewardConfig, folder: Path | None = None) -> Reward:
@@ -91,6 +93,11 @@ def reward_of(config: RewardConfig, folder: Path | None = None) -> Reward:
         folder: in which relative files are searched first.
     """
     return Reward([(_function(term, folder), term.weight) for term in config.terms])
+
+
+def is_right(reward: float, success: float) -> bool:
+    """Whether a reward counts as right, `reward.success`; sums of weights may miss it a little."""
+    return reward >= success - ROUNDING * max(1.0, abs(success))
 
 
 def check_reward(config: RewardConfig | None, truncated: str, task: str) -> None:

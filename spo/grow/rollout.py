@@ -21,7 +21,7 @@ from spo.grow.assemble import is_leaf, leave_out_unrewarded
 from spo.grow.shapes import Growth, Shape, Tree
 from spo.grow.stats import RolloutStats
 from spo.records import LENGTH, Completion, Origin, Prompt, Request, Sampling
-from spo.reward import FailedReward
+from spo.reward import FailedReward, is_right
 from spo.signatures import Response
 from spo.tasks.grading import Graded, Grader
 
@@ -269,7 +269,7 @@ class Rollout:
             self.stats.invalid_reason = self.stats.invalid_reason or graded.reason or "unknown"
             self._show(graded, tree, node)
         elif self.options.success is not None:
-            tree.nodes[node].reward = float(graded.reward >= self.options.success)
+            tree.nodes[node].reward = float(is_right(graded.reward, self.options.success))
         else:
             tree.nodes[node].reward = graded.reward
         for index, part in enumerate(graded.parts):
