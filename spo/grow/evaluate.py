@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from spo.grow.shapes import star
 from spo.grow.stream import grow
 from spo.metrics import mean_stderr
 from spo.records import STOP, Forest, Prompt, Sampling
+from spo.reward import is_right
 from spo.tasks.grading import Grader
 
 
@@ -72,6 +74,7 @@ def accuracies(
     """
     options = dataclasses.replace(options, truncated="zero")
     forest, stats = grow(prompts, engine, star(samples, max(limits)), grader, decode, options)
+    _warn_if_none_can_be_right(stats.judged, options)
     responses = forest.parent >= 0
     sizes, rewards = forest.cu_tokens.diff()[responses], forest.rewards[responses]
     stopped, trees = forest.finish[responses] == STOP, forest.prompt[responses].tolist()
@@ -105,6 +108,21 @@ def accuracies(
             found = dataclasses.replace(found, majority=won, majority_stderr=error)
         results.append(found)
     return results
+
+
+def _warn_if_none_can_be_right(rewards: Sequence[float], options: RolloutOptions) -> None:
+    """Warn, at the first evaluation of a run, if rewards differ from 0 and none is large enough."""
+    name = "reward.success"
+    if options.success is None or not rewards or name in options.told:
+        return
+    options.told.add(name)
+    if any(rewards) and not is_right(max(rewards), options.success):
+        warnings.warn(
+            f"{name}: no response of the first evaluation counts as right, as the largest of "
+            f"{len(rewards)} rewards is {max(rewards):g}, expected {options.success:g} or more; "
+            "set it to the reward of a right response",
+            stacklevel=2,
+        )
 
 
 def pass_at(n: int, right: int, k: int) -> float:

@@ -269,6 +269,7 @@ class Rollout:
             self.stats.invalid_reason = self.stats.invalid_reason or graded.reason or "unknown"
             self._show(graded, tree, node)
         elif self.options.success is not None:
+            self.stats.judged.append(graded.reward)
             tree.nodes[node].reward = float(is_right(graded.reward, self.options.success))
         else:
             tree.nodes[node].reward = graded.reward

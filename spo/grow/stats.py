@@ -22,6 +22,7 @@ class RolloutStats:
     gradings: int = 0
     parts: dict[int, list[float]] = field(default_factory=dict)
     """Term of the reward -> sum of what it says, and how often it applied."""
+    judged: list[float] = field(default_factory=list)  # rewards where `success` says what is right
     prefill_bound: int = 0  # prefix tokens that a cache without eviction must still compute
     max_age: int = 0  # weight versions since the forest's oldest token was sampled
     mean_age: float = 0.0  # mean over its tokens

@@ -1,5 +1,8 @@
 """What is right for a task without a test of its own: rewards of at least `reward.success`."""
 
+import warnings
+
+import pytest
 from test_evaluate import Scripted
 
 from spo.config.recipe import load_recipe
@@ -52,3 +55,14 @@ def test_weights_that_sum_to_1_make_a_perfect_response_right():
 def test_only_rounding_is_forgiven():
     assert is_right(0.9999999, 1.0) and is_right(-1e-9, 0.0) and is_right(1e6 - 0.5, 1e6)
     assert not is_right(0.99999, 1.0) and not is_right(-1e-5, 0.0) and not is_right(999990, 1e6)
+
+
+def test_rewards_that_never_reach_success_are_named_once():
+    told = set()
+    with pytest.warns(UserWarning, match="reward.success: .* of 2 rewards is 0.8, expected 1 or"):
+        assert measured((0.5, 0.25, 0.25), [8, 3], told) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert measured((0.5, 0.25, 0.25), [8, 3], told) == 0  # the run knows
+        assert measured((0.5, 0.25, 0.25), [8, 10]) == 0.5
+        assert measured((0.5, 0.25, 0.25), [0, 0]) == 0  # nothing was right, which may change
