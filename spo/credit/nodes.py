@@ -82,6 +82,7 @@ def figures(forest: Forest, values: Tensor, credit: Tensor) -> dict[str, float]:
     """
     roots = forest.parent < 0
     seen = values[roots & values.isfinite()]
+    stderr = float(seen.std(correction=0)) / seen.numel() ** 0.5 if seen.numel() else math.nan
     graded = forest.rewards[forest.rewards.isfinite()]
     segments, sizes = forest.trained.long(), forest.cu_tokens.diff() * ~roots
     lengths = sizes
@@ -93,7 +94,7 @@ def figures(forest: Forest, values: Tensor, credit: Tensor) -> dict[str, float]:
     return {
         "value_n": float(seen.numel()),
         "value_mean": float(seen.mean()),
-        "value_stderr": float(seen.std(correction=0) / max(seen.numel(), 1) ** 0.5),
+        "value_stderr": stderr,
         "reward_mean": float(graded.mean()),
         "reward_std": float(graded.std()) if graded.numel() > 1 else math.nan,
         "same_reward_share": _same_reward_share(forest),

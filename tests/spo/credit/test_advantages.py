@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -307,3 +308,7 @@ def test_figures_of_responses():
     assert found["same_reward_share"] == 0.5
     one = forest(node(0, 1.0))
     assert math.isnan(figures(one, torch.zeros(2), torch.zeros(1))["reward_std"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, of a deviation of nothing
+        found = figures(one, torch.full((2,), math.nan), torch.zeros(1))
+    assert math.isnan(found["value_stderr"]) and found["value_n"] == 0
