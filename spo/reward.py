@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo import named
 from spo.fingerprint import fingerprint
-from spo.signatures import Function, Response
+from spo.signatures import LARGEST, Function, Response
 
 if TYPE_CHECKING:
     from spo.config.reward import RewardConfig, Term
@@ -82,8 +82,14 @@ class Reward:
             if part is not None
         ]
         if not weighted:
-            return Result(None, tuple(parts), "no reward function applies to it")
-        return Result(math.fsum(weighted), tuple(parts))
+            names = ", ".join(dict.fromkeys(self.names))
+            reason = f"no reward function applies to it: {names} returned None"
+            return Result(None, tuple(parts), reason)
+        total = math.fsum(weighted)
+        if not abs(total) <= LARGEST:
+            reason = f"expected a weighted sum that is finite in float32, found {total:g}"
+            return Result(None, tuple(parts), reason)
+        return Result(total, tuple(parts))
 
 
 def reward_of(config: RewardConfig, folder: Path | None = None) -> Reward:

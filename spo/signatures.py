@@ -10,6 +10,7 @@ from typing import Any
 
 OWN = ("prompt", "response", "answer", "response_ids", "num_tokens", "truncated")
 """What a function of this package's signature may ask for by name; the rest are columns."""
+LARGEST = (2 - 2**-23) * 2.0**127  # float32, which forests hold, has no finite number above it
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class Function:
         named = [p for p in parameters.values() if p.kind is not p.VAR_POSITIONAL]
         self._any = any(p.kind is p.VAR_KEYWORD for p in named)
         self._known = {p.name for p in named if p.kind is not p.VAR_KEYWORD}
-        if positional := [p.name for p in named if p.kind is p.POSITIONAL_ONLY]:
+        positional = [p.name for p in named if p.kind is p.POSITIONAL_ONLY]
+        if parameters and not named:
+            positional = [f"*{name}" for name in parameters]
+        if positional:
             raise ValueError(
                 f"reward: expected parameters of {name} that can be given by name, "
                 f"{', '.join(positional)} cannot"
@@ -97,15 +101,22 @@ class Function:
 
     def _number(self, value: Any) -> float | None:
         if isinstance(value, Mapping):
-            value = value.get("score")
+            if "score" not in value:
+                found = ", ".join(map(str, value)) or "nothing"
+                raise ValueError(
+                    f"expected 'score' in the dict that {self.name} returns, found {found:.80}"
+                )
+            value = value["score"]
         if value is None:
             return None
         try:
-            number = float(value)
+            number = math.nan if isinstance(value, str | bytes) else float(value)
         except (TypeError, ValueError):
             number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"expected a finite reward of {self.name}, found {value!r:.80}")
+        if not abs(number) <= LARGEST:
+            raise ValueError(
+                f"expected a number of {self.name} that is finite in float32, found {value!r:.80}"
+            )
         return number
 
 

@@ -13,6 +13,7 @@ from spo.config.ranges import Count, Positive
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 SHORT = "a function (module:name), a rule ({rule: boxed}), a list of these, or {terms: …}"
+WEIGHTS = "expected {function: …, weight: 0.5} for a function with a weight"
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,12 @@ def reward_settings(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {"terms": [{"function": value}]}
     if isinstance(value, list | tuple):
+        if any(isinstance(term, int | float) for term in value):  # a pair (function, weight)
+            raise ValueError(f"reward: {WEIGHTS}, found {value!r:.200}")
         return {"terms": [_term(term) for term in value]}
     if not isinstance(value, Mapping):
         raise ValueError(f"reward: expected {SHORT}, found {value!r}")
+    _check_keys(value)
     if "terms" in value:
         return dict(value) | {"terms": reward_settings(value["terms"])["terms"]}
     own = {key: value[key] for key in ("function", "rule", "weight", "options") if key in value}
@@ -92,6 +96,14 @@ def reward_settings(value: Any) -> dict[str, Any]:
 def _term(term: Any) -> dict[str, Any]:
     if isinstance(term, str):
         return {"function": term}
+    if isinstance(term, list | tuple):
+        raise ValueError(f"reward.terms: {WEIGHTS}, found {term!r:.200}")
     if not isinstance(term, Mapping):
         raise ValueError(f"reward.terms: expected module:name or a group, found {term!r}")
+    _check_keys(term)
     return dict(term)
+
+
+def _check_keys(value: Mapping[Any, Any]) -> None:
+    if any(not isinstance(key, str) or ":" in key for key in value):  # {function: weight}
+        raise ValueError(f"reward: {WEIGHTS}, found {value!r:.200}")

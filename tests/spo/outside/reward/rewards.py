@@ -69,4 +69,8 @@ def positional(response, /):
     return 0.0
 
 
+def any_positional(*everything):
+    return 0.0
+
+
 NOT_A_FUNCTION = 3

@@ -1,16 +1,19 @@
 """Rewards from outside: every signature, in the worker and in this process, and what goes wrong."""
 
+import dataclasses
 import threading
 import time
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 import yaml
 from sentences import one_sentence
 
 from spo.config.recipe import as_tree, load_recipe, save_recipe
 from spo.loop import train
-from spo.reward import reward_of
+from spo.reward import reward_given, reward_of
 from spo.signatures import Response
 from spo.tasks.grading import Grader
 
@@ -85,7 +88,8 @@ def test_weights_options_and_terms_that_do_not_apply():
     assert first.reward == pytest.approx(3 - 0.3 - 0) and first.parts == (1.0, -0.6, 0.0)
     assert second.reward == pytest.approx(-1.5) and second.parts == (None, -3.0, 0.0)
     alone = reward_of(config(f"{FILE}:trl_of_some").reward)(CUT)
-    assert (alone.reward, alone.reason) == (None, "no reward function applies to it")
+    assert alone.reward is None
+    assert alone.reason == "no reward function applies to it: trl_of_some returned None"
 
 
 def test_chats_are_given_as_trl_gives_them():
@@ -112,8 +116,51 @@ def test_a_function_that_fails_costs_its_own_response_only(process):
     assert [g.reward for g in found] == [0.5, None, None, None, None, None, 0.5]
     reasons = [g.reason for g in found]
     assert reasons[1] == "KeyError: 'lost'" and "rewards.py" in found[1].trace
-    assert "expected a finite reward of unruly, found nan" in reasons[2]
+    assert "expected a number of unruly that is finite in float32, found nan" in reasons[2]
     assert "found 'much'" in reasons[3] and "applies" in reasons[4] and "timed out" in reasons[5]
+
+
+NUMBERS = [1, 0.25, True, numpy.float32(0.5), numpy.int64(2), numpy.bool_(True), torch.tensor(0.5)]
+
+
+@pytest.mark.parametrize("value", [*NUMBERS, {"score": 0.5}, {"score": None}, -3.4e38])
+def test_numbers_of_any_kind_are_rewards(value):
+    score = value["score"] if isinstance(value, dict) else value
+    found = reward_of(given(lambda response: value))(HI)
+    assert found.parts == (score,) and found.reward == (None if score is None else float(score))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("1.0", "finite in float32, found '1.0'"),
+        (numpy.array(["1.0"])[0], "finite in float32, found"),
+        (1e39, "finite in float32, found 1e+39"),
+        (-float("inf"), "finite in float32, found -inf"),
+        (
+            {"acc": 1.0, "sc": 0.5},
+            "'score' in the dict that <lambda> returns, found acc, sc",
+        ),
+        ({}, "'score' in the dict that <lambda> returns, found nothing"),
+    ],
+)
+def test_what_is_no_reward_is_named(value, words):
+    found = reward_of(given(lambda response: value))(HI)
+    assert found.reward is None and found.reason is not None and words in found.reason
+
+
+def test_a_sum_that_float32_cannot_hold_is_no_reward():
+    config = given(lambda response: 3e38)
+    twice = dataclasses.replace(config, terms=config.terms * 2)
+    found = reward_of(twice)(HI)
+    assert found.reward is None and found.parts == (3e38, 3e38)
+    assert found.reason == "expected a weighted sum that is finite in float32, found 6e+38"
+
+
+@pytest.mark.parametrize("shape", [lambda f: {f: 0.5}, lambda f: [(f, 0.5)], lambda f: (f, 0.5)])
+def test_weights_of_a_python_caller_have_one_form(shape):
+    with one_sentence(["expected {function: …, weight: 0.5} for a function with a weight, found"]):
+        load_recipe(None, reward=reward_given(shape(lambda response: 1.0)))
 
 
 def test_a_batch_that_fails_is_asked_again_one_by_one():
@@ -172,6 +219,11 @@ BAD = {
     f"{FILE}:none": ["reward.function", "has no function none"],
     f"{FILE}:NOT_A_FUNCTION": ["to be a function, found 3"],
     f"{FILE}:positional": ["can be given by name", "response cannot"],
+    f"{FILE}:any_positional": ["can be given by name", "*everything cannot"],
+    f"{{'{FILE}:share': 0.5}}": ["expected {function: …, weight: 0.5}", "share': 0.5}"],
+    f"[['{FILE}:share', 0.5]]": ["reward.terms: expected {function: …, weight: 0.5}", "0.5]"],
+    f"[{{'{FILE}:share': 0.5}}]": ["expected {function: …, weight: 0.5}", "share': 0.5}"],
+    f"['{FILE}:share', 0.5]": ["expected {function: …, weight: 0.5}", "0.5]"],
     "{rule: none}": ["reward.rule", "boxed, number"],
     "{rule: boxed, function: a:b}": ["either function or rule"],
     "{weight: 2}": ["either function or rule, found neither"],
