@@ -56,10 +56,10 @@ class Reward:
         """Whether one of the functions names this parameter."""
         return any(function.asks(parameter) for function, _ in self.terms)
 
-    def check(self, columns: Mapping[str, Any]) -> None:
-        """Raise ValueError if a function needs a column that the data do not have."""
+    def check(self, columns: Mapping[str, Any], has_answer: bool) -> None:
+        """Raise ValueError if a function needs a column, or the answer, and the data have none."""
         for function, _ in self.terms:
-            function.check(columns)
+            function.check(columns, has_answer)
 
     def __call__(self, response: Response) -> Result:
         """The reward of one response, here and now."""

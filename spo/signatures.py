@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-OWN = ("prompt", "response", "answer", "response_ids", "num_tokens", "truncated")
-"""What a function of this package's signature may ask for by name; the rest are columns."""
 LARGEST = (2 - 2**-23) * 2.0**127  # float32, which forests hold, has no finite number above it
 
 
@@ -23,6 +21,7 @@ class Response:
     columns: Mapping[str, Any] = field(default_factory=dict)  # the other columns of its row
     response_ids: Sequence[int] = ()
     truncated: bool = False  # cut by the limit of tokens
+    has_answer: bool = True  # False: the data have none, and functions are given none
 
 
 class Function:
@@ -72,14 +71,16 @@ class Function:
         """Whether the function names this parameter."""
         return parameter in self._known
 
-    def check(self, columns: Mapping[str, Any]) -> None:
-        """Raise ValueError if it needs a column that the data do not have."""
-        given = self._arguments([Response("", "", None, columns)])
+    def check(self, columns: Mapping[str, Any], has_answer: bool) -> None:
+        """Raise ValueError if it needs a column, or the answer, and the data have none."""
+        given = self._arguments([Response("", "", None, columns, has_answer=has_answer)])
         if missing := sorted(self._needed - given.keys()):
+            own = ", ".join(name for name in given if name not in columns)
             names = ", ".join(columns) or "none"
+            hint = "" if has_answer else "; data.columns.answer names the column of the answer"
             raise ValueError(
-                f"reward: {self.name} needs {', '.join(missing)}; besides {', '.join(OWN)} the "
-                f"data have the columns: {names}"
+                f"reward: {self.name} needs {', '.join(missing)}; besides {own} the data have the "
+                f"columns: {names}{hint}"
             )
 
     def call(self, responses: Sequence[Response]) -> Any:
@@ -122,9 +123,9 @@ class Function:
 
 def _own(responses: Sequence[Response]) -> dict[str, Any]:
     (one,) = responses
-    own = {"prompt": one.prompt, "response": one.response, "answer": one.answer}
+    own = {"prompt": one.prompt, "response": one.response, "truncated": one.truncated}
     own |= {"response_ids": list(one.response_ids), "num_tokens": len(one.response_ids)}
-    return {**one.columns, **own, "truncated": one.truncated}
+    return {**one.columns, **own} | ({"answer": one.answer} if one.has_answer else {})
 
 
 def _trl(responses: Sequence[Response]) -> dict[str, Any]:
@@ -137,27 +138,23 @@ def _trl(responses: Sequence[Response]) -> dict[str, Any]:
     ]
     names = dict.fromkeys(name for one in responses for name in one.columns if name != "prompt")
     columns = {name: [one.columns.get(name) for one in responses] for name in names}
-    columns.setdefault("answer", [one.answer for one in responses])
+    if any(one.has_answer for one in responses):
+        columns.setdefault("answer", [one.answer for one in responses])
     ids = [list(one.response_ids) for one in responses]
     return {**columns, "prompts": prompts, "completions": completions, "completion_ids": ids}
 
 
 def _verl(responses: Sequence[Response]) -> dict[str, Any]:
     (one,) = responses
-    return {
+    given = {
         "data_source": one.columns.get("data_source"),
         "solution_str": one.response,
-        "ground_truth": one.answer,
         "extra_info": one.columns.get("extra_info") or {},  # as verl gives it
     }
+    return given | ({"ground_truth": one.answer} if one.has_answer else {})
 
 
 def _verl_lists(responses: Sequence[Response]) -> dict[str, Any]:
     each = [_verl([one]) for one in responses]
-    plural = {
-        "data_source": "data_sources",
-        "solution_str": "solution_strs",
-        "ground_truth": "ground_truths",
-        "extra_info": "extra_infos",
-    }
-    return {many: [row[one] for row in each] for one, many in plural.items()}
+    names = dict.fromkeys(name for row in each for name in row)
+    return {f"{name}s": [row.get(name) for row in each] for name in names}

@@ -124,7 +124,16 @@ class Sampler:
             columns=prompt.columns,
             response_ids=token_ids,
             truncated=truncated,
+            has_answer=self._has_answer(prompt),
         )
+
+    def _has_answer(self, prompt: Prompt) -> bool:
+        """Whether the data have an answer. None may be one, but of a table it is a lack."""
+        return prompt.answer is not None or self._has_test(prompt)
+
+    def _has_test(self, prompt: Prompt) -> bool:
+        """Whether the prompt's task says itself what is right; else evaluations ask the reward."""
+        return getattr(self._tasks.get(prompt.task), "tested", True)
 
     def test_prompts(self, name: str = TEST) -> list[Prompt]:
         """`eval.problems` of an evaluation set's test split. Raises ValueError if it has none."""
@@ -135,6 +144,8 @@ class Sampler:
             if not prompts:
                 where = "data.test" if name == TEST else f"eval.sets.{name}"
                 raise ValueError(f"{where}: expected test problems, task {recipe.task} has none")
+            if not self._has_test(prompts[0]):
+                self._check_reward(prompts[0])
             self._tests[name] = prompts
         return self._tests[name]
 
@@ -146,9 +157,14 @@ class Sampler:
     def _checked(self, prompts: Iterator[Prompt]) -> Iterator[Prompt]:
         """The same prompts; the first must have what the reward needs."""
         for index, prompt in enumerate(prompts):
-            if index == 0 and self.recipe.reward is not None:
-                reward_of(self.recipe.reward).check(prompt.columns)
+            if index == 0:
+                self._check_reward(prompt)
             yield prompt
+
+    def _check_reward(self, prompt: Prompt) -> None:
+        """Raise ValueError if the data have not what the reward needs."""
+        if self.recipe.reward is not None:
+            reward_of(self.recipe.reward).check(prompt.columns, self._has_answer(prompt))
 
     def grow(self, prompts: Sequence[Prompt]) -> tuple[Forest, RolloutStats]:
         """One forest of these prompts, with the seeds of a first iteration."""
@@ -190,7 +206,7 @@ class Sampler:
         prompts = self.test_prompts(name)
         task, reward = self._tasks[prompts[0].task], self.recipe.reward
         options = replace(options, sampling=sampling, read=None)
-        if reward is not None and not getattr(task, "tested", True):
+        if reward is not None and not self._has_test(prompts[0]):
             options = replace(options, read=self.response, success=reward.success)
         found = accuracies(
             prompts,

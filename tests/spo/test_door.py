@@ -72,6 +72,19 @@ def test_rollout_and_evaluate_take_the_same(tmp_path):
     assert found.problems == 4 and 0 <= found.pass_at_1 <= 1
 
 
+def test_rows_without_an_answer_are_refused_where_the_reward_needs_one(tmp_path):
+    small = {k: v for k, v in SMALL.items() if k not in ("iterations", "minibatches")}
+    data = {"train": [{"question": row["question"], "level": 2} for row in ROWS]}
+    given = {"policy": EMBEDDED, "data": data, "reward": {"rule": "number"}}
+    words = ["number needs answer", "columns: level", "data.columns.answer"]
+    with one_sentence(words):
+        spo.rollout("grpo", **given, **small)
+    with one_sentence(words):
+        spo.evaluate("grpo", **given | {"data": {"test": data["train"]}}, **small)
+    forest, _ = spo.rollout("grpo", **given | {"reward": lambda level: level}, **small)
+    assert set(forest.rewards[forest.finish == 1].tolist()) == {2.0}
+
+
 def test_keywords_are_settings():
     recipe = load_recipe(
         "spo-tree",

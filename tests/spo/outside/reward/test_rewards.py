@@ -258,9 +258,41 @@ def test_cut_responses_need_somebody_to_ask():
 
 def test_a_column_that_the_data_lack_is_named():
     reward = reward_of(config(f"{FILE}:of_columns").reward)
-    reward.check({"level": 1})
+    reward.check({"level": 1}, has_answer=True)
     with one_sentence(["of_columns needs level", "response", "columns: kind, other"]):
-        reward.check({"kind": 1, "other": 2})
+        reward.check({"kind": 1, "other": 2}, has_answer=True)
+
+
+def optional(response, answer=7):
+    return float(answer)
+
+
+@pytest.mark.parametrize(
+    ("reward", "parameter"),
+    [
+        *(({"rule": rule}, "answer") for rule in ("number", "boxed", "exact", "answer")),
+        (f"{FILE}:share", "answer"),
+        (f"{FILE}:trl", "answer"),
+        (f"{FILE}:compute_score", "ground_truth"),
+        (f"{FILE}:compute_scores", "ground_truths"),
+    ],
+)
+def test_data_without_an_answer_are_refused_where_it_is_needed(reward, parameter):
+    found = reward_of(config(reward).reward)
+    found.check({"level": 2}, has_answer=True)
+    with one_sentence([f"needs {parameter}; besides", "columns: level", "data.columns.answer"]):
+        found.check({"level": 2}, has_answer=False)
+    silent = dataclasses.replace(HI, has_answer=False)  # of a mixture's other data set
+    assert parameter in str(found(silent).reason)
+
+
+def test_a_default_stands_for_an_answer_that_the_data_lack():
+    found = reward_of(given(optional))
+    found.check({}, has_answer=False)
+    assert found(Response("p", "r", None, has_answer=False)).reward == 7
+    assert found(Response("p", "r", 3)).reward == 3
+    columns = {"solution": 5, "answer": 6}  # a column of that name is one
+    assert found(Response("p", "r", None, columns, has_answer=False)).reward == 6
 
 
 def test_a_saved_recipe_names_the_file_from_any_folder(tmp_path, monkeypatch):
