@@ -180,5 +180,10 @@ def failed(error: BaseException) -> Result:
     )
 
 
+def printable(text: str) -> str:
+    """The same lines, with what would steer a terminal spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 async def _awaited(coroutine: Any) -> Any:
     return await coroutine

@@ -21,7 +21,7 @@ from spo.grow.assemble import is_leaf, leave_out_unrewarded
 from spo.grow.shapes import Growth, Shape, Tree
 from spo.grow.stats import RolloutStats
 from spo.records import LENGTH, Completion, Origin, Prompt, Request, Sampling
-from spo.reward import FailedReward, is_right
+from spo.reward import FailedReward, is_right, printable
 from spo.signatures import Response
 from spo.tasks.grading import Graded, Grader
 
@@ -285,7 +285,7 @@ class Rollout:
         if not graded.trace or not self._is_news(kind):
             return
         response = self.decode(tree.response_ids(node))
-        text = _printable(response[:SHOWN]) + ("…" if len(response) > SHOWN else "")
+        text = printable(response[:SHOWN]) + ("…" if len(response) > SHOWN else "")
         below = f"the response:\n{indent(text, TAB)}" if response else "the response is empty"
         sentence = f"a response has no reward, as its function failed: {graded.reason}"
         shown = indent(f"{graded.trace}\n{below}", TAB)
@@ -304,11 +304,6 @@ class Rollout:
         else:
             self.stats.trees += 1
         finished.append(tree)
-
-
-def _printable(text: str) -> str:
-    """The same lines, with what would steer a terminal spelled out."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def path_seed(seed: int, iteration: int, prompt: int, path: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import select
@@ -21,10 +22,11 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import IO, TYPE_CHECKING, Any
 
 from spo import named
-from spo.reward import Result, reward_of
+from spo.reward import Result, printable, reward_of
 from spo.signatures import Response
 from spo.tasks import Task
 from spo.tasks.worker import HEADER
@@ -268,6 +270,9 @@ class Grader:
         *lines, self._unread = (self._unread + said).split(b"\n")
         for line in lines:
             verdict = json.loads(line)
+            if isinstance(verdict, dict) and "printed" in verdict:
+                print(printable(verdict["printed"]), end="", file=sys.stderr)
+                continue
             if isinstance(verdict, str):  # an error that ended the worker
                 self._restart(verdict)
                 return
@@ -280,7 +285,7 @@ class Grader:
                 self._graded.append(Graded(key, None, answer=verdict["answer"]))
             else:
                 self._graded.append(_of_result(key, Result(**verdict)))
-        self._deadline = time.monotonic() + self._timeout_s
+            self._deadline = time.monotonic() + self._timeout_s
 
 
 def _spec(task: Task) -> tuple[str, dict[str, Any]]:
@@ -295,14 +300,12 @@ def _of_result(key: int, result: Result) -> Graded:
 
 def _reward_spec(config: RewardConfig) -> dict[str, Any]:
     """A reward as JSON, from which the worker makes it: functions given in Python are pickled."""
-    import cloudpickle
-
     given = {}
     for term in config.terms:
         if term.function is not None and term.function.startswith(named.GIVEN):
             function, _ = named.function("reward.function", term.function)
             try:
-                given[term.function] = base64.b64encode(cloudpickle.dumps(function)).decode()
+                given[term.function] = base64.b64encode(_pickled(function)).decode()
             except Exception as error:  # of whatever the function holds
                 reason = " ".join(str(error).split())[:200]
                 raise ValueError(
@@ -310,3 +313,21 @@ def _reward_spec(config: RewardConfig) -> dict[str, Any]:
                     "reward.process=trainer calls it in this process"
                 ) from error
     return {"given": given, "reward": named.settings_of(config, "reward")}
+
+
+def _pickled(function: object) -> bytes:
+    """A function with the names of its files, whose lines the worker shows in tracebacks."""
+    import cloudpickle
+
+    known: dict[type, Any] = dict(cloudpickle.Pickler.dispatch_table)
+
+    def with_file(code: CodeType) -> tuple[Any, ...]:
+        make, arguments = known[CodeType](code)
+        return make, tuple(code.co_filename if x == "<dynamic-code>" else x for x in arguments)
+
+    class Pickler(cloudpickle.Pickler):
+        dispatch_table = known | {CodeType: with_file}
+
+    file = io.BytesIO()
+    Pickler(file).dump(function)
+    return file.getvalue()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import io
 import json
 import math
 import os
 import pickle
 import resource
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +24,26 @@ from spo.signatures import Response
 from spo.tasks import OPTIONS, Task
 
 HEADER = 8  # bytes of a message's length, big endian
+PRINTED = 2000  # characters that an item may print
+NO_FILES = "the grading worker writes no files; a reward with process: trainer can"
 
 
 def _serve() -> None:
     """The worker reads how to work, writes `null` when ready, then a line per item.
 
     It says true, false or [the reason] of a task, {"answer": …} where that was asked, a `Result` of
-    the reward. An error that ends the worker is a line with a str.
+    the reward. {"printed": …} may come before. An error that ends the worker is a line with a str.
     """
     answers = os.dup(1)  # what a grader prints must not look like a verdict
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout = sys.stderr
+
+    lock = threading.Lock()  # threads of a grader print
 
     def say(value: object) -> None:
-        os.write(answers, json.dumps(value).encode() + b"\n")
+        line = json.dumps(value).encode() + b"\n"
+        with lock:
+            os.write(answers, line)
 
     def words(kind: type, error: object) -> str:
         return f"{kind.__name__}: {error}"[:1000]
@@ -44,14 +55,18 @@ def _serve() -> None:
     for part in (*tasks.values(), *(reward.functions if reward else ())):
         if prepare := getattr(part, "prepare", None):
             prepare()
+    tempfile.gettempdir()  # later it would find no folder to write in
     memory = _mapped() + (int(memory_mb) << 20)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # it writes no file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # libraries write past the hook
+    sys.addaudithook(_refuse_to_write)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     say(None)
+    printed = sys.stdout = sys.stderr = _Printed(say)
     while batch := _message():
         for name, *item in batch:
             _limit_cpu(timeout_s)
+            printed.left = PRINTED
             if reward is not None and name is None:
                 say(dataclasses.asdict(reward(Response(**item[0]))))
                 continue
@@ -63,6 +78,37 @@ def _serve() -> None:
             except Exception as error:  # of the user's code; a new worker would take seconds
                 verdict = [words(type(error), error)]
             say(verdict)
+
+
+class _Printed(io.TextIOBase):
+    """What is printed goes to the trainer, which shows it: this process cannot write to a log file.
+
+    `left` is how many characters the present item may still print.
+    """
+
+    left = 0
+
+    def __init__(self, say: Callable[[object], None]):
+        self._say, self._process = say, os.getpid()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self.left > 0 and os.getpid() == self._process:
+            self._say({"printed": text[: self.left] + ("…\n" if len(text) > self.left else "")})
+            self.left -= len(text)
+        return len(text)
+
+
+def _refuse_to_write(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: files cannot be written, and opening them could empty them."""
+    if event != "open" or not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        return
+    path = arguments[0]
+    device = os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+    if not (device or isinstance(path, int)):
+        raise PermissionError(f"{NO_FILES} ({os.fsdecode(path)})")
 
 
 def _answer(task: Any, text: str) -> dict[str, str | None]:

@@ -11,6 +11,7 @@ import pytest
 
 from spo.tasks import Task, countdown, get_task, grading
 from spo.tasks.grading import BATCH_ITEMS, Graded, Grader
+from spo.tasks.worker import PRINTED
 
 DEADLINE_S = 2.0
 
@@ -47,6 +48,9 @@ class Unruly:
         if text == "print":
             print("true", flush=True)
             os.write(1, b"true\\n")
+        while text == "print on":
+            print("\\x1b[2J again", file=sys.stderr)
+            time.sleep(0.001)
         if text == "torch":
             return "torch" in sys.modules
         return None if text == "nothing" else answer == 1
@@ -203,7 +207,7 @@ def test_a_hanging_item_is_killed_and_the_rest_is_graded(unruly, text):
         ("exit", "the worker ended with exit code 3"),
         ("raise", "KeyError: 'lost'"),
         ("memory", "MemoryError: "),
-        ("write", "OSError: "),
+        ("write", "PermissionError: the grading worker writes no files; a reward with process: tr"),
         ("nothing", "TypeError: expected grade of unruly to return a bool, found None"),
     ],
 )
@@ -212,6 +216,7 @@ def test_a_dying_grader_costs_its_own_item_only(unruly, tmp_path, text, reason):
     unruly.submit(0, "unruly", text, answer)
     unruly.submit(1, "unruly", "fine", 1)
     dead, alive = finish(unruly)
+    assert not (tmp_path / "written").exists()
     assert dead.reward is None and dead.reason.startswith(reason)
     assert alive == Graded(1, 1.0)
 
@@ -222,10 +227,24 @@ def test_every_item_of_many_may_die(unruly):
     assert [g.reward for g in finish(unruly)] == [1.0, None] * 3
 
 
-def test_prints_of_a_grader_are_no_verdicts(unruly):
+def test_prints_of_a_grader_are_no_verdicts(unruly, capsys):
     unruly.submit(0, "unruly", "print", 0)
     unruly.submit(1, "unruly", "fine", 0)
     assert [g.reward for g in finish(unruly)] == [0.0, 0.0]
+    assert capsys.readouterr().err == "true\n"
+
+
+def test_what_is_printed_is_shown_up_to_a_limit_and_moves_no_deadline(unruly, capsys):
+    unruly.submit(0, "unruly", "print on", 0)
+    unruly.submit(1, "unruly", "print", 0)
+    start = time.monotonic()
+    late, fine = finish(unruly)
+    assert late.reason == "timed out after 2 s" and fine.reward == 0.0
+    assert time.monotonic() - start < DEADLINE_S + 10
+    said = capsys.readouterr().err
+    line = "\\x1b[2J again\n"  # what would clear a terminal is spelled out
+    assert said.startswith(3 * line) and said.endswith("…\ntrue\n")
+    assert PRINTED / 2 < len(said) < 2 * PRINTED
 
 
 def test_children_of_a_killed_worker_die_with_it(unruly, tmp_path):

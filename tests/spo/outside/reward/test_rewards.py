@@ -199,6 +199,36 @@ def test_a_function_of_this_program_is_called(process):
     assert done[0].reward == 4.25
 
 
+def test_a_traceback_of_the_worker_shows_the_lines_of_this_program():
+    def helper(word):
+        raise LookupError(word)  # there
+
+    def calls(response):
+        return [helper(word) for word in response.split()]  # here
+
+    with Grader(reward=given(calls)) as grader:
+        grader.submit_reward(0, Response("p", "four", None))
+        while not (done := grader.poll(0.1)):
+            pass
+    assert done[0].reason == "LookupError: four"
+    assert f'File "{__file__}", line' in done[0].trace and ", in calls" in done[0].trace
+    assert "[helper(word) for word in response.split()]  # here" in done[0].trace
+    assert "raise LookupError(word)  # there" in done[0].trace
+
+
+def test_what_a_function_imports_when_it_is_called_may_be_heavy():
+    def heavy(response):
+        import torch
+
+        return float(torch.ones(len(response)).sum())
+
+    with Grader(reward=given(heavy), timeout_s=60) as grader:
+        grader.submit_reward(0, Response("p", "four", None))
+        while not (done := grader.poll(0.1)):
+            pass
+    assert (done[0].reward, done[0].reason) == (4.0, None)
+
+
 def test_what_cannot_be_sent_to_the_worker_says_where_it_can_run():
     lock = threading.Lock()
 
