@@ -35,6 +35,9 @@ class PolicyConfig:
     dropout: bool = False
     """Train with the dropout and the router noise of the model's configuration. Off, a logprob is
     the same whenever it is computed, and the ratio of a token to itself is 1."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each layer for the backward and compute the rest again there: less
+    memory, a forward more, the same gradient. docs/memory.md says what it saves."""
     lora: LoraConfig | None = None
     """Train low-rank adapters in place of the weights: {rank: 16, alpha: 32, targets: all-linear}.
     The reference is then the model without them, and checkpoints hold them alone."""

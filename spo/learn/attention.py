@@ -6,7 +6,7 @@ Key k is visible to query q iff k <= q < visible_until[k]; nothing else describe
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +55,12 @@ def attending(layout: Layout):
         yield
     finally:
         _layout.reset(token)
+
+
+def attending_again() -> AbstractContextManager[None]:
+    """A context in which attention is over the pack of now: for a layer's recomputation, later."""
+    layout = _layout.get(None)
+    return nullcontext() if layout is None else attending(layout)
 
 
 def packed_attention(
