@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--dry-run", action="store_true", help="print downloads, memory and tokens, then stop"
     )
+    sub.add_argument("--card", help="of --dry-run: GB to fit into, or a name such as h100")
     sub = command("eval", _eval, "Pass@1 of a policy or of a run's checkpoint on the test split")
     sub.add_argument("--checkpoint", type=Path, help="run folder; default: the recipe's policy")
     sub.add_argument(
@@ -173,13 +174,17 @@ def _recipe(arguments):
 def _train(arguments) -> None:
     recipe = _recipe(arguments)
     from spo.api import train
+    from spo.fit import card_bytes
     from spo.plan import describe
     from spo.report.pages import write_run_page
 
     _quiet()
     if arguments.dry_run:
-        console.print(describe(recipe), markup=False)
+        card = arguments.card and card_bytes(arguments.card)
+        console.print(describe(recipe, card), markup=False)
         return
+    if arguments.card:
+        raise ValueError(f"--card: expected --dry-run beside it, found {arguments.card} alone")
     train(recipe, resume=arguments.resume, report=lambda line: show(recipe.name, line))
     if int(os.environ.get("RANK", 0)):  # the first of torchrun's processes writes the files
         return

@@ -7,16 +7,18 @@ from pathlib import Path
 from spo.config.policy import PolicyConfig
 from spo.config.recipe import Recipe, evaluation_sets
 from spo.config.shape import Cost
+from spo.fit import size_of
 from spo.tasks import check_data, sources_of, task_of
 from spo.tasks.sources import state
 
 BYTES = {"float32": 4, "bfloat16": 2}
-MIB, GIB = 1 << 20, 1 << 30
 STATES = {"local": "local", "cached": "in the hub's cache", "download": "would be downloaded"}
 
 
-def describe(recipe: Recipe) -> str:
-    """A page of text: sources, memory and disk of the weights, tokens of an iteration.
+def describe(recipe: Recipe, card: float | None = None) -> str:
+    """A page of text: sources, memory, disk of the weights, tokens of an iteration.
+
+    `card` is the memory to fit into, in bytes; by default that of the device, if it is here.
 
     It asks no server, and reads the first rows of data files that are here. Raises ValueError if a
     source neither exists nor can be on the hub, and for rows that training would refuse.
@@ -35,7 +37,7 @@ def describe(recipe: Recipe) -> str:
             f"policy  {recipe.policy.path}: {_policy_state(recipe)}",
             *_data(recipe),
         ],
-        "memory": _memory(recipe, count),
+        "memory": _memory(recipe, count, card),
         "disk": _disk(recipe, count),
         "an iteration, at most": [
             f"{train.prompts} prompts, {cost.graded:,} responses to grade",
@@ -105,11 +107,6 @@ def parameters(policy: PolicyConfig) -> int | None:
     return sum(p.numel() for p in model.parameters())
 
 
-def _size(count: float) -> str:
-    """Bytes, in GiB or for a small model in MiB."""
-    return f"{count / GIB:9.2f} GiB" if count >= GIB / 10 else f"{count / MIB:9.2f} MiB"
-
-
 def _policy_state(recipe: Recipe) -> str:
     """Where the policy is; what is on this machine must hold what the recipe needs of it."""
     from spo.models.chat import prompt_writer
@@ -149,35 +146,22 @@ def _data(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _memory(recipe: Recipe, count: int | None) -> list[str]:
-    from spo.learn.optimizer import state_bytes
+def _memory(recipe: Recipe, count: int | None, card: float | None) -> list[str]:
+    from spo.fit import memory_lines
+    from spo.models.load import policy_class
+    from spo.models.tokenizer import load_tokenizer, vocab_size
 
-    trained, sampler = BYTES[recipe.policy.dtype], BYTES[recipe.engine.dtype]
-    parked = recipe.train.offload  # in the host's memory
-    optimizer = 0 if "optimizer" in parked else state_bytes(recipe)
-    reference = recipe.loss.kl_coef or recipe.credit.reference
-    per_weight = {
-        f"weights, {recipe.policy.dtype}": trained,
-        "gradients": trained,
-        "optimiser": optimizer,
-        "reference": trained if reference and "reference" not in parked else 0,
-        "critic, its gradients and optimiser": (
-            2 * trained + optimizer if recipe.credit.critic else 0
-        ),
-        f"engine's weights, {recipe.engine.dtype}": sampler,
-    }
-    per_weight = {name: size for name, size in per_weight.items() if size}
     if count is None:
-        return [
-            "unknown until the policy's config.json is here; bytes per weight:",
-            *(f"{size:9.4g}  {name}" for name, size in per_weight.items()),
-        ]
-    return [
-        f"{count:,} weights",
-        *(f"{_size(count * size)}  {name}" for name, size in per_weight.items()),
-        f"{_size(count * sum(per_weight.values()))}  in all, "
-        "without activations and the engine's cache",
-    ]
+        return ["unknown until the policy's config.json is here"]
+    policy = recipe.policy
+    trusted = {"trust_remote_code": policy.trust_remote_code, "local_files_only": True}
+    auto, config = policy_class(policy.source, **trusted)
+    known = vocab_size(load_tokenizer(policy))
+    try:
+        lines = memory_lines(recipe, auto, config, vocabulary=known, card=card)
+    except ValueError as error:
+        lines = [f"unknown: {error}"]
+    return [f"{count:,} weights", *lines]
 
 
 def _disk(recipe: Recipe, count: int | None) -> list[str]:
@@ -194,9 +178,9 @@ def _disk(recipe: Recipe, count: int | None) -> list[str]:
     best = 3 * stored if train.keep_best else 0
     most = one * (train.keep_checkpoints + 1) + best
     return [
-        f"{_size(count * one)}  a checkpoint",
-        *([f"{_size(count * best)}  best policies, three at most for a moment"] if best else []),
-        f"{_size(count * most)}  in all, at most: {kept}, and one being written",
+        f"{size_of(count * one)}  a checkpoint",
+        *([f"{size_of(count * best)}  best policies, three at most for a moment"] if best else []),
+        f"{size_of(count * most)}  in all, at most: {kept}, and one being written",
     ]
 
 

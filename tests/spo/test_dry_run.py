@@ -92,19 +92,26 @@ def test_weights_are_counted_without_loading_them(tiny_model, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(EMBEDDED / name, tmp_path / "policy" / name)
     text = describe(dataclasses.replace(config, policy=policy))
-    # fp32: weights, gradients, two moments, reference; bf16: the engine
-    assert f"{real:,} weights" in text and f"{real * 22 / 2**20:.2f} MiB  in all" in text
+    assert f"{real:,} weights" in text
+    assert f"{real * 4 / 2**20:9.2f} MiB  weights, float32" in text  # and the reference's
+    assert f"{real * 4 / 2**20:9.2f} MiB  reference" in text
+    assert f"{real * 8 / 2**20:9.2f} MiB  optimiser" in text  # two moments
     gae = ["credit.type=gae", "shape.kind=star", "policy.dtype=bfloat16", "policy.device=cuda"]
     gae += ["loss.kl_coef=1e-4"]
-    for more, of_weight in (  # bf16: twice weights, gradients, state; reference; fp32: the engine
-        ([], 2 * (2 + 2 + 10) + 2 + 4),
-        (["train.optimizer=adamw_8bit"], 2 * (2 + 2 + 4 + 2 / 64) + 2 + 4),
-        (["train.master_weights=stochastic"], 2 * (2 + 2 + 4) + 2 + 4),
-        (["train.offload=[optimizer,reference]"], 2 * (2 + 2) + 4),
+    for more, reference, state in (  # bf16: twice weights and state, for the critic
+        ([], 2, 10),
+        (["train.optimizer=adamw_8bit"], 2, 4 + 2 / 64),
+        (["train.master_weights=stochastic"], 2, 4),
+        (["train.offload=[optimizer,reference]"], 0, 0),
     ):
-        config = dataclasses.replace(load_recipe(None, [*gae, *more]).policy, path=policy.path)
-        text = describe(dataclasses.replace(load_recipe(None, [*gae, *more]), policy=config))
-        assert f"{real * of_weight / 2**20:.2f} MiB  in all" in text
+        config = load_recipe(None, [*gae, *more])
+        config = dataclasses.replace(
+            config, policy=dataclasses.replace(config.policy, path=policy.path)
+        )
+        text = describe(config)
+        critic = f"{real * (2 + state) / 2**20:9.2f} MiB  critic and its optimiser"
+        assert critic in text and ("MiB  optimiser" in text) == (state > 0)
+        assert ("MiB  reference" in text) == (reference > 0)
 
 
 def test_sources_are_told_apart(tmp_path):

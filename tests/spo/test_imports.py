@@ -15,7 +15,7 @@ ORDER = [  # a room may import from rooms before it, and from its own
     ("credit",),
     ("learn",),
     ("trackers",),
-    ("plan", "loop", "callbacks"),
+    ("fit", "plan", "loop", "callbacks"),
     ("forest", "report", "publish"),
     ("run",),
     ("api",),
