@@ -204,7 +204,7 @@ class _Counted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value):
-        out = query.new_empty((*query.shape[:3], value.shape[3]))
+        out = torch.empty_like(query[..., : value.shape[3]])  # laid out as the query is
         lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, lse)
         return out

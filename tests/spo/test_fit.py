@@ -85,7 +85,7 @@ def test_a_count_is_that_of_its_tensors():
     assert by_hand <= (slope - fewer) / 2 < 1.2 * by_hand  # a layer is there while it is recomputed
     short = backward(2048, dtype="bfloat16") - backward(1024, dtype="bfloat16")
     assert 0.4 < short / 1024 / slope < 0.7
-    assert backward(1024, device="cuda") < backward(1024)  # no copies of keys for each head
+    assert backward(1024, device="cuda") == pytest.approx(backward(1024), rel=0.1)
 
 
 def test_a_card_has_a_size():
