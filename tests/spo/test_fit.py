@@ -1,5 +1,7 @@
 """What `--dry-run` says of memory: recipes that fit their card, advice for those that do not."""
 
+from typing import Any
+
 import pytest
 from sentences import one_sentence
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -9,22 +11,25 @@ from spo.config.recipe import load_recipe
 from spo.fit import GIB, card_bytes, counter, fits, memory_lines
 from spo.learn.trace import Pack, trace
 
-SIZES = {  # of Qwen2.5: hidden, intermediate, layers, heads, kv heads, vocabulary, tied
+SIZES: dict[
+    str, tuple[int, ...]
+] = {  # of Qwen2.5: hidden, intermediate, layers, heads, kv heads, vocabulary, tied
     "0.5B": (896, 4864, 24, 14, 2, 151936, True),
     "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
+    "tiny": (64, 128, 3, 4, 2, 512, True),
     "7B": (3584, 18944, 28, 28, 4, 152064, False),
 }
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 NAMES += ("num_key_value_heads", "vocab_size", "tie_word_embeddings")
 VOCABULARY = 151665  # ids of Qwen2.5's tokenizer
-TINY = Qwen2Config(
-    **dict(zip(NAMES, (64, 128, 3, 4, 2, 512, True), strict=True)), max_position_embeddings=4096
-)
 
 
 def qwen(size):
-    numbers = dict(zip(NAMES, SIZES[size], strict=True))
+    numbers: dict[str, Any] = dict(zip(NAMES, SIZES[size], strict=True))
     return Qwen2Config(**numbers, max_position_embeddings=32768)
+
+
+TINY = qwen("tiny")
 
 
 @pytest.mark.parametrize(
