@@ -13,7 +13,8 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -116,15 +117,24 @@ def function(key: str, name: str, folder: Path | None = None) -> tuple[Callable[
     return found, where
 
 
-def keep(thing: Any, fingerprint: str) -> str:
+def keep(thing: Any, fingerprint: str, unread: Sequence[str] = ()) -> str:
     """A name, for a recipe, of something that lives in this process alone.
 
     Args:
         fingerprint: of its content; a resumed run asks for the same.
+        unread: types of what it holds that the fingerprint leaves out. With these a warning says
+            that it takes the name of another.
     """
     own = thing.func if isinstance(thing, functools.partial) else thing
     called = getattr(own, "__qualname__", type(own).__qualname__)
     name = f"{GIVEN}{called.rpartition('.')[2]}#{fingerprint}"
+    known = _given.get(name, thing)
+    if unread and known is not thing and known != thing:
+        warnings.warn(
+            f"{name.removeprefix(GIVEN)} replaces an earlier one, also in recipes that name that: "
+            f"they differ at most in what is not compared ({', '.join(unread)})",
+            stacklevel=2,
+        )
     _given[name] = thing
     return name
 

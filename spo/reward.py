@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo import named
-from spo.fingerprint import fingerprint
+from spo.fingerprint import fingerprint, unread
 from spo.signatures import LARGEST, Function, Response
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def reward_given(reward: Any, place: int = 0) -> Any:
         keys = reward.keys() & {"function", "terms"}
         return {**reward, **{key: reward_given(reward[key], place) for key in keys}}
     if callable(reward):
-        return named.keep(reward, fingerprint(reward, place))
+        return named.keep(reward, fingerprint(reward, place), unread(reward))
     return reward
 
 
