@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "recipe",
                 help=f"YAML file, or the name of a recipe that ships: {shipped}, and those of the "
-                "paper in spo/recipes/paper/",
+                "paper and of cards in spo/recipes/paper/ and spo/recipes/cards/",
             )
             sub.add_argument(
                 "overrides",

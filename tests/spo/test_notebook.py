@@ -14,7 +14,6 @@ from spo.config.policy import EMBEDDED
 from spo.config.recipe import load_recipe
 from spo.engines.hf import HFEngine
 from spo.forest import Forest
-from spo.metrics import read_metrics
 from spo.tasks.grading import Grader
 
 START = """
@@ -80,7 +79,7 @@ def test_cells_train_sample_and_show(kernel, tmp_path, capfd, monkeypatch):
         "    await asyncio.sleep(0)\n"
         "    return 0.25 + 0.5 * (f' {final} ' in response)\n"
         "judged = {'function': close, 'process': 'trainer'}\n"
-        "lines = spo.train('grpo', reward=judged, out=out, **given, **train)\n"
+        "lines = spo.train('grpo', reward=judged, out=out, **given, **train).metrics\n"
     )
     start, line, end = kernel.names["lines"]
     assert (start["stage"], line["stage"], end["stage"]) == ("eval", "train", "eval")
@@ -125,9 +124,8 @@ def test_ctrl_c_closes_all_and_the_next_call_works(kernel, tmp_path):
     assert left() == [] and engine.room < 8  # some samples have not ended
     kernel.run("given['reward'] = lambda response: len(response) / 100")
     kernel.run("forest, _ = spo.rollout('grpo', prompts=4, **given | {'engine': engine})")
-    kernel.run("lines = spo.train('grpo', out=out, **given, **train)")
+    kernel.run("lines = spo.train('grpo', out=out, **given, **train).metrics")
     assert [line["stage"] for line in names["lines"]] == ["eval", "train", "eval"]
-    assert read_metrics(tmp_path / "metrics.jsonl") == names["lines"]
     first = Forest.load(tmp_path / "forest-first.safetensors")
     assert torch.equal(names["forest"].token_ids, first.token_ids)  # nothing of what ran before
     assert torch.equal(names["forest"].rewards.nan_to_num(), first.rewards.nan_to_num())

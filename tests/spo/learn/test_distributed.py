@@ -124,10 +124,14 @@ SMALL = [
 
 
 RUNS = """
-import json, sys
+import json, os, sys
+from pathlib import Path
 from spo.cli import main
 
-sys.exit(any(main(arguments) for arguments in json.loads(sys.argv[1])))
+for out, arguments in json.loads(sys.argv[1]):
+    assert main(arguments) == 0
+    seen = (Path(out) / "metrics.jsonl").read_text()
+    (Path(out) / f"seen-by-{os.environ['RANK']}").write_text(seen)
 """
 
 
@@ -138,7 +142,7 @@ def run(folder, *runs):
     commands = []
     for out, mode, *more in runs:
         settings = [*SMALL, f"train.parallel={mode}", f"out={out}", *more]
-        commands.append(["train", str(folder / "recipe.yaml"), *settings])
+        commands.append((str(out), ["train", str(folder / "recipe.yaml"), *settings]))
     torchrun(folder / "runs.py", json.dumps(commands))
 
 
@@ -159,6 +163,12 @@ def resumed(begun, tmp_path_factory):
         shutil.copytree(begun[0], folder / mode)
     run(folder, *((folder / m, m, "train.iterations=2", "--resume") for m in ("ddp", "fsdp")))
     return folder
+
+
+def test_every_rank_returns_after_the_last_line(begun):
+    for out in begun:
+        seen = [(out / f"seen-by-{rank}").read_text() for rank in (0, 1)]
+        assert seen == [(out / "metrics.jsonl").read_text()] * 2
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
