@@ -113,9 +113,8 @@ def accuracies(
 def _warn_if_none_can_be_right(rewards: Sequence[float], options: RolloutOptions) -> None:
     """Warn, at the first evaluation of a run, if rewards differ from 0 and none is large enough."""
     name = "reward.success"
-    if options.success is None or not rewards or name in options.told:
+    if options.success is None or not rewards or not options.is_news(name):
         return
-    options.told.add(name)
     if any(rewards) and not is_right(max(rewards), options.success):
         warnings.warn(
             f"{name}: no response of the first evaluation counts as right, as the largest of "

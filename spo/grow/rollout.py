@@ -53,6 +53,12 @@ class RolloutOptions:
     origin: Origin | None = None  # of the forests
     told: set[str] = field(default_factory=set, compare=False)
 
+    def is_news(self, what: str) -> bool:
+        """Whether the run has not warned of this yet; from now on it has."""
+        known = what in self.told
+        self.told.add(what)
+        return not known
+
 
 class Rollout:
     """Trees that grow on one engine; prompts may be admitted while others run.
@@ -91,7 +97,7 @@ class Rollout:
         tree = Tree(index, prompt, self.shape, iteration, next(self._serials))
         if not self.fits(prompt):
             tree.dropped = tree.too_long = True
-            if self._is_news(self.too_long):
+            if self.options.is_news(self.too_long):
                 warnings.warn(f"prompts are left out: they are {self.too_long}", stacklevel=2)
             return tree
         for growth in self.shape.start(tree):
@@ -161,12 +167,6 @@ class Rollout:
                 f"first: {stats.invalid_reason}"
             )
         return stats
-
-    def _is_news(self, what: str) -> bool:
-        """Whether the run has not warned of this yet; from now on it has."""
-        known = what in self.options.told
-        self.options.told.add(what)
-        return not known
 
     def _submit(self, tree: Tree, growth: Growth, index: int = 0, n: int | None = None) -> None:
         options = self.options
@@ -282,7 +282,7 @@ class Rollout:
     def _show(self, graded: Graded, tree: Tree, node: int) -> None:
         """Warn, once in a run for each kind of failure, of a response that has no reward."""
         kind = (graded.reason or "").partition(":")[0]
-        if not graded.trace or not self._is_news(kind):
+        if not graded.trace or not self.options.is_news(kind):
             return
         response = self.decode(tree.response_ids(node))
         text = printable(response[:SHOWN]) + ("…" if len(response) > SHOWN else "")
