@@ -19,6 +19,7 @@ from torch import Tensor
 from spo_kernels import cpu_bf16, cpu_fixed, memory, products, rows
 
 MEMORY_BUDGET = 1 << 30  # bytes of logits that the head makes at a time
+TILE_DEPTH = 32  # bf16 elements of a row of a tile
 BLOCK_ELEMENTS = 1 << 22  # of the weight widened at a time: 16 MiB of fp32, to stay in the cache
 
 
@@ -275,6 +276,8 @@ class HeadGradients:
             return products.states_gradient(dlogits, operand, self.hidden_dtype, self.fixed)
         if self.fixed:
             return cpu_fixed.states_gradient(dlogits, self.operand)
+        if dlogits.dtype == torch.bfloat16:
+            _clear_behind(dlogits)
         blocks = _blocks(self.operand, dlogits.dtype)
         block, w = next(blocks)
         dx = torch.mm(dlogits[:, block], w)
@@ -333,6 +336,19 @@ class HeadGradients:
             zeros = self.bias.new_zeros(self.bias.shape, dtype=dtype)
             dbias = zeros if self.dbias is None else self.dbias.to(dtype)
         return dhidden, dweight, dbias
+
+
+def _clear_behind(matrix: Tensor) -> None:
+    """Zero what lies behind each row of a bf16 matrix, up to the depth of a tile (AMX).
+
+    oneDNN loads a left operand that far and multiplies the excess by zeros, so that NaN there
+    becomes NaN in the result. A gradient that lies over fp32 logits has halves of them there.
+    """
+    vocab, stride = matrix.shape[1], matrix.stride(0)
+    excess = min(-vocab % TILE_DEPTH, stride - vocab)
+    if excess > 0 and matrix.shape[0] > 1:
+        shape = (matrix.shape[0] - 1, excess)  # behind the last row it loads nothing
+        matrix.as_strided(shape, matrix.stride(), matrix.storage_offset() + vocab).zero_()
 
 
 def _sum_shared(states: Tensor, dx: Tensor, unused: int) -> tuple[Tensor, Tensor]:
