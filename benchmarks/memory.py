@@ -5,22 +5,29 @@ models as a run does and makes two optimiser steps of two batches, without an en
 the process's high-water mark of resident memory less that of a process which imports the same and
 loads nothing. The prediction is `spo.learn.footprint`'s for the same batch.
 
-    python -m benchmarks.memory [--only NAME ...] [--json FILE]
+With `--device cuda` the policies have the sizes of Qwen2.5's 1.5B and 7B, and PyTorch's allocator
+says the peak: of what was allocated, and of what it took from the card. The folder of temporary
+files (TMPDIR) needs 15 GB for the larger one. Tokens per second are those of the last step.
+
+    python -m benchmarks.memory [--only NAME ...] [--device cuda] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from benchmarks import ROOT
 from benchmarks.common import write_json
@@ -35,7 +42,26 @@ SIZES = {
     "26M": {"hidden": 512, "layers": 8, "vocabulary": 8000},
     "58M": {"hidden": 640, "layers": 10, "vocabulary": 20000},
 }
-LENGTH, RESPONSES = 128, 8  # tokens of a response, and responses of a prompt
+QWEN = {  # Qwen2.5's
+    "1.5B": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "7B": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
+# tokens of a response, responses of a prompt, tokens of a batch
+SHAPES = {"cpu": (128, 8, 1100), "cuda": (1024, 8, 8320)}
 CHECKPOINTED = "policy.gradient_checkpointing=true"
 BF16 = "policy.dtype=bfloat16"
 CASES: dict[str, tuple[str, list[str]]] = {
@@ -51,19 +77,47 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "larger, LoRA": ("58M", ["policy.lora={rank: 16}"]),
     "larger, LoRA, checkpointing": ("58M", ["policy.lora={rank: 16}", CHECKPOINTED]),
 }
+EIGHT_BIT, LORA = "train.optimizer=adamw_8bit", "policy.lora={rank: 16}"
+SHORT = [BF16, CHECKPOINTED]
+CARDS: dict[str, tuple[str, list[str]]] = {
+    "bf16": ("1.5B", [BF16]),
+    "bf16, checkpointing": ("1.5B", SHORT),
+    "bf16, checkpointing, reference": ("1.5B", [*SHORT, "loss.kl_coef=0.1"]),
+    "bf16, checkpointing, 8-bit": ("1.5B", [*SHORT, EIGHT_BIT]),
+    "bf16, checkpointing, offload": ("1.5B", [*SHORT, "train.offload=[optimizer]"]),
+    "bf16, checkpointing, LoRA": ("1.5B", [*SHORT, LORA]),
+    "bf16, checkpointing, nf4": ("1.5B", [*SHORT, "policy.lora={rank: 16, quantize: nf4}"]),
+    "7B, checkpointing, LoRA": ("7B", [*SHORT, LORA]),
+    "7B, checkpointing, nf4": ("7B", [*SHORT, "policy.lora={rank: 16, quantize: nf4}"]),
+    "7B, checkpointing, 8-bit": ("7B", [*SHORT, EIGHT_BIT]),
+}
 
 
-def recipe_of(name: str, folder: str, out: str) -> Recipe:
-    """Two prompts in one step, each a star of 8 responses; a batch holds one of them."""
+def recipe_of(name: str, folder: str, out: str, device: str) -> Recipe:
+    """Two prompts in one step, each a star of responses; a batch holds one of them."""
+    length, responses, tokens = SHAPES[device]
     own = [
-        f"policy.path={folder}",
-        f"shape={{kind: star, group_size: {RESPONSES}}}",
-        f"sampling.max_new_tokens={LENGTH}",
-        "train={prompts: 2, minibatches: 1, tokens_per_batch: 1100}",
+        f"policy={{path: {folder}, device: {device}}}",
+        f"shape={{kind: star, group_size: {responses}}}",
+        f"sampling.max_new_tokens={length}",
+        f"train={{prompts: 2, minibatches: 1, tokens_per_batch: {tokens}}}",
         "loss.prob_threshold=null",
         f"out={out}",
     ]
-    return load_recipe(None, own + CASES[name][1])
+    return load_recipe(None, own + (CASES | CARDS)[name][1])
+
+
+def save_policy(folder: str, size: str, device: str) -> None:
+    """A folder with a policy of random weights."""
+    if size in SIZES:
+        build_policy(folder, **SIZES[size], context=8192)
+        return
+    config = Qwen2Config(
+        **QWEN[size], num_hidden_layers=28, eos_token_id=1, bos_token_id=None, pad_token_id=0
+    )
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
 
 
 def predicted(recipe: Recipe) -> tuple[float, Pack]:
@@ -88,8 +142,9 @@ def _step(recipe: Recipe):
     from spo.credit.nodes import of_tokens
 
     size = recipe.sampling.max_new_tokens
-    count = max(1, RESPONSES * LENGTH // size)
-    shape = f"grpo/{size}" if count == RESPONSES else f"1-{count}/{size // 2}"
+    length, responses, _ = SHAPES[torch.device(recipe.policy.device).type]
+    count = max(1, responses * length // size)
+    shape = f"grpo/{size}" if count == responses else f"1-{count}/{size // 2}"
     trees = [build_forest(shape, 64, 8000, 1.0) for _ in range(2)]
     forest = _joined([tree for tree, _ in trees])
     return forest, of_tokens(forest, torch.cat([credit for _, credit in trees]))
@@ -114,8 +169,8 @@ def _joined(trees):
     return dataclasses.replace(first, **fields)
 
 
-def run_steps(recipe: Recipe) -> None:
-    """Two optimiser steps of the recipe's models."""
+def run_steps(recipe: Recipe) -> float:
+    """Two optimiser steps of the recipe's models; the seconds of the second."""
     from spo.learn.checkpoint import State
     from spo.learn.distributed import Ranks
     from spo.learn.learner import Learner
@@ -124,8 +179,25 @@ def run_steps(recipe: Recipe) -> None:
     forest, tokens = _step(recipe)
     learner = Learner(recipe, Ranks())
     targets = Targets(torch.zeros_like(tokens), tokens) if recipe.credit.critic else None
+    start = 0.0
     for _ in range(2):
+        start = time.perf_counter()
         learner.step(forest, Credit(tokens, targets=targets), [0, 1], State(), 1.0)
+    return time.perf_counter() - start
+
+
+def measure_on_gpu(recipe: Recipe) -> dict[str, float]:
+    """Peaks in bytes above what stood before, and seconds of a step."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    seconds = run_steps(recipe)
+    return {
+        "measured": torch.cuda.max_memory_allocated() - before,
+        "reserved": torch.cuda.max_memory_reserved(),
+        "seconds": seconds,
+    }
 
 
 def measure(name: str | None, folder: str) -> int:
@@ -152,7 +224,7 @@ def child(name: str, folder: str) -> None:
 
     if name != "nothing":
         with tempfile.TemporaryDirectory() as out:
-            run_steps(recipe_of(name, folder, out))
+            run_steps(recipe_of(name, folder, out, "cpu"))
     else:
         torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     print(status("VmHWM"))
@@ -160,7 +232,8 @@ def child(name: str, folder: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--only", nargs="+", choices=[*CASES, *CARDS])
+    parser.add_argument("--device", choices=SHAPES, default="cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -168,36 +241,52 @@ def main() -> int:
     if arguments.child:
         child(arguments.child, arguments.folder)
         return 0
-    rows, where = [], environment("training code")
+    device, cases = arguments.device, CARDS if arguments.device == "cuda" else CASES
+    names = [name for name in arguments.only or cases if name in cases]
+    rows, where = [], environment("training code", device)
     with tempfile.TemporaryDirectory() as folder:
-        folders = {}
-        for size, numbers in SIZES.items():
-            folders[size] = f"{folder}/{size}"
-            build_policy(folders[size], **numbers, context=8192)
-        nothing = measure(None, folders["26M"])
-        for name in arguments.only:
-            size, settings = CASES[name]
-            expected, pack = predicted(recipe_of(name, folders[size], folder))
-            found = measure(name, folders[size]) - nothing
-            rows.append(
-                {
-                    "configuration": name,
-                    "policy": size,
-                    "settings": settings,
-                    "tokens": pack.tokens,
-                    "predicted_mb": expected / 1e6,
-                    "measured_mb": found / 1e6,
-                    "ratio": expected / found,
-                }
-            )
-            print(
-                f"{name:30s} predicted {expected / 1e6:7.0f} MB, measured {found / 1e6:7.0f} MB, "
-                f"ratio {expected / found:.2f}",
-                flush=True,
-            )
-            if arguments.json:
-                write_json(arguments.json, [row | where for row in rows])
+        nothing = 0
+        for size in dict.fromkeys(cases[name][0] for name in names):
+            save_policy(f"{folder}/{size}", size, device)
+            if device == "cpu":
+                nothing = nothing or measure(None, f"{folder}/{size}")
+            for name in [name for name in names if cases[name][0] == size]:
+                recipe = recipe_of(name, f"{folder}/{size}", folder, device)
+                rows.append(row_of(name, recipe, f"{folder}/{size}", nothing) | where)
+                if arguments.json:
+                    write_json(arguments.json, rows)
+            shutil.rmtree(f"{folder}/{size}")
     return 0
+
+
+def row_of(name: str, recipe: Recipe, folder: str, nothing: int) -> dict:
+    """Measure a configuration, print it, and return its figures."""
+    device = torch.device(recipe.policy.device).type
+    size, settings = (CASES | CARDS)[name]
+    expected, pack = predicted(recipe)
+    if device == "cuda":
+        found = measure_on_gpu(recipe)
+    else:
+        found = {"measured": float(measure(name, folder) - nothing)}
+    row = {
+        "configuration": name,
+        "policy": size,
+        "settings": settings,
+        "tokens": pack.tokens,
+        "predicted_mb": expected / 1e6,
+        "measured_mb": found["measured"] / 1e6,
+        "ratio": expected / found["measured"],
+    }
+    line = (
+        f"{name:30s} predicted {expected / 1e6:7.0f} MB, measured {row['measured_mb']:7.0f} MB, "
+        f"ratio {row['ratio']:.2f}"
+    )
+    if "seconds" in found:
+        row["reserved_mb"] = found["reserved"] / 1e6
+        row["tokens_per_second"] = 2 * pack.tokens / found["seconds"]
+        line += f", reserved {row['reserved_mb']:7.0f} MB, {row['tokens_per_second']:.0f} tokens/s"
+    print(line, flush=True)
+    return row
 
 
 if __name__ == "__main__":

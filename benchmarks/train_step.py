@@ -17,6 +17,8 @@ times, in turn; the figure is the median; memory is the peak above what stood be
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import statistics
 import tempfile
 import time
@@ -38,6 +40,7 @@ from spo.config.loss import PolicyLossConfig
 from spo.config.policy import PolicyConfig
 from spo.credit.nodes import of_tokens
 from spo.learn.loss import policy_loss
+from spo.learn.model import to_device
 from spo.learn.pack import PackStats, pack
 from spo.learn.policy import load_policy
 from spo.records import PROMPT, SEGMENT, STOP, Batch, Forest, Prompt
@@ -126,6 +129,7 @@ def eager_rows(forest: Forest, budget: int) -> list[tuple[Tensor, Tensor, Tensor
 
 def eager_step(model, forest: Forest, credit: Tensor, batches, norm: float) -> None:
     """The paper's loss in plain PyTorch: logits of all positions, every token, then the mask."""
+    device = next(model.parameters()).device
     for ids, nodes, starts in batches:
         own = forest.cu_tokens.diff()[nodes]
         place = torch.arange(ids.shape[1])
@@ -137,18 +141,20 @@ def eager_step(model, forest: Forest, credit: Tensor, batches, norm: float) -> N
                 for begin, n in zip(forest.cu_tokens[nodes], own, strict=True)
             ]
         )
+        old, advantages = old[:, 1:].to(device), credit[nodes][:, None].to(device)
+        mask = response[:, 1:].to(device) & (old < math.log(THRESHOLD))
+        ids = ids.to(device)
         logits = model(ids, use_cache=False).logits[:, :-1].float()
         logprobs = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
-        old, response = old[:, 1:], response[:, 1:]
-        mask = response & (old < torch.log(torch.tensor(THRESHOLD)))
         ratio = (logprobs - old).clamp(-10, 10).exp()
-        advantages = credit[nodes][:, None]
         term = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
         (-(term * mask).sum() / norm).backward()
 
 
 def fused_step(model, batches: list[Batch]) -> None:
+    device = next(model.parameters()).device
     for batch in batches:
+        batch = to_device(batch, device)
         policy_loss(model, batch, PolicyLossConfig(prob_threshold=THRESHOLD), 1.0).loss.backward()
 
 
@@ -184,18 +190,18 @@ def build_case(shape: str, models: dict, arguments: argparse.Namespace) -> Case:
     return Case(steps, tokens, stats)
 
 
-def check_gradients(models: dict, case: Case) -> dict[str, float]:
+def check_gradients(models: dict, case: Case, bound: float) -> dict[str, float]:
     """Relative distance of every way's gradient from that of the eager rows; RuntimeError if one
-    is above 1e-4.
+    is above `bound`.
     """
     found = {}
     for way, step in case.steps.items():
         step()
-        found[way] = torch.cat([p.grad.flatten() for p in models[way].parameters()])
+        found[way] = torch.cat([p.grad.float().flatten() for p in models[way].parameters()])
         models[way].zero_grad(set_to_none=True)
     exact = found[WAYS[0]]
     errors = {way: float((g - exact).norm() / exact.norm()) for way, g in found.items()}
-    if max(errors.values()) > 1e-4:
+    if max(errors.values()) > bound:
         raise RuntimeError(f"the ways' gradients differ: {errors}")
     return errors
 
@@ -210,6 +216,8 @@ def run_shape(shape: str, models: dict, arguments: argparse.Namespace) -> list[d
     def timed(way: str) -> None:
         begin = time.perf_counter()
         case.steps[way]()
+        if arguments.device == "cuda":
+            torch.cuda.synchronize()
         seconds[way].append(time.perf_counter() - begin)
 
     for _ in range(3):
@@ -277,7 +285,8 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--tokens-per-batch", type=int, default=4096)
     parser.add_argument("--seconds", type=float, default=50.0, help="for each way of each shape")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
@@ -288,11 +297,12 @@ def main() -> int:
         parameters = build_policy(
             folder, **size, context=8192, kv_heads=max(arguments.hidden // 192, 1)
         )
-        rows_policy = PolicyConfig(path=folder, device=arguments.device, packing="rows")
-        packed_policy = PolicyConfig(path=folder, device=arguments.device)
+        packed_policy = PolicyConfig(path=folder, device=arguments.device, dtype=arguments.dtype)
+        rows_policy = dataclasses.replace(packed_policy, packing="rows")
         models = {"rows": load_policy(rows_policy), "packed": load_policy(packed_policy)}
     models["eager rows"] = models["rows"]
-    errors = check_gradients(models, build_case(CHECKED, models, arguments))
+    bound = 1e-4 if arguments.dtype == "float32" else 0.1
+    errors = check_gradients(models, build_case(CHECKED, models, arguments), bound)
     rows = [row for shape in shapes for row in run_shape(shape, models, arguments)]
     title = (
         f"{parameters / 1e6:.0f}M parameters, V = {arguments.vocabulary}, prompt "

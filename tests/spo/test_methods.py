@@ -19,10 +19,12 @@ from spo.credit.nodes import of_nodes
 from spo.learn.checkpoint import State
 from spo.loop import response_limit, train
 from spo.records import LENGTH, Forest
+from spo_kernels.testing import DEVICE
 
 RECIPES = Path(__file__).parents[2] / "spo" / "recipes"
 METHODS = sorted(path.stem for path in RECIPES.glob("*.yaml") if "demo" not in path.stem)
 SMALL = [
+    f"policy.device={DEVICE.type}",  # SPO_TEST_BACKEND=cuda: a GPU
     "engine.name=hf",
     "train.prompts=4",
     "train.epochs=1",
