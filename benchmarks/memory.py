@@ -37,6 +37,7 @@ from benchmarks.provenance import environment
 from spo.config.recipe import Recipe, load_recipe
 from spo.learn.footprint import footprint
 from spo.learn.trace import Pack, trace
+from spo_kernels.head import share_of
 
 SIZES = {
     "26M": {"hidden": 512, "layers": 8, "vocabulary": 8000},
@@ -61,6 +62,7 @@ QWEN = {  # Qwen2.5's
     },
 }
 # tokens of a response, responses of a prompt, tokens of a batch
+CARD = 79 << 30  # bytes of the card that the figures of docs/memory.md are of: an H100
 SHAPES = {"cpu": (128, 8, 1100), "cuda": (1024, 8, 8320)}
 CHECKPOINTED = "policy.gradient_checkpointing=true"
 BF16 = "policy.dtype=bfloat16"
@@ -132,7 +134,12 @@ def predicted(recipe: Recipe) -> tuple[float, Pack]:
     longest = int(largest.position_ids.max()) + 1
     of_run = Pack(largest.token_ids.numel(), longest, largest.targets.numel())
     config = AutoConfig.from_pretrained(recipe.policy.source)
-    found = footprint(recipe, config, partial(trace, AutoModelForCausalLM, config), pack=of_run)
+    count = partial(footprint, recipe, config, partial(trace, AutoModelForCausalLM, config))
+    found = count(pack=of_run)
+    if torch.device(recipe.policy.device).type == "cuda":
+        # There the head makes as many logits at a time as fit a quarter of what is free then.
+        room = share_of(CARD - int(found.peak))
+        found = count(pack=dataclasses.replace(of_run, logits=room))
     return found.peak - found.held["engine"], of_run
 
 

@@ -125,6 +125,11 @@ def budget(given: int | None, device: torch.device, needed: int) -> int:
         return MEMORY_BUDGET
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return share_of(free)
+
+
+def share_of(free: int) -> int:
+    """Bytes of logits that a GPU with so many free bytes makes at a time."""
     return max(MEMORY_BUDGET, min(6 * MEMORY_BUDGET, free // 4))
 
 

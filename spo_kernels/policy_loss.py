@@ -103,7 +103,7 @@ def _run(
 
 def _copy_to_host(counts: Tensor) -> tuple[Tensor, torch.cuda.Event]:
     """A copy of a few numbers, in stream order, and the event of its arrival."""
-    host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+    host = torch.empty(counts.shape, dtype=counts.dtype, device="cpu", pin_memory=True)
     host.copy_(counts, non_blocking=True)
     arrival = torch.cuda.Event()
     arrival.record(torch.cuda.current_stream(counts.device))

@@ -68,23 +68,22 @@ def loss_inputs(
     spread: float = 2.0,  # standard deviation of the logits
     device: torch.device | str = DEVICE,
 ) -> LossInputs:
-    """Random arguments in which ratios fall inside, below and above the clip range."""
-    g = torch.Generator(device).manual_seed(seed)
-    where = {"generator": g, "device": device}
+    """Random arguments in which ratios fall inside, below and above the clip range.
+
+    Small ones are the same on every device.
+    """
+    source = "cpu" if rows * vocab < 1 << 22 else device
+    where = {"generator": torch.Generator(source).manual_seed(seed), "device": source}
     logits = (torch.randn(rows, vocab, **where) * spread).to(dtype)
     ids = torch.randint(vocab, (rows,), **where)
     z = (logits.double() / temperature).log_softmax(-1) if rows else logits.double()
     logprobs = z.gather(1, ids[:, None]).squeeze(1).float()
     old = logprobs + 0.3 * torch.randn(rows, **where)
     old = torch.where(torch.rand(rows, **where) < kept, old.clamp(max=-0.2), -0.01)
-    return LossInputs(
-        logits=logits,
-        token_ids=ids,
-        old_logprobs=old,
-        advantages=torch.randn(rows, **where),
-        loss_mask=torch.rand(rows, **where) < 0.9,
-        ref_logprobs=logprobs + 0.3 * torch.randn(rows, **where),
-    )
+    advantages, loss_mask = torch.randn(rows, **where), torch.rand(rows, **where) < 0.9
+    reference = logprobs + 0.3 * torch.randn(rows, **where)
+    drawn = (logits, ids, old, advantages, loss_mask, reference)
+    return LossInputs(*(x.to(device) for x in drawn))
 
 
 def poison(tensor: Tensor, rows: Tensor) -> Tensor:

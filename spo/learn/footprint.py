@@ -158,7 +158,7 @@ def _step_buffers(counted: Traced, recipe: Recipe) -> float:
     train, short = recipe.train, _trained_bytes(recipe) == 2
     largest = max(n for name, n in counted.weights.items() if name in counted.trained)
     eight_bit, masters = train.optimizer == "adamw_8bit", train.master_weights == "fp32"
-    if not (eight_bit or train.offload or (short and train.master_weights != "none")):
+    if not (eight_bit or "optimizer" in train.offload or short):
         on_gpu = recipe.policy.device.startswith("cuda")
         size = counted.count(trained=True) if on_gpu else 2 * largest
         return size * _trained_bytes(recipe)

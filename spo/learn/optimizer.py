@@ -42,9 +42,9 @@ def make_optimizer(
         "betas": (0.9, 0.95),
     }
     eight_bit, offload = train.optimizer == "adamw_8bit", "optimizer" in train.offload
-    kept = recipe.policy.dtype == "bfloat16" and train.master_weights != "none"
+    short = recipe.policy.dtype == "bfloat16"
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not (eight_bit or offload or kept):
+    if not (eight_bit or offload or short):
         return torch.optim.AdamW(trained, **settings)
     return MixedPrecisionAdamW(
         trained,

@@ -35,6 +35,7 @@ class Pack:
     tokens: int
     longest: int  # tokens of its longest path
     rows: int  # of the head
+    logits: int = MEMORY_BUDGET  # bytes of them that exist at a time
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ def _step(
         if vocabulary is not None and vocabulary < len(weight):
             weight = weight[:vocabulary]
         kept: list[Tensor] = []
-        loss = _Head.apply(states, weight, pack.rows, kept)
+        on_gpu = policy.device.startswith("cuda")
+        loss = _Head.apply(states, weight, pack, kept, on_gpu)
     del states
     if loss.requires_grad:
         loss.backward()
@@ -175,20 +177,28 @@ class _Head(torch.autograd.Function):
     """The buffers of `spo_kernels.linear_masked_ppo_loss`: logits of a chunk, three gradients."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, rows, kept):
-        vocab, width = weight.shape
-        chunks = max(1, -(-rows * vocab * 4 // MEMORY_BUDGET))
+    def forward(ctx, hidden, weight, pack, kept, on_gpu):
+        rows, (vocab, width) = pack.rows, weight.shape
+        chunks = max(1, -(-rows * vocab * 4 // pack.logits))
         size = -(-rows // chunks)
-        kept.append(hidden.new_empty(size, vocab, dtype=torch.float32))  # reused by later calls
+        logits = hidden.new_empty(size, vocab, dtype=torch.float32)
+        if not on_gpu:
+            kept.append(logits)  # reused by later calls
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        dhidden = dweight = None
+        dlogits = dhidden = dweight = dx = None
+        if (needs_hidden or needs_weight) and on_gpu and weight.dtype != torch.float32:
+            dlogits = torch.empty_like(logits, dtype=weight.dtype)  # a CPU's lies over the logits
         if needs_hidden:
-            dx = hidden.new_empty(rows, width, dtype=torch.float32)
-            dhidden = torch.zeros_like(hidden)
-            del dx
+            dx = hidden.new_empty(rows, width, dtype=weight.dtype if on_gpu else torch.float32)
         if needs_weight:
             dtype = weight.dtype if chunks == 1 else torch.float32
-            dweight = torch.empty_like(weight, dtype=dtype).to(weight.dtype)
+            dweight = torch.empty_like(weight, dtype=dtype)
+        del logits, dlogits
+        if needs_hidden:
+            dhidden = torch.zeros_like(hidden)
+        del dx
+        if dweight is not None:
+            dweight = dweight.to(weight.dtype)
         ctx.formed = dhidden, dweight
         return hidden.new_zeros((), dtype=torch.float32)
 
@@ -196,7 +206,7 @@ class _Head(torch.autograd.Function):
     def backward(ctx, *grads):
         dhidden, dweight = ctx.formed
         del ctx.formed
-        return dhidden, dweight, None, None
+        return dhidden, dweight, None, None, None
 
 
 class _Counted(torch.autograd.Function):

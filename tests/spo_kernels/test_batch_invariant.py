@@ -120,13 +120,13 @@ def changes(batch, op, threads, sizes=SIZES, **options):
     run, changed = getattr(batch, op), []
     everything = torch.arange(ROWS, device=DEVICE), torch.ones(ROWS, dtype=torch.bool)
     whole = run(*everything, **options)
-    g = torch.Generator().manual_seed(1)
+    drawn = {"generator": torch.Generator().manual_seed(1), "device": "cpu"}
     for size in sizes:
-        rows = torch.randperm(ROWS, generator=g)[:size].to(DEVICE)
-        keep = torch.rand(size, generator=g) < torch.rand((), generator=g)
+        rows = torch.randperm(ROWS, **drawn)[:size].to(DEVICE)
+        keep = torch.rand(size, **drawn) < torch.rand((), **drawn)
         keep[0] = True
         threads(1 + size % 3)
-        budget = VOCAB * 4 * int(torch.randint(1, size + 2, (), generator=g))
+        budget = VOCAB * 4 * int(torch.randint(1, size + 2, (), **drawn))
         parts = run(rows, keep.to(DEVICE), memory_budget=budget, **options)
         kept = rows[keep.to(DEVICE)]
         if not all(same_bits(part, x[kept]) for part, x in zip(parts, whole, strict=True)):

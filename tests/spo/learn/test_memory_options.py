@@ -130,5 +130,8 @@ def test_the_losses_are_the_same_within_rounding_and_resume_is_exact(
     gone = max(expected) - min(expected)
     assert losses[0] == pytest.approx(expected[0], rel=1e-6)
     assert losses[0] == pytest.approx(plain(what, "fp32")[0], rel=0.1)
-    bound = 1e-6 if optimizer == "adamw" else 0.05 * gone
+    rounded = (
+        0.05 if dtype == "fp32" else 0.15
+    )  # a step of 8 bits may round to the next bf16 number
+    bound = 1e-6 if optimizer == "adamw" else rounded * gone
     assert losses == pytest.approx(expected, abs=bound) and gone > 0.01

@@ -9,6 +9,7 @@ import torch
 
 from spo_kernels.integrations import patch_transformers
 from spo_kernels.model_logits import measure
+from spo_kernels.testing import DEVICE
 
 transformers = pytest.importorskip("transformers")
 
@@ -42,7 +43,7 @@ def make(name: str, dtype: torch.dtype = torch.float32):
 
 def batch(seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, V, (2, 7), generator=generator)
+    ids = torch.randint(3, V, (2, 7), generator=generator, device="cpu").to(DEVICE)
     attention = torch.ones_like(ids)
     attention[1, 5:] = 0
     return ids, attention, ids.roll(-1, 1)
