@@ -150,7 +150,7 @@ class _Grouped(torch.autograd.Function):
         out = query.new_empty(query.shape, dtype=wide)
         lse = query.new_empty(query.shape[:2], dtype=wide)
         for group in plan.own:
-            parts = (x[group.index].transpose(1, 2) for x in (query, keys, values))
+            parts = (_take(x, group).transpose(1, 2) for x in (query, keys, values))
             part, part_lse = kernel(*parts, 0.0, True, scale=scale)
             _put(out, group, part)
             _put(lse, group, part_lse)
@@ -183,10 +183,10 @@ class _Grouped(torch.autograd.Function):
         tensors = (grad_out.contiguous(), query, keys, values, out)
         dquery, dkeys, dvalues = (torch.empty_like(out, dtype=lse.dtype) for _ in range(3))
         for group in ctx.plan.own:
-            parts = [x[group.index].transpose(1, 2) for x in tensors]
+            parts = [_take(x, group).transpose(1, 2) for x in tensors]
             if group.valid is not None:
                 parts[0] = parts[0] * group.valid[:, None, :, None]
-            sums = lse[group.index].transpose(1, 2)
+            sums = _take(lse, group).transpose(1, 2)
             grads = kernel(*parts, sums, 0.0, True, scale=ctx.scale)
             for whole, part in zip((dquery, dkeys, dvalues), grads, strict=True):
                 _put(whole, group, part)
@@ -219,6 +219,11 @@ def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 def _heads(x: Tensor) -> Tensor:
     """(L, H, ...) as (1, H, L, ...)."""
     return x.transpose(0, 1)[None]
+
+
+def _take(x: Tensor, group: Group) -> Tensor:
+    """The group's tokens of x (T, ...): (n, L, ...). Row by row, twice as fast as an index."""
+    return x.index_select(0, group.index.flatten()).unflatten(0, group.index.shape)
 
 
 def _put(whole: Tensor, group: Group, part: Tensor) -> None:
