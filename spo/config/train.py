@@ -122,6 +122,8 @@ class TrainConfig:
 
     def check(self, policy: PolicyConfig) -> None:
         """Raise ValueError if the policy's settings contradict these."""
+        if self.parallel == "fsdp" and policy.compile:
+            raise ValueError("policy.compile: expected false with train.parallel=fsdp, found true")
         if self.master_weights != "fp32" and policy.dtype == "float32":
             raise ValueError(
                 "train.master_weights: expected fp32 with policy.dtype=float32, whose weights need "

@@ -63,6 +63,7 @@ def attending_again() -> AbstractContextManager[None]:
     return nullcontext() if layout is None else attending(layout)
 
 
+@torch.compiler.disable  # it finds its pack in a context, and calls kernels of its own
 def packed_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options
 ):

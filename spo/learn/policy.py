@@ -20,7 +20,7 @@ from spo.learn.model import (
     scored_batch,
     to_device,
 )
-from spo.learn.recompute import checkpoint_layers
+from spo.learn.recompute import checkpoint_layers, compile_layers
 from spo.models.check import (
     LONGEST,
     SHORT,
@@ -92,6 +92,8 @@ def load_model(
         set_attention(model, PREFIX + attention_backend(config))
     else:
         set_attention(model, complete_attention(model))
+    if config.compile:
+        compile_layers(model)
     if config.gradient_checkpointing:
         checkpoint_layers(model)
     return model
