@@ -140,7 +140,7 @@ def predicted(recipe: Recipe) -> tuple[float, Pack]:
         # There the head makes as many logits at a time as fit a quarter of what is free then.
         room = share_of(CARD - int(found.peak))
         found = count(pack=dataclasses.replace(of_run, logits=room))
-    return found.peak - found.held["engine"], of_run
+    return found.peak - found.held.get("engine", 0), of_run
 
 
 def _step(recipe: Recipe):

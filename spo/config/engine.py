@@ -44,7 +44,8 @@ class EngineConfig:
     memory_fraction: Share = 0.5
     """vllm on a GPU: share of its memory for weights and cache; the trainer needs the rest."""
     sleep_mode: bool = False
-    """vllm on a GPU: give the engine's memory to the trainer while it trains."""
+    """Give the engine's memory to the trainer while it trains, and the trainer's back before the
+    rollout. vllm on a GPU: weights and cache; hf: the cache."""
     align_segments: bool = False
     """Change the lengths of a tree's segments by at most half a cache block, so that a branch
     recomputes only one token (vllm; hf shares prefixes of any length)."""
@@ -63,7 +64,5 @@ class EngineConfig:
             raise ValueError(
                 f"engine.options: expected engine.name=vllm in this process, found {found}{where}"
             )
-        if self.name == "hf" and (self.addresses or self.sleep_mode):
-            raise ValueError(
-                "engine.addresses and engine.sleep_mode: expected engine.name=vllm, found hf"
-            )
+        if self.name == "hf" and self.addresses:
+            raise ValueError("engine.addresses: expected engine.name=vllm, found hf")

@@ -27,6 +27,7 @@ from spo.engines.stops import StopTexts, drawn_before, stop_texts
 from spo.models.check import SHORT_TYPES, in_dtype
 from spo.models.head import own_forward
 from spo.models.load import body, load_causal, longest, text_config
+from spo.models.memory import release_caches
 from spo.records import LENGTH, STOP, Completion, Request
 
 PREFILL_TOKENS = 8192  # maximum of one prefill forward, padding included
@@ -68,6 +69,7 @@ class HFEngine:
             step for all of them; None copies it to each branch.
         response_len: longest response of the run, if known, so that the first request of a prompt
             makes the slots long enough for its whole tree.
+        sleep_mode: let `sleep` give the memory of keys and values to the trainer.
         trust_remote_code: run code that comes with the model folder.
 
     Raises ValueError with one sentence if the model cannot be loaded, if slots cannot run it, or if
@@ -89,8 +91,10 @@ class HFEngine:
         num_cached: int | None = None,
         min_shared: int | None = 256,
         response_len: int = 0,
+        sleep_mode: bool = False,
         trust_remote_code: bool = False,
     ):
+        self.sleep_mode, self._length = sleep_mode, 0
         self._source = (model, trust_remote_code)
         self.model = load_causal(
             model,
@@ -197,7 +201,10 @@ class HFEngine:
         self.slots.clear()
 
     def sleep(self) -> None:
-        """Does nothing: trainer and engine share one process and its memory."""
+        """Free the cache until `load_weights`, if asked; samples in flight wait."""
+        if self.sleep_mode and not self._length:
+            self._length = self.slots.length
+            self.slots.release()
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         parameters = dict(self.model.named_parameters())
@@ -213,6 +220,10 @@ class HFEngine:
         self._counters["preempted"] += len(self.running)
         self.running = []
         self.slots.clear()
+        if self._length:
+            release_caches()  # what training has left would be in the way
+            self.slots.reserve(self._length)
+            self._length = 0
 
     def counters(self) -> dict[str, float]:
         return dict(self._counters)

@@ -20,6 +20,7 @@ def engine_of(recipe: Recipe) -> Engine:
     engine = recipe.engine
     own: dict[str, Any] = {
         "response_len": recipe.sampling.max_new_tokens,
+        "sleep_mode": engine.sleep_mode,
         "trust_remote_code": recipe.policy.trust_remote_code,
     }
     if engine.name == "vllm":

@@ -186,6 +186,12 @@ class Slots:
         self._link(last, ())
         self.base[last] = self.lens[last] = 0
 
+    def release(self) -> None:
+        """Forget all sequences and give the memory back, until `reserve` takes it again."""
+        self.kv, self.calls, self.chains, self._plan = [], [], [], None
+        self.tokens = self.tokens[:0, :0]
+        self.lens, self.base, self.used, self.pins = (np.zeros(0, dtype=np.int64) for _ in range(4))
+
     def clear(self) -> None:
         """Forget everything, the order of use too, so that rounding does not depend on the past."""
         self.chains = [()] * len(self.chains)

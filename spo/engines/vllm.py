@@ -19,6 +19,7 @@ from spo.engines.protocol import COUNTERS, check_request, check_vocabulary
 from spo.engines.stops import StopTexts, drawn_before, stop_texts
 from spo.engines.vllm_classes import build_apart
 from spo.engines.vllm_sampler import CANNOT, keep_policy_logprobs, parameters
+from spo.models.memory import release_caches
 from spo.records import LENGTH, STOP, Completion, Request
 
 QUIET = {
@@ -185,6 +186,7 @@ class VLLMEngine:
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         if self._asleep:
+            release_caches()  # what training has left would be in the way
             self.engine.wake_up(tags=["weights"])
         # Other processes receive them as a list; here they are made one by one.
         weights = list(named_tensors) if self._spread else iter(named_tensors)

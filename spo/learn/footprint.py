@@ -63,20 +63,20 @@ def footprint(
     counted = counts(policy, pack, accumulates=total > pack.tokens, scores=reference and parked)
     weights, trained = weight_bytes(counted, recipe), counted.count(trained=True)
     state = 0.0 if "optimizer" in train.offload else trained * _state(recipe)
-    engine = _engine(recipe, config, counted.count() - _adapters(counted, recipe), longest, card)
-    sleeps = recipe.engine.sleep_mode
+    own = counted.count() - _adapters(counted, recipe)
+    engine, asleep = _engine(recipe, config, own, longest, card)
     critic = recipe.credit.critic is not None
     held = {
         f"weights, {policy.dtype}" + (", under adapters" if policy.lora else ""): weights,
         "optimiser": state,
         "reference": weights if reference and not (parked or policy.lora) else 0,
         "critic and its optimiser": weights + state if critic else 0,
-        "engine": 0 if sleeps else engine,
+        "engine": engine,
     }
     backward = counted.backward + _unpacked(counted, recipe)
     gradients = trained * _trained_bytes(recipe)
     stages = {
-        "the rollout": engine if sleeps else 0,
+        "the rollout": asleep,
         "forward and backward, with the gradients": backward,
         "the optimiser's step, with the gradients": (
             gradients + _step_buffers(counted, recipe) + _head_buffers(recipe, config, pack)
@@ -177,20 +177,32 @@ def _head_buffers(recipe: Recipe, config: Any, pack: Pack) -> float:
     return kept
 
 
-def _engine(recipe: Recipe, config: Any, weights: int, longest: int, card: float | None) -> float:
-    """Bytes of the engine's weights and cache, all slots at their longest."""
+def _engine(
+    recipe: Recipe, config: Any, weights: int, longest: int, card: float | None
+) -> tuple[float, float]:
+    """Bytes of the engine's weights and cache, all slots at their longest: those that it holds all
+    the time, and those that it holds during a rollout."""
     engine = recipe.engine
     if engine.addresses:
-        return 0
-    on_gpu = recipe.policy.device.startswith("cuda")
+        return 0, 0
+    size, on_gpu = BYTES[engine.dtype], recipe.policy.device.startswith("cuda")
+    own: float = size * weights
     if engine.name == "vllm" and on_gpu and card is not None:
-        return card * engine.memory_fraction
-    size = BYTES[engine.dtype]
-    if engine.name == "vllm" and not on_gpu:
-        return weights * size + VLLM_CACHE
+        own, cache = 0, card * engine.memory_fraction
+    elif engine.name == "vllm" and not on_gpu:
+        cache = VLLM_CACHE
+    else:
+        cache = size * _slots(recipe, config, longest)
+    if not engine.sleep_mode:
+        return own + cache, 0
+    return (own, cache) if engine.name == "hf" else (0, own + cache)
+
+
+def _slots(recipe: Recipe, config: Any, longest: int) -> int:
+    """Numbers in the engine's cache."""
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     token = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", 0) or heads) * width
-    slots = engine.max_num_seqs + FINISHED * (engine.name == "hf")
-    return size * (weights + slots * longest * token)
+    slots = recipe.engine.max_num_seqs + FINISHED * (recipe.engine.name == "hf")
+    return slots * longest * token

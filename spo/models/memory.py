@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spo_kernels import memory
+
 ALIGNMENT = 64  # bytes, as PyTorch allocates on the CPU: elsewhere products may round otherwise
 CONTAINER = Path("/sys/fs/cgroup")  # of a container with a limit
 
@@ -46,6 +48,13 @@ def zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Te
     pages = np.zeros(count + ALIGNMENT, dtype=np.uint8)
     start = -pages.ctypes.data % ALIGNMENT
     return torch.from_numpy(pages[start : start + count]).view(dtype).view(size)
+
+
+def release_caches() -> None:
+    """Give memory that this process keeps for its next tensors back to its devices."""
+    memory.empty_cache()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def gigabytes(count: int) -> str:

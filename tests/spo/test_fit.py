@@ -67,7 +67,8 @@ def test_advice_goes_on_until_it_fits():
     assert "at the peak, in forward and backward" in plain[-2]
     lines = lines_of(given, peak / 1.5)
     at = next(i for i, line in enumerate(lines) if line.startswith("does not fit"))
-    assert lines[at + 1].endswith("policy.gradient_checkpointing=true")
+    assert lines[at + 1].endswith("engine.sleep_mode=true")
+    assert lines[at + 2].endswith("policy.gradient_checkpointing=true")
     assert lines[-1] == "fits with these"
     peaks = [bytes_of(line) for line in lines[at + 1 : -1]]
     assert peaks == sorted(peaks, reverse=True) and peaks[-1] < peak / 1.5

@@ -72,3 +72,22 @@ def test_slots_take_memory_when_they_are_written(tiny_model):
     slots.kv[0][:, 3] = 1
     assert 0 <= resident() - before < 1e9
     assert all(kv.data_ptr() % 64 == 0 and not kv[:, :2].any() for kv in slots.kv)
+
+
+def test_a_sleeping_engine_holds_no_cache_and_goes_on_where_it_was(tiny_model):
+    """Two samples are in flight when it sleeps; the same weights come back, and then others."""
+    awake, sleeper = (HFEngine(tiny_model, sleep_mode=mode) for mode in (False, True))
+    weights = {name: x.clone() for name, x in awake.model.named_parameters()}
+    for version, change in ((1, 1.0), (2, 1.5)):
+        samples = []
+        for engine in (awake, sleeper):
+            engine.submit(Request(0, (5, 9, 3, 8), 2, 70, Sampling(version)))
+            for _ in range(3):
+                assert engine.poll() == []
+            engine.sleep()
+            engine.sleep()  # it sleeps already
+            assert (sum(x.nbytes for x in engine.slots.kv) == 0) == (engine is sleeper)
+            engine.load_weights([(name, change * x) for name, x in weights.items()], version)
+            engine.submit(Request(1, (5, 9, 3, 8, 7), 2, 20, Sampling(3)))
+            samples.append([(c.token_ids, c.logprobs) for c in drain(engine, 4)])
+        assert samples[0] == samples[1]

@@ -146,5 +146,5 @@ def test_the_losses_are_the_same_within_rounding_and_resume_is_exact(
     assert losses[0] == pytest.approx(expected[0], rel=same)
     assert losses[0] == pytest.approx(plain(what, "fp32")[0], rel=0.1)
     rounded = optimizer != "adamw" or (compiled and short)
-    bound = (0.15 if short else 0.05) * gone if rounded else 1e-5 if compiled else 1e-6
+    bound = (0.2 if short else 0.05) * gone if rounded else 1e-5 if compiled else 1e-6
     assert losses == pytest.approx(expected, abs=bound) and gone > 0.01
