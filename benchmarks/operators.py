@@ -4,7 +4,7 @@ One iteration of GRPO on the embedded policy, its rollout by the engine `hf`. It
 and then with a clock around every operator that PyTorch calls and every kernel of this package.
 What the operators do not take lies between them: Python, autograd and the dispatcher.
 
-    python -m benchmarks.operators [--dtype bfloat16] [--rounds 5] [--json FILE]
+    python -m benchmarks.operators [--dtypes float32] [--rounds 5] [--json FILE]
 
     products    matrix products and attention
     kernels     spo_kernels' own, without the products of its head
@@ -37,6 +37,7 @@ from spo.learn.learner import Learner
 from spo_kernels import dispatch
 
 RUN_NATIVE = dispatch.run_native
+TYPES = ("float32", "bfloat16")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")
 
 
@@ -148,20 +149,19 @@ def report(title: str, tokens: int, seconds: list[float], operators: Operators) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtypes", nargs="+", choices=TYPES, default=TYPES)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows, where = [], environment("training code")
     with tempfile.TemporaryDirectory() as out:
-        settings = [f"policy.dtype={arguments.dtype}", f"engine.dtype={arguments.dtype}"]
-        settings += ["engine.name=hf", "train.probe_tolerance=0.5", f"out={out}"]
-        recipe = load_recipe("grpo", [*settings, f"train.prompts={arguments.prompts}"])
-        for row in run(recipe, arguments.rounds):
-            rows.append(row | {"dtype": arguments.dtype} | where)
-            if arguments.json:
-                write_json(arguments.json, rows)
+        for dtype in arguments.dtypes:
+            settings = [f"policy.dtype={dtype}", f"engine.dtype={dtype}", "engine.name=hf"]
+            recipe = load_recipe("grpo", [*settings, "train.probe_tolerance=0.5", f"out={out}"])
+            for row in run(recipe, arguments.rounds):
+                rows.append(row | {"dtype": dtype} | where)
+                if arguments.json:
+                    write_json(arguments.json, rows)
     return 0
 
 
