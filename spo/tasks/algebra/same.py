@@ -1,0 +1,323 @@
+"""Whether a given answer is the right one: texts first, then the trees of both."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+
+from spo.tasks.algebra import words
+from spo.tasks.algebra.node import Node, Unreadable, operations, spread, symbols
+from spo.tasks.algebra.numbers import proportion, same_value
+from spo.tasks.algebra.parser import parse
+from spo.tasks.algebra.quantity import has_decimals, rounds, same_quantity, same_ratio
+from spo.tasks.algebra.regions import is_region_like, region_of, same_region
+from spo.tasks.algebra.spelling import spelled
+
+MAX_LENGTH = 600  # characters of an answer; the longest of MATH has about 200
+MAX_DEPTH = 16  # of brackets
+
+# Letters with a space before them may be units: 5 m/s, but 10 - 4 m has a variable.
+_LETTER_UNIT = re.compile(
+    r"(-?(?:[0-9.,]|\\frac\{[0-9]+\}\{[0-9]+\}|\{,\})+) "
+    r"([mgshLN](?:\s*\^\s*\{?[23]\}?)?(?:\s*/\s*(?:s|h|min|hr|m|L)(?:\s*\^\s*\{?[23]\}?)?)?)"
+)
+_COMMAS = re.compile(r"(?<![0-9,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
+
+
+def equal(given: str, answer: str, simplified: bool = False) -> bool:
+    """Whether `given` is the right answer; both in LaTeX or plain text, neither in a box.
+
+    `simplified`: only if it also takes no more operations to work out than `answer`.
+    """
+    if len(given) > MAX_LENGTH or _depth(given) > MAX_DEPTH:
+        return False
+    given, answer = spelled(given), spelled(answer)
+    if not given or not answer:
+        return False
+    if _plain(given) == _plain(answer):
+        return True
+    for same in (words.same_time, words.same_date):
+        if (verdict := same(given, answer)) is not None:
+            if verdict or not re.fullmatch("[0-9:]+", answer):
+                return verdict
+    if words.is_words(answer):
+        return words.same_words(given, answer)
+    return _same_texts(given, answer, simplified)
+
+
+def _same_texts(given: str, answer: str, simplified: bool) -> bool:
+    for right in _readings(answer):
+        for found in _readings(given):
+            try:
+                if same(found, right):
+                    return not simplified or _work(found) <= _work(right)
+            except (Unreadable, RecursionError, ArithmeticError):
+                continue
+    return False
+
+
+def _work(node: Node) -> int:
+    """Operations of the value; what stands before the last sign of equality is no part of it."""
+    if node.op in ("items", "seq", "set"):
+        return sum(map(_work, node.args))
+    if node.op == "rel" and set(node.value) == {"="}:
+        return _work(node.args[-1])
+    return operations(node)
+
+
+def _readings(text: str) -> Iterator[Node]:
+    """Where commas between three digits may separate thousands or items, both."""
+    commas = _COMMAS.search(text)
+    for thousands in (True, False) if commas else (True,):
+        if not thousands and re.search(r",00", commas[0] if commas else ""):
+            return
+        try:
+            yield parse(text, thousands)
+        except (Unreadable, RecursionError):
+            continue
+    if match := _LETTER_UNIT.fullmatch(text):
+        with suppress(Unreadable):
+            yield parse(rf"{match[1]}\text{{{match[2]}}}")
+
+
+def _plain(text: str) -> str:
+    """The text without spaces, except between digits: `1 2` is not 12."""
+    return re.sub(r"(?<![0-9A-Za-z])\s|\s(?![0-9A-Za-z])", "", text)
+
+
+def same(given: Node, answer: Node) -> bool:
+    """Whether two trees are the same answer. Raises Unreadable for what has no value."""
+    if given == answer:
+        return True
+    if is_region_like(given) or is_region_like(answer):
+        regions = region_of(given), region_of(answer)
+        if regions[0] is not None and regions[1] is not None:
+            return same_region(regions[0], regions[1])
+    right, right_names = _listed(answer)
+    found, found_names = _listed(given)
+    if len(right) == 1 and len(found) == 1:
+        return _same_item(found[0], right[0])
+    if len(found) == 1 != len(right):
+        return answer.op != "set" and _same_tuple(found[0], right, right_names)
+    if len(right) == 1 != len(found):
+        return given.op != "set" and _same_tuple(right[0], found, found_names)
+    return _same_lists(found, found_names, right, right_names)
+
+
+def _listed(node: Node) -> tuple[list[Node], list[str | None]]:
+    """The items of a list or set, and the name that each is given."""
+    items = [node]
+    if node.op in ("items", "set"):
+        items = list(node.args)
+    if node.op == "rel" and node.value in (("=",), ("in",)) and _is_name(node.args[0]):
+        inner, name = node.args[1], _name(node.args[0])
+        if inner.op == "set" or len(spread(inner)) > 1:
+            values, _ = _listed(inner)
+            return values, [name] * len(values)
+    if len(items) == 1 and items[0].op == "set" and node.op != "set":
+        items = list(items[0].args)
+    spreads = [one for item in items for one in spread(item)]
+    if len(spreads) == 1:
+        return spreads, [None]
+    values, names = [], []
+    for item in spreads:
+        if item.op == "rel" and set(item.value) == {"="} and _is_name(item.args[0]):
+            if not all(same_value(side, item.args[-1]) for side in item.args[1:-1]):
+                raise Unreadable("sides that differ")
+            values.append(item.args[-1])
+            names.append(_name(item.args[0]))
+        else:
+            values.append(item)
+            names.append(None)
+    return values, names
+
+
+def _same_lists(
+    found: list[Node], found_names: list[str | None], right: list[Node], names: list[str | None]
+) -> bool:
+    if len(found) != len(right):
+        return False
+    mine, own = set(found_names) - {None}, set(names) - {None}
+    if len(mine) > 1 and len(own) > 1:
+
+        def pair(x: tuple, y: tuple) -> bool:
+            return x[0] == y[0] and _same_item(x[1], y[1])
+
+        given = list(zip(found_names, found, strict=True))
+        return _matches(given, list(zip(names, right, strict=True)), pair)
+    if len(mine) > 1 or len(own) > 1:  # values without names stand in the order of the names
+        named = found_names if len(mine) > 1 else names
+        return _in_order(named) and all(map(_same_item, found, right))
+    if mine and own and mine != own:
+        return False
+    return _matches(found, right, _same_item)
+
+
+def _same_tuple(one: Node, others: list[Node], names: list[str | None]) -> bool:
+    """A tuple against values that stand in no brackets."""
+    if one.op != "seq" or one.value != "()" or len(one.args) != len(others):
+        return False
+    if len(set(names) - {None}) > 1 and not _in_order(names):
+        return False
+    return all(map(_same_item, one.args, others))
+
+
+def _in_order(names: Sequence[str | None]) -> bool:
+    """Whether values without names can stand for them: (2, 1) are no x = 1, y = 2."""
+    known = [name for name in names if name is not None]
+    if not len(known) == len(names) == len(set(known)):
+        return False
+    return known == sorted(known) or not set(known) <= set("abcuvwxyz")
+
+
+def _matches(found: Sequence, right: Sequence, pair: Callable[..., bool]) -> bool:
+    """Whether each matches one of the others, in any order."""
+    left = list(right)
+    for one in found:
+        place = next((k for k, other in enumerate(left) if pair(one, other)), None)
+        if place is None:
+            return False
+        del left[place]
+    return not left
+
+
+def _same_item(given: Node, answer: Node) -> bool:
+    """Two items of lists."""
+    if given == answer:
+        return True
+    if given.op == "rel" or answer.op == "rel":
+        return _same_relation(given, answer)
+    if answer.op in ("items", "set") or given.op in ("items", "set"):
+        return (
+            given.op in ("items", "set") and answer.op in ("items", "set") and same(given, answer)
+        )
+    if answer.op in ("matrix", "row", "seq", "mod", "union", "minus", "inter", "built"):
+        kind = given.op == answer.op and given.value == answer.value
+        if kind and answer.op in ("matrix", "row") and answer.value == "det":
+            return False
+        return (
+            kind
+            and len(given.args) == len(answer.args)
+            and all(map(_same_item, given.args, answer.args))
+        )
+    if given.op == "word" or answer.op == "word":
+        return _same_word(given, answer)
+    if given.op == "ratio" or answer.op == "ratio":
+        return same_ratio(given, answer)
+    return same_quantity(given, answer)
+
+
+def _same_word(given: Node, answer: Node) -> bool:
+    if given.op not in ("word", "sym") or answer.op not in ("word", "sym"):
+        return False
+    return words.same_words(str(given.value), str(answer.value))
+
+
+def _is_name(node: Node, answer: Node | None = None) -> bool:
+    """Whether it may stand before a sign of equality and be no part of the answer."""
+    if node.op == "word":
+        return True
+    if not symbols(node) - {"pi", "e", "i"}:
+        return False
+    if node.op in ("seq", "mul"):
+        first, *others = node.args
+        return _is_name(first, answer) and all(
+            _is_name(arg, answer) or (arg.op == "num" and first.op == "sym") for arg in others
+        )
+    if node.op in ("sym", "call"):
+        return True
+    if answer is None or symbols(answer) - {"pi", "e", "i"}:
+        return False
+    if node.op == "pow":  # a^2 + b^2 = 25, but not x^2 - 25 = 0
+        return _is_name(node.args[0], answer)
+    return bool(node.args) and all(_is_name(arg, answer) for arg in node.args)
+
+
+def _name(node: Node) -> str:
+    if node.op in ("sym", "word"):
+        return str(node.value)
+    return f"{node.value or ''}({','.join(map(_name, node.args))})"
+
+
+def _same_relation(given: Node, answer: Node) -> bool:
+    if answer.op != "rel":
+        return _is_value(given, answer)
+    signs = set(answer.value)
+    if given.op != "rel":
+        last = answer.args[-1]
+        return signs in ({"="}, {"in"}) and _is_name(answer.args[0]) and same(given, last)
+    if signs == {"="} and set(given.value) == {"="}:
+        return _same_equation(given, answer)
+    if len(given.value) != len(answer.value):
+        return False
+    if len(answer.value) == 1:
+        return _same_inequality(given, answer)
+    turned = Node("rel", given.args[::-1], tuple(map(_turned, given.value[::-1])))
+    return any(
+        g.value == answer.value and all(map(_same_item, g.args, answer.args))
+        for g in (given, turned)
+    )
+
+
+def _turned(sign: str) -> str:
+    return sign.translate(str.maketrans("<>", "><"))
+
+
+def _is_value(given: Node, answer: Node) -> bool:
+    """Whether every side of `x = 2 + 3 = 5`, except for the name, is the answer.
+
+    Behind a sign of approximation the value may be rounded to the digits that are written.
+    """
+    sides, signs = list(given.args), list(given.value)
+    if set(signs) - {"=", "approx", "in"}:
+        return False
+    if _is_name(sides[0], answer):
+        sides, signs = sides[1:], signs[1:]
+    elif _is_name(sides[-1], answer) and sides[-1].op == "sym":
+        sides, signs = sides[:-1], signs[:-1]
+    exact = [sides[0]] + [s for s, sign in zip(sides[1:], signs, strict=True) if sign != "approx"]
+    rounded = [s for s, sign in zip(sides[1:], signs, strict=True) if sign == "approx"]
+    if all(same(side, answer) for side in exact):
+        return all(rounds(answer, side) for side in rounded)
+    if not rounded or not has_decimals(answer):
+        return False
+    return all(same(side, answer) for side in rounded) and all(rounds(s, answer) for s in exact)
+
+
+def _same_equation(given: Node, answer: Node) -> bool:
+    for node in (given, answer):  # each side in the middle must be worth the last one
+        if not all(same_value(side, node.args[-1]) for side in node.args[1:-1]):
+            return False
+    (a, *_, b), (c, *_, d) = given.args, answer.args
+    if _is_name(a) and _is_name(c):
+        if a == c or _name(a).replace(" ", "") == _name(c).replace(" ", ""):
+            return same(b, d)
+        if (a.op == "sym") != (c.op == "sym") and same(b, d):  # y = and f(x) =
+            return {"y"} & {_name(a), _name(c)} != set()
+    if _is_name(b) and _is_name(c) and b == c:
+        return same(a, d)
+    return proportion(_difference(a, b), _difference(c, d)) != 0
+
+
+def _same_inequality(given: Node, answer: Node) -> bool:
+    sign, other = given.value[0], answer.value[0]
+    first, second = _difference(*given.args), _difference(*answer.args)
+    if sign[0] not in "<>" or other[0] not in "<>":
+        return sign == other and all(map(_same_item, given.args, answer.args))
+    if _turned(sign) == other:
+        return proportion(first, second) < 0
+    return sign == other and proportion(first, second) > 0
+
+
+def _difference(a: Node, b: Node) -> Node:
+    return Node("add", (a, Node("neg", (b,))))
+
+
+def _depth(text: str) -> int:
+    """Depth of nested brackets, closed or not."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[(\[{)\]}]", text):
+        depth = depth + 1 if bracket in "([{" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    return deepest
