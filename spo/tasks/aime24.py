@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spo.tasks import latex
+from spo.tasks.algebra.quantity import number_of
 from spo.tasks.answers import after_think, exact_number, last_boxed
 from spo.tasks.problem import Problem, column, is_empty, problem_stream
 from spo.tasks.reading import read_problems
@@ -43,15 +43,14 @@ class Aime24:
             return False
         if box is None or len(box) > MAX_LENGTH:
             return False
-        sides = latex.sides(latex.clean(box))
-        return all("/" not in side and exact_number(side) == right for side in sides)
+        return number_of(box) == right
 
     def answer(self, text: str) -> str | None:
         """The number in the last box after the thinking, or at the end of an equation in it."""
         box = last_boxed(after_think(text))
         if box is None or len(box) > MAX_LENGTH:
             return None
-        value = exact_number(latex.sides(latex.clean(box))[-1])
+        value = number_of(box)
         return None if value is None else str(value)
 
 

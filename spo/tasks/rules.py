@@ -17,10 +17,10 @@ _NUMBERS = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?")
 
 @dataclass(frozen=True)
 class Boxed:
-    """1 if the last `\\boxed{}` equals the answer, as numbers or as expressions (math-verify)."""
+    """1 if the last `\\boxed{}` equals the answer, as numbers or as expressions."""
 
     def prepare(self) -> None:
-        """Load math-verify, before the deadline starts to count."""
+        """Load what it needs, before the deadline starts to count."""
         Math().prepare()
 
     def __call__(self, response: str, answer: str) -> float:
