@@ -18,7 +18,7 @@ EXTRA_OF = {
     "yaml": "train",
     "bitsandbytes": "optim",
     "flash_attn": "flash-attn",
-    "math_verify": "math",
+    "mpmath": "math",
     "mlflow": "trackers",
     "peft": "peft",
     "tensorboard": "trackers",

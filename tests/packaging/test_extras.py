@@ -144,4 +144,4 @@ def test_what_is_required_and_what_is_extra():
     for extra in ("vllm", "triton", "flash-attn", "peft", "trl", "verl"):
         assert extras[extra] == {extra}
     assert extras["optim"] == {"bitsandbytes"}
-    assert "pytest-benchmark" in extras["bench"] and "math-verify" in extras["math"]
+    assert "pytest-benchmark" in extras["bench"] and "mpmath" in extras["math"]
