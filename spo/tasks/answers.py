@@ -8,6 +8,8 @@ from fractions import Fraction
 THINK, END_THINK = "<think>", "</think>"
 
 _BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_VERB = re.compile(r"\\(?:verb|lstinline)\*?([^\sa-zA-Z*{])")
+_VERBATIM = re.compile(r"\\(begin|end)\{verbatim\}")
 _BARE_BOX = re.compile(
     r"\\boxed(?:\s+([^\s{}$\\.,]+)|\s*(\\[dtc]?frac(?:\s*(?:[0-9]|\{[^{}]*\})){2}))"
 )
@@ -32,10 +34,12 @@ def after_think(text: str) -> str:
 def last_boxed(text: str) -> str | None:
     """The content of the last balanced `\\boxed{}` or `\\fbox{}`, or of the only box inside it.
 
+    A box in `\\verb`, in a verbatim block or behind the `%` of a comment is none.
     `\\boxed 7` and `\\boxed\\frac12`, as in some published solutions, count if there is no box with
     braces. The time is linear in the text: one pass with a stack, even if boxes are left open.
     """
     opened: list[tuple[int, int]] = []  # token and text starts of a box, (-1, -1) for other braces
+    text = _without_comments(text)
     held = covered = (-1, -1)  # span of the text found, and of the boxes around it
     for match in _BOX_TOKEN.finditer(text):
         token = match[0]
@@ -54,6 +58,41 @@ def last_boxed(text: str) -> str | None:
         return text[held[0] : held[1]].strip()
     bare = _BARE_BOX.findall(text)
     return "".join(bare[-1]) if bare else None
+
+
+def _without_comments(text: str) -> str:
+    """Without what TeX does not typeset as mathematics: comments and verbatim text."""
+    if "%" not in text and "\\verb" not in text and "verbatim" not in text:
+        return text
+    kept, inside = [], False
+    for line in text.split("\n"):
+        for match in _VERBATIM.finditer(line):
+            inside = match[1] == "begin"
+        if inside:
+            continue
+        kept.append(line[: _comment(line)])
+    lines, end = [], 0
+    for line in kept:
+        parts, end = [], 0
+        while match := _VERB.search(line, end):
+            close = line.find(match[1], match.end())
+            parts.append(line[end : match.start()])
+            end = len(line) if close < 0 else close + 1
+        lines.append("".join([*parts, line[end:]]))
+    return "\n".join(lines)
+
+
+def _comment(line: str) -> int | None:
+    """Where the comment of a line begins: at a `%` that ends no number and no bracket."""
+    for match in re.finditer(r"%", line):
+        before = match.start() - 1
+        if before >= 0 and not line[before].isspace():
+            continue  # 50% and \\%
+        while before >= 0 and line[before].isspace():
+            before -= 1
+        if before < 0 or not (line[before].isdigit() or line[before] in ")}]$"):
+            return match.start()
+    return None
 
 
 def exact_number(text: str) -> Fraction | None:

@@ -16,6 +16,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
+from spo.tasks.answers import after_think, last_boxed
 from spo.tasks.problem import Problem, answer_span, stream, tag
 
 NAME = "countdown"
@@ -27,8 +28,19 @@ VOCABULARY = (NAME, "make", "+", "-", "*", "/", "=", "(", ")", "no", *map(str, r
 
 MAX_LENGTH = 400  # characters of an answer; a bound on the evaluator's time
 
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_LATEX = tuple(
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])|\\[,;:! ()]|\$|~", " "),
+        (r"\\(?:times|cdot|ast)(?![a-zA-Z])|\\\*|[\u00b7\u22c5\u2217]", "*"),
+        (r"\\div(?![a-zA-Z])", "/"),
+        (r"\s*\.\s*$", ""),
+    )
+)
 _TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+_SIGN = "minus"  # in front of a value
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, _SIGN: 3}
 _ASCII = str.maketrans({"\u00d7": "*", "\u00f7": "/", "\u2212": "-"})  # times, divided by, minus
 
 Step = tuple[int, str, int, int]  # left, operator, right, result
@@ -48,12 +60,40 @@ class Countdown:
         return stream(NAME, split, seed, lambda rng: _draw(rng, self.numbers), lambda p: p.text)
 
     def grade(self, text: str, answer: object) -> bool:
-        """True iff the last answer span uses each number exactly once and equals the target."""
-        return solves(answer_span(text) or "", answer)
+        """True iff the last answer span, else the last box, makes the target.
+
+        It must use each number exactly once. It may be in LaTeX, and the target may stand behind
+        or before it: `(5 - 2) * 7 = 21`.
+        """
+        return solves(expression_of(text), answer)
 
     def answer(self, text: str) -> str | None:
-        """The expression in the last answer span, without spaces."""
-        return "".join((answer_span(text) or "").split()) or None
+        """The expression that `grade` reads, without spaces and without what it is equal to."""
+        return plain(expression_of(text))
+
+
+def expression_of(text: str, boxes_first: bool = False) -> str:
+    """The expression in the last answer span or box, in plain text; empty if there is none."""
+    text = after_think(text)
+    span = answer_span(text)
+    if span is None or boxes_first:
+        box = last_boxed(text)
+        span = box if box is not None else span
+    elif (box := last_boxed(span)) is not None:
+        span = box
+    if span is None or len(span) > MAX_LENGTH:
+        return ""
+    for latex, sign in _LATEX:
+        span = latex.sub(sign, span)
+    while (divided := _FRACTION.sub(r"((\1)/(\2))", span)) != span:
+        span = divided
+    return span.strip()
+
+
+def plain(expression: str) -> str | None:
+    """The expression without spaces and without `= target`; None if it is empty."""
+    first, sign, second = "".join(expression.split()).partition("=")
+    return (second if sign and first.isdecimal() else first) or None
 
 
 def _draw(rng: random.Random, count: int) -> Problem:
@@ -130,10 +170,18 @@ def solves(expression: str, answer: object) -> bool:
     """Whether an expression uses each of the answer's numbers exactly once and is its target."""
     if not isinstance(answer, dict) or not isinstance(numbers := answer.get("numbers"), list):
         return False
-    tokens = _tokens(expression)
+    tokens = _tokens(_without_target(expression, answer.get("target")))
     if sorted(t for t in tokens if t.isdecimal()) != sorted(map(str, numbers)):
         return False
     return (value := evaluate(tokens)) is not None and value == answer.get("target")
+
+
+def _without_target(expression: str, target: object) -> str:
+    """The expression, where `= target` follows it or `target =` precedes it."""
+    sides = [side.strip() for side in expression.split("=")]
+    if len(sides) == 2 and str(target) in sides:
+        return sides[0] if sides[1] == str(target) else sides[1]
+    return expression
 
 
 def _tokens(expression: str) -> list[str]:
@@ -160,7 +208,9 @@ def evaluate(tokens: list[str]) -> Fraction | None:
     operators: list[str] = []
     expect_value = True
     for token in [*tokens, None]:
-        if token == "(" if expect_value else token in _PRECEDENCE:
+        if expect_value and token == "-":
+            operators.append(_SIGN)
+        elif token == "(" if expect_value else token in _PRECEDENCE:
             while not expect_value and _binds(operators, token):
                 if not _reduce(values, operators.pop()):
                     return None
@@ -188,7 +238,11 @@ def _binds(operators: list[str], token: str) -> bool:
 
 
 def _reduce(values: list[Fraction], operator: str) -> bool:
-    right, left = values.pop(), values.pop()
+    right = values.pop()
+    if operator == _SIGN:
+        values.append(-right)
+        return True
+    left = values.pop()
     if operator == "/" and right == 0:
         return False
     if operator == "+":

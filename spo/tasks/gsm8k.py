@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from spo.tasks.answers import after_think, exact_number
+from spo.tasks.algebra.quantity import number_of
+from spo.tasks.answers import after_think, exact_number, last_boxed
 from spo.tasks.problem import Problem, column, problem_stream
 from spo.tasks.reading import read_problems
 from spo.tasks.sources import Source
 
 NAME = "gsm8k"
 MARK = "####"
+MAX_LENGTH = 200  # characters of the line
+
+_BOX_ALONE = re.compile(r"[$\s]*\\boxed\b.*")
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,10 @@ class Gsm8k:
         return problem_stream(NAME, split, seed, read)
 
     def grade(self, text: str, answer: object) -> bool:
-        """True iff the line after the last `####` is the number `answer`, exactly."""
+        """True iff the line after the last `####` is the number `answer`, exactly.
+
+        A unit may follow, and the number may stand in a box: `#### 5 dollars`, `#### \\boxed{5}`.
+        """
         given = _given(text)
         if given is None or not isinstance(answer, str | int):
             return False
@@ -47,8 +55,14 @@ class Gsm8k:
 
 def _given(text: str) -> Fraction | None:
     _, mark, rest = after_think(text).rpartition(MARK)
-    line = rest.strip().partition("\n")[0]
-    return exact_number(line) if mark and "/" not in line else None
+    line = rest.strip().partition("\n")[0].strip()
+    if not mark or len(line) > MAX_LENGTH or re.search(r"[0-9]\s*/", line):
+        return None
+    if (value := exact_number(line)) is not None:
+        return value
+    if (box := last_boxed(line)) is not None and _BOX_ALONE.fullmatch(line):
+        line = box
+    return number_of(line)
 
 
 def _problem(row: dict, where: str) -> Problem:

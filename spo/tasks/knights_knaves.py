@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -28,9 +29,11 @@ VOCABULARY = (NAME, *PEOPLE, *ROLES, "says", "is", "and", "or", ".", "true", "fa
 VOCABULARY += ("none",)
 
 _MAX_LENGTH = 1000  # characters of an answer
-_WORD = re.compile(r"[a-z]+")
+_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
+_GROUP = re.compile(r"\b(knights?|knaves?)\s*(?::|are|is)\s*")
 _ROLE = {"knight": True, "knights": True, "knave": False, "knaves": False}
 _FILLERS = frozenset(("is", "are", "a", "an", "and", "the"))
+_NOBODY = frozenset(("none", "nobody"))
 
 Atom = tuple[int, bool]  # person, is a knight
 Statement = tuple[str, tuple[Atom, ...]]  # "", "and" or "or"; one or two atoms
@@ -62,7 +65,8 @@ class KnightsKnaves:
     def grade(self, text: str, answer: object) -> bool:
         """True iff the last answer span names exactly the knights, or gives everybody's role.
 
-        Accepts "Ann and Bob", "none", "Ann is a knight, Bob is a knave", in any case and order.
+        Accepts "Ann and Bob", "none", "nobody", "Ann is a knight, Bob is a knave" and "Knights:
+        Ann; Knaves: Bob", in any case and order.
         """
         if not isinstance(answer, dict):
             return False
@@ -70,23 +74,65 @@ class KnightsKnaves:
         span = answer_span(text)
         if not _names(people) or not _names(knights) or span is None or len(span) > _MAX_LENGTH:
             return False
-        people, knights = [p.lower() for p in people], {k.lower() for k in knights}
-        words = [w for w in _WORD.findall(span.lower()) if w not in _FILLERS]
-        if any(w in _ROLE for w in words):
-            names, roles = words[::2], [_ROLE.get(w) for w in words[1::2]]
-            return sorted(names) == sorted(people) and roles == [name in knights for name in names]
-        return words == ["none"] if not knights else sorted(words) == sorted(knights)
+        roles = _roles(span, [_folded(name) for name in people])
+        return roles is not None and roles == {_folded(name): name in knights for name in people}
 
     def answer(self, text: str) -> str | None:
         """The knights that the last answer span names or gives that role, sorted; or none."""
         span = answer_span(text)
         if span is None or len(span) > _MAX_LENGTH:
             return None
-        words = [w for w in _WORD.findall(span.lower()) if w not in _FILLERS]
-        if any(w in _ROLE for w in words):
-            words = [name for name, role in zip(words, words[1:], strict=False) if _ROLE.get(role)]
-            return " ".join(sorted(words)) or "none"
-        return " ".join(sorted(words)) or None
+        roles = _stated(span)
+        return None if roles is None else " ".join(sorted(k for k, r in roles if r)) or "none"
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", text).casefold()
+
+
+def _stated(span: str) -> list[tuple[str, bool]] | None:
+    """The roles that a text gives, one by one; of a bare list of names the knights. None if empty.
+
+    Raises nothing: words without a role get none.
+    """
+    span = _folded(span)
+    if groups := list(_GROUP.finditer(span)):
+        if not span[: groups[0].start()].strip(" ,;.") and len(_WORD.findall(span)) > 1:
+            ends = [*(m.start() for m in groups[1:]), len(span)]
+            return [
+                (word, _ROLE[match[1]])
+                for match, end in zip(groups, ends, strict=True)
+                for word in _WORD.findall(span[match.end() : end])
+                if word not in _FILLERS | _NOBODY
+            ]
+    words = [w for w in _WORD.findall(span) if w not in _FILLERS]
+    if not words:
+        return None
+    if any(w in _ROLE for w in words):
+        pairs = list(zip(words[::2], words[1::2], strict=False))
+        if len(words) % 2 or any(role not in _ROLE or name in _ROLE for name, role in pairs):
+            pairs = [(n, r) for n, r in zip(words, words[1:], strict=False) if r in _ROLE]
+            return [(name, _ROLE[role]) for name, role in pairs] + [("", False)]
+        return [(name, _ROLE[role]) for name, role in pairs]
+    return [(word, True) for word in words if word not in _NOBODY]
+
+
+def _roles(span: str, people: list[str]) -> dict[str, bool] | None:
+    """Everybody's role; None if the text gives too few, too many, or to somebody else."""
+    stated = _stated(span)
+    if stated is None:
+        return None
+    roles, spoken = dict(stated), _folded(span)
+    if len(roles) != len(stated) or not roles.keys() <= set(people):
+        return None
+    if any(word in _ROLE for word in _WORD.findall(spoken)):
+        return roles if len(roles) == len(people) else None
+    if not roles:  # nobody, and nothing else
+        only = [w for w in _WORD.findall(spoken) if w not in _FILLERS]
+        return dict.fromkeys(people, False) if len(only) == 1 else None
+    if any(word in _NOBODY for word in _WORD.findall(spoken)):
+        return None
+    return {name: name in roles for name in people}
 
 
 def _problem(row: dict, where: str) -> Problem:

@@ -6,29 +6,16 @@ Unlike countdown's, its problems may need fractions as intermediate results: 5 *
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
 from spo.tasks import countdown
-from spo.tasks.answers import after_think, last_boxed
-from spo.tasks.problem import Problem, answer_span, stream
+from spo.tasks.problem import Problem, stream
 
 NAME = "point24"
 TARGET, NUMBERS, LARGEST = 24, 4, 13
-
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-_LATEX = tuple(
-    (re.compile(pattern), plain)
-    for pattern, plain in (
-        (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])|\\[,;:! ()]|\$|~", " "),
-        (r"\\(?:times|cdot|ast)(?![a-zA-Z])|\\\*|[\u00b7\u22c5\u2217]", "*"),
-        (r"\\div(?![a-zA-Z])", "/"),
-        (r"^\s*24\s*=|=\s*24\s*\.?\s*$", ""),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -45,26 +32,11 @@ class Point24:
         It must be an expression that uses each number exactly once. It may be in LaTeX, and `24 =`
         may precede it or `= 24` follow it.
         """
-        return countdown.solves(_expression(text), answer)
+        return countdown.solves(countdown.expression_of(text, boxes_first=True), answer)
 
     def answer(self, text: str) -> str | None:
-        """The expression that `grade` reads, without spaces."""
-        return "".join(_expression(text).split()) or None
-
-
-def _expression(text: str) -> str:
-    """In plain text; empty if there is none or it is too long."""
-    text = after_think(text)
-    expression = last_boxed(text)
-    if expression is None:
-        expression = answer_span(text) or ""
-    if len(expression) > countdown.MAX_LENGTH:
-        return ""
-    for latex, plain in _LATEX:
-        expression = latex.sub(plain, expression)
-    while (plain := _FRACTION.sub(r"((\1)/(\2))", expression)) != expression:
-        expression = plain
-    return expression.strip()
+        """The expression that `grade` reads, without spaces and without what it is equal to."""
+        return countdown.plain(countdown.expression_of(text, boxes_first=True))
 
 
 def _draw(rng: random.Random) -> Problem:
