@@ -1,8 +1,6 @@
 """The grader of MATH: equal answers in every dress, wrong ones that look right, hostile ones."""
 
 import builtins
-import re
-import time
 
 import pytest
 
@@ -255,21 +253,13 @@ def test_hostile_answers_are_wrong_in_time_and_run_nothing(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_comparison_ends_with_its_budget(monkeypatch):
-    monkeypatch.setattr(math, "BUDGET_S", 0.2)
-    start = time.process_time()
-    assert not math.equal("10^{10^{11}}", "7")
-    assert 0.15 < time.process_time() - start < 1.0
-    assert math.equal(r"\frac{14}{2}", "7")  # the next one has its own
-
-
 def test_no_answer_reaches_eval(monkeypatch):
-    """Of what was written sympy evaluates single numbers only: `Integer (5 )`."""
-    seen, real = [], builtins.eval
-    monkeypatch.setattr(builtins, "eval", lambda code, *a: seen.append(code) or real(code, *a))
+    seen = []
+    for name in ("eval", "exec", "compile"):
+        monkeypatch.setattr(builtins, name, lambda code, *a: seen.append(code))
     for given in ("__import__('os').getcwd()", "5 + x.real", "print(6)", "lambda: 7", "8.5x"):
         math.equal.__wrapped__(given, "9x")
-    assert seen and all(re.fullmatch(r"(Integer|Float) \('?[0-9.]+'? \)", code) for code in seen)
+    assert not seen
 
 
 def test_a_missing_library_is_named(monkeypatch):

@@ -310,13 +310,21 @@ def test_arithmetic_grades(text, expected):
         ("3*((12)-7)", True),
         ("12 - 7 * 3", False),  # precedence: -9
         ("3 * 12 - 7", False),  # 29
-        ("( 12 - 7 ) * 3 = 15", False),
+        ("( 12 - 7 ) * 3 = 15", True),
+        ("15 = ( 12 - 7 ) * 3", True),
+        (r"(12 - 7) \times 3", True),
+        (r"\boxed{(12 - 7) \cdot 3}", True),
+        ("( 12 - 7 ) * 3 = 16", False),
+        ("( 12 - 7 ) * 3 = 15 = 15", False),
+        ("15 = 15", False),
         ("12 + 3", False),  # a number is missing
         ("( 12 - 7 ) * 3 * 1", False),  # one too many
         ("( 12 - 7 ) * 03", False),  # not as given
         ("1 2 - 7 * 3", False),
         ("15", False),
-        ("3 * - ( 7 - 12 )", False),  # no unary minus
+        ("3 * - ( 7 - 12 )", True),
+        ("- ( 7 - 12 ) * 3", True),
+        ("( 12 - 7 ) * 3 -", False),
         ("( 12 - 7 ) 3", False),
         ("( 12 - 7 ) ** 3", False),
         ("", False),
@@ -388,6 +396,13 @@ def test_malformed_expressions_have_no_value(text):
         ("ann AND cat", True),
         ("Ann is a knight, Bob is a knave and Cat is a knight.", True),
         ("Bob: knave; Ann: knight; Cat: knight", True),
+        ("Knights: Ann, Cat; Knaves: Bob", True),
+        ("Knights are Ann and Cat, knave is Bob", True),
+        ("Knights: Ann, Bob; Knaves: Cat", False),
+        ("Knights: Ann, Cat, Bob; Knaves: Bob", False),
+        ("Knights: Ann, Cat", False),  # Bob's role is missing
+        ("nobody", False),
+        ("Ann Cat nobody", False),
         ("Ann", False),
         ("Ann Bob Cat", False),
         ("Ann Ann Cat", False),
@@ -405,10 +420,19 @@ def test_knights_and_knaves_grades(text, expected):
 
 def test_nobody_is_a_knight():
     answer = {"people": ["Ann", "Bob"], "knights": []}
-    assert grade("knights_knaves", answered("none"), answer)
+    for text in ("none", "Nobody.", "Knights: none; Knaves: Ann, Bob"):
+        assert grade("knights_knaves", answered(text), answer)
     assert grade("knights_knaves", answered("Ann is a knave, Bob is a knave"), answer)
     assert not grade("knights_knaves", answered(""), answer)
     assert not grade("knights_knaves", answered("Ann"), answer)
+
+
+def test_names_have_accents():
+    answer = {"people": ["Zo\u00eb", "Jos\u00e9"], "knights": ["Zo\u00eb"]}
+    for text in ("Zo\u00eb", "zoe\u0308", "Zo\u00eb is a knight, Jos\u00e9 is a knave"):
+        assert grade("knights_knaves", answered(text), answer)
+    for text in ("Zoe", "Zo", "Jos\u00e9"):
+        assert not grade("knights_knaves", answered(text), answer)
 
 
 JSON = st.recursive(
@@ -465,6 +489,12 @@ def test_an_answer_grades_only_its_own_problem(task):
         ("$\\boxed 7$", "7"),
         ("\\boxed{}", ""),
         ("boxed{3} \\box{4}", None),
+        ("\\boxed{5} \\verb|\\boxed{6}|", "5"),
+        ("\\boxed{5}\n% \\boxed{6}", "5"),
+        ("So it is 5. % \\boxed{6}", None),
+        ("It is 50% of \\boxed{6}", "6"),
+        ("It is 50 % of $\\boxed{6}$", "6"),
+        ("\\begin{verbatim}\n\\boxed{5}\n\\end{verbatim}", None),
     ],
 )
 def test_the_last_balanced_box(text, box):
@@ -501,6 +531,16 @@ def test_numbers_are_exact():
         ("<think>#### 72", False),
         ("72", False),
         ("####", False),
+        ("#### 72 dollars", True),
+        (r"#### \boxed{72}", True),
+        (r"#### $\boxed{72}$", True),
+        ("#### 72 miles per hour", True),
+        ("#### \u20ac72", True),
+        ("#### x = 72", True),
+        (r"#### \boxed{71} 72", False),
+        ("#### 72 thousandths", False),
+        ("#### 72 million", False),
+        ("#### 70 + 2", False),
         ("#### 72 or 73", False),
         ("#### 7 2", False),
         ("#### 720", False),
@@ -552,6 +592,7 @@ def test_point24_problems_are_solvable_and_few_enough_to_end():
         ("5 \u00d7 (5 \u2212 1 \u00f7 5)", True),
         ("5 \\cdot \\left(5 - \\dfrac{1}{5}\\right)", True),
         ("24", False),
+        ("-5 * (1 / 5 - 5)", True),
         ("5 * 5 - 1 = 24", False),
         ("5 * 5 - 1 ** 5", False),
         ("5 * 5 - \\frac{5}{5}", False),
