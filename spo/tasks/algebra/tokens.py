@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from spo.tasks.algebra import units
@@ -37,7 +37,7 @@ _SYMBOLS = frozenset("abcdefijknpqrtuvwxyzABCDEFGHIMOPQRSTUXYZ")  # \mathrm{m} i
 _ATTACHED = frozenset("cm mm km kg ft lb oz hr mph ml mL".split())  # 5cm
 
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*\{?([0-9]+)\}?")
-_THOUSANDS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])(?:\.[0-9]+)?")
+_THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])(?:\.[0-9]+)?")
 _NUMBER = re.compile(
     r"(?:[0-9]{1,3}(?:\{,\}[0-9]{3})+(?![0-9])|[0-9]{1,3}(?: [0-9]{3})+(?![0-9])|[0-9]+)"
     r"(?:\.[0-9]+)?|\.[0-9]+"
@@ -55,6 +55,7 @@ class Token:
     text: str
     spaced: bool = False  # something separates it from the token before
     value: Fraction | None = None
+    typed: bool = False  # a word in \\text{}, not among the letters of a formula
 
 
 def tokens_of(text: str, thousands: bool) -> list[Token]:
@@ -130,7 +131,7 @@ def _letters(run: str, text: str, end: int, found: list[Token], spaced: bool, wo
         return
     behind = before is not None and (before.kind == "word" or (before.kind == "num" and spaced))
     if words:
-        found.append(Token("word", run, spaced))
+        found.append(Token("word", run, spaced, typed=True))
     elif run in _ASCII or run in FUNCTIONS or run in GREEK:
         found.append(Token("cmd", _ASCII.get(run, run), spaced))
     elif run == "in" and before is not None and re.match(r"\s*(?:[(\[]|\\math)", text[end:]):
@@ -170,7 +171,7 @@ def _command(text: str, at: int, found: list[Token], spaced: bool, thousands: bo
             _cut(inside, found, thousands, words=True)
             if len(found) > count:
                 first = found[count]
-                found[count] = Token(first.kind, first.text, True, first.value)
+                found[count] = replace(first, spaced=True)
         return close + 1
     if name in ("begin", "end"):
         match = _NAME.match(text, end)

@@ -117,7 +117,7 @@ ANY = Unit(counted=True)
 
 def known(word: str) -> bool:
     """Whether the word alone is a unit or something that is counted."""
-    return _find(word) is not None or _stem(word) in _COUNTED
+    return _find(word) is not None or word.lower() in _ALIASES or _stem(word) in _COUNTED
 
 
 def unit_of(factors: list[tuple[str, int]]) -> Unit | None:
