@@ -1,42 +1,42 @@
-"""Grading in a worker process that can be killed: no response can hang, crash or fool the trainer.
+"""Grading in workers that can be killed: no response can hang, crash or fool the trainer.
 
-The worker is a new interpreter behind two pipes, never a fork, so threads of the parent do not
+A worker is a new interpreter behind two pipes, never a fork, so threads of the parent do not
 matter. It receives the names and settings of the tasks and makes the tasks itself. It reads one
-batch of items at a time and answers item by item. The parent kills it if an item takes too long,
-gives that item no reward, and sends the rest to a new worker.
+batch of items at a time and answers item by item. The parent kills it if it spends too much on an
+item, gives that item no reward, and sends the rest to another worker.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import dataclasses
 import io
 import json
 import os
 import select
-import signal
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from spo import named
 from spo.reward import Result, printable, reward_of
 from spo.signatures import Response
 from spo.tasks import Task
-from spo.tasks.worker import HEADER
+from spo.tasks.forms import Hangs, form_of
+from spo.tasks.process import TICK_S, Item, Worker
 
 if TYPE_CHECKING:
     from spo.config.reward import RewardConfig
     from spo.tasks.calls import Calls
 
-START_TIMEOUT_S = 120.0  # a task may import torch from a slow disk
 BATCH_ITEMS, BATCH_CHARS = 512, 1 << 20  # maximum size of a message
+FEW = 64  # items for each worker that are sent at once; of more a part
+MOST_WORKERS = 8
+AGAIN = "not tried: an answer of this form timed out before"
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,29 @@ class Graded:
     answer: str | None = None  # of `Grader.answers`
 
 
+def default_workers() -> int:
+    """One for each core that this rank may use, at least 2 so that one may hang, at most 8."""
+    cores = len(os.sched_getaffinity(0)) // max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    return max(2, min(cores, MOST_WORKERS))
+
+
 class Grader:
     """Grades responses in the background: `submit`, then `poll` until `pending` is 0.
 
     Args:
         tasks: value of `Prompt.task` -> the task that grades it. The package's own tasks may be
-            left out; such a task restarts the worker at its first use.
+            left out; such a task restarts the workers at its first use.
         reward: what `submit_reward` asks, in the process that it names.
-        timeout_s: maximum time for one item; after it the worker is killed.
+        timeout_s: maximum time that a worker may spend on one item, working or asleep; after it
+            the worker is killed.
         memory_mb: memory that grading may map, beyond that of the worker with prepared tasks.
+        workers: processes; by default one for each core of this rank, from 2 to 8.
+
+    A response that hung is not tried again, nor one that differs in its numbers only once two of
+    that form have hung: it has no reward, at once.
 
     Raises ValueError for limits that are not positive and for settings that JSON cannot hold,
-    RuntimeError if the worker cannot start.
+    RuntimeError if the workers cannot start.
     """
 
     def __init__(
@@ -72,8 +83,14 @@ class Grader:
         reward: RewardConfig | None = None,
         timeout_s: float = 5.0,
         memory_mb: int = 1024,
+        workers: int | None = None,
     ) -> None:
-        for name, value in (("timeout_s", timeout_s), ("memory_mb", memory_mb)):
+        count = default_workers() if workers is None else workers
+        for name, value in (
+            ("timeout_s", timeout_s),
+            ("memory_mb", memory_mb),
+            ("workers", count),
+        ):
             if not value > 0:
                 raise ValueError(f"{name}: expected a positive number, found {value}")
         self._timeout_s = timeout_s
@@ -87,10 +104,12 @@ class Grader:
             self._calls = Calls(reward_of(reward), reward)
         elif reward is not None:
             self._reward = _reward_spec(reward)
-        self._queue: deque[tuple[int, str]] = deque()  # key and item as JSON, not yet sent
-        self._sent: deque[tuple[int, str]] = deque()  # with the worker, in order
-        self._graded: list[Graded] = []
-        self._process: subprocess.Popen[bytes] | None = None
+        self._queue: deque[Item] = deque()  # not yet sent
+        self._graded: dict[int, Graded] = {}  # by serial number, until those before them are there
+        self._submitted = self._returned = 0
+        self._hangs = Hangs()
+        self._workers: list[Worker] = []
+        self._count, self._open = count, True
         try:
             self._start()
         except BaseException:  # an interrupt, too
@@ -102,7 +121,7 @@ class Grader:
 
         Raises ValueError for an unknown task, TypeError if `text` is no str or `answer` no JSON.
         """
-        if self._process is None:
+        if not self._open:
             raise RuntimeError("the grader is closed")
         if task not in self._tasks and task not in named.OWN["task"]:
             known = ", ".join(sorted({*named.OWN["task"], *self._tasks}))
@@ -112,8 +131,10 @@ class Grader:
         item = json.dumps([task, text, answer])
         if task not in self._tasks:
             self._tasks[task] = (task, {})
-            self._restart(None)  # loading takes longer than an item may
-        self._queue.append((key, item))
+            for worker in self._workers:
+                self._take_back(worker)
+            self._start()  # loading takes longer than an item may
+        self._add(key, item, task, text, json.dumps(answer))
 
     def submit_reward(self, key: int, response: Response) -> None:
         """Queue one response for the reward. Raises TypeError if it is no JSON."""
@@ -122,7 +143,9 @@ class Grader:
         elif self._reward is None:
             raise ValueError("submit_reward: expected a grader with a reward, found one without")
         else:
-            self._queue.append((key, json.dumps([None, dataclasses.asdict(response)])))
+            item = json.dumps([None, dataclasses.asdict(response)])
+            answer = json.dumps([response.answer, response.prompt])
+            self._add(key, item, "", response.response, answer)
 
     def answers(self, responses: Sequence[tuple[str, str]]) -> list[str | None]:
         """What the method `answer` of their task finds in (task, response) pairs; waits for it.
@@ -131,8 +154,8 @@ class Grader:
         """
         if self.pending:
             raise RuntimeError(f"expected no item in the grader, found {self.pending}")
-        items = enumerate(json.dumps([task, text, None, "answer"]) for task, text in responses)
-        self._queue.extend(items)
+        for key, (task, text) in enumerate(responses):
+            self._add(key, json.dumps([task, text, None, "answer"]), task, text, "answer")
         done: list[Graded] = []
         while self.pending:
             done += self.poll(0.5)
@@ -147,7 +170,7 @@ class Grader:
     def pending(self) -> int:
         """Number of items that were submitted and that `poll` has not returned yet."""
         called = 0 if self._calls is None else self._calls.pending
-        return len(self._queue) + len(self._sent) + len(self._graded) + called
+        return self._submitted - self._returned + called
 
     def poll(self, timeout_s: float = 0.0) -> list[Graded]:
         """Verdicts since the last call, in the order of submission; sends waiting items.
@@ -156,29 +179,32 @@ class Grader:
         """
         called = []
         if self._calls is not None:
-            waits = 0.0 if self._queue or self._sent else timeout_s
+            waits = 0.0 if self._submitted > self._returned else timeout_s
             called = [_of_result(key, result) for key, result in self._calls.poll(waits)]
         give_up = time.monotonic() + (0.0 if called else timeout_s)
-        while True:
-            if not self._sent and self._queue:
-                self._send()
-            if not self._sent:
+        while self._submitted > self._returned:
+            self._send()
+            wait_s = 0.0 if self._returned in self._graded else give_up - time.monotonic()
+            self._receive(max(0.0, min(wait_s, TICK_S)))
+            if self._returned in self._graded or time.monotonic() >= give_up:
                 break
-            wait_s = 0.0 if self._graded else give_up - time.monotonic()
-            self._receive(max(0.0, min(wait_s, self._deadline - time.monotonic())))
-            if self._sent and (self._graded or time.monotonic() >= give_up):
-                break
-        graded, self._graded = called + self._graded, []
+        graded = called
+        while self._returned in self._graded:
+            graded.append(self._graded.pop(self._returned))
+            self._returned += 1
         return graded
 
     def close(self) -> None:
-        """Kill the worker and forget all pending items."""
-        self._kill()
+        """Kill the workers and forget all pending items."""
+        self._open = False
+        for worker in self._workers:
+            worker.kill()
+        self._workers.clear()
         if self._calls is not None:
             self._calls.close()
         self._queue.clear()
-        self._sent.clear()
         self._graded.clear()
+        self._returned = self._submitted
 
     def __enter__(self) -> Grader:
         return self
@@ -186,106 +212,97 @@ class Grader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self) -> None:
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    def _add(self, key: int, message: str, task: str, text: str, answer: str) -> None:
+        self._queue.append(Item(self._submitted, key, message, form_of(task, text, answer)))
+        self._submitted += 1
+
+    def _new(self) -> Worker:
         arguments = [self._timeout_s, self._memory_mb, self._tasks, self._reward]
-        process = self._process = subprocess.Popen(
-            [sys.executable, "-B", "-m", "spo.tasks.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            # The trainer needs the other cores, and every thread maps memory.
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C reaches only the trainer; the group can be killed
-        )
-        assert process.stdin is not None and process.stdout is not None
-        self._stdin: IO[bytes] = process.stdin
-        self._stdout: IO[bytes] = process.stdout
-        self._unread = b""
-        with contextlib.suppress(BrokenPipeError):  # what it said tells why
-            self._write(json.dumps(arguments))
-        ready, _, _ = select.select([self._stdout], [], [], START_TIMEOUT_S)
-        said = os.read(self._stdout.fileno(), 1 << 16) if ready else b""
-        if said != b"null\n":
-            self._kill()
-            why = said.decode(errors="replace").strip() or "nothing"
-            raise RuntimeError(f"the grading worker did not start; it said: {why}")
+        return Worker(arguments, self._timeout_s)
 
-    def _kill(self) -> None:
-        """End the worker and everything it started."""
-        process, self._process = self._process, None
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            self._stdin.close()
-            self._stdout.close()
+    def _start(self) -> None:
+        """Start all workers; wait for the first, which has loaded what the others load."""
+        self._workers = [self._new() for _ in range(self._count)]
+        while not self._workers[0].start(TICK_S):
+            pass
 
-    def _restart(self, reason: str | None) -> None:
-        """Start a new worker for the sent items; with a reason, the first of them fails."""
-        self._kill()
+    def _take_back(self, worker: Worker, reason: str | None = None) -> None:
+        """Kill a worker and queue its items again; with a reason, the first of them fails."""
+        worker.kill()
         if reason is not None:
-            self._graded.append(Graded(self._sent.popleft()[0], None, reason))
-        self._queue.extendleft(reversed(self._sent))
-        self._sent.clear()
-        self._start()
+            item = worker.sent.popleft()
+            self._graded[item.serial] = Graded(item.key, None, reason)
+            if reason == worker.late:
+                self._hangs.hung(item.form)
+        self._queue.extendleft(reversed(worker.sent))
+        worker.sent.clear()
+
+    def _replace(self, worker: Worker, reason: str | None = None) -> None:
+        self._take_back(worker, reason)
+        self._workers[self._workers.index(worker)] = self._new()
 
     def _send(self) -> None:
-        """Send a batch. The worker reads all of it before it grades, so this cannot block long."""
-        size = 0
-        while self._queue and len(self._sent) < BATCH_ITEMS:
-            size += len(self._queue[0][1])
-            if self._sent and size > BATCH_CHARS:
-                break
-            self._sent.append(self._queue.popleft())
-        try:
-            self._write(f"[{','.join(item for _, item in self._sent)}]")
-        except BrokenPipeError:  # it died while it waited, not because of an item
-            self._restart(None)
-        self._deadline = time.monotonic() + self._timeout_s
+        """Give the workers that are idle their parts of the queue."""
+        for worker in list(self._workers):
+            if not self._queue:
+                return
+            if not worker.sent and worker.start(0.0) and (items := self._batch()):
+                if not worker.send(items):
+                    self._replace(worker)
 
-    def _write(self, text: str) -> None:
-        """Send one message to the worker."""
-        body = text.encode()
-        message = memoryview(len(body).to_bytes(HEADER, "big") + body)
-        while message:
-            message = message[self._stdin.write(message) :]
+    def _batch(self) -> list[Item]:
+        """The next items, without those whose form is known to hang."""
+        share = -(-len(self._queue) // self._count)
+        most = min(BATCH_ITEMS, share if share <= FEW else max(FEW, share // 4))
+        batch: list[Item] = []
+        size = 0
+        while self._queue and len(batch) < most:
+            item = self._queue[0]
+            if self._hangs.is_known(item.form):
+                self._graded[item.serial] = Graded(item.key, None, AGAIN)
+                self._queue.popleft()
+                continue
+            size += len(item.message)
+            if batch and size > BATCH_CHARS:
+                break
+            batch.append(self._queue.popleft())
+        return batch
 
     def _receive(self, wait_s: float) -> None:
-        """Read the worker's answers; replace the worker if it is dead or late."""
-        ready, _, _ = select.select([self._stdout], [], [], wait_s)
-        if not ready:
-            if time.monotonic() >= self._deadline:
-                self._restart(f"timed out after {self._timeout_s:g} s")
-            return
-        said = os.read(self._stdout.fileno(), 1 << 16)
-        if not said:
-            assert self._process is not None
-            # Not reaped here, so that its process group still exists when `_kill` ends it.
-            end = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
-            assert end is not None
-            by = "exit code" if end.si_code == os.CLD_EXITED else "signal"
-            self._restart(f"the worker ended with {by} {end.si_status}")
-            return
-        *lines, self._unread = (self._unread + said).split(b"\n")
-        for line in lines:
-            verdict = json.loads(line)
-            if isinstance(verdict, dict) and "printed" in verdict:
-                print(printable(verdict["printed"]), end="", file=sys.stderr)
-                continue
-            if isinstance(verdict, str):  # an error that ended the worker
-                self._restart(verdict)
-                return
-            key, _ = self._sent.popleft()
-            if isinstance(verdict, list):
-                self._graded.append(Graded(key, None, verdict[0]))
-            elif not isinstance(verdict, dict):
-                self._graded.append(Graded(key, float(verdict)))
-            elif "answer" in verdict:
-                self._graded.append(Graded(key, None, answer=verdict["answer"]))
+        """Read what the workers say; replace those that are dead or late."""
+        waiting = [w for w in self._workers if w.sent or not w.ready]
+        found, _, _ = select.select([w.stdout for w in waiting], [], [], wait_s)
+        for worker in waiting:
+            if not worker.sent:
+                worker.start(0.0)
+            elif worker.stdout not in found:
+                if worker.is_late() and not select.select([worker.stdout], [], [], 0)[0]:
+                    self._replace(worker, worker.late)
+            elif (values := worker.read()) is None:
+                self._replace(worker, worker.end())
             else:
-                self._graded.append(_of_result(key, Result(**verdict)))
-            self._deadline = time.monotonic() + self._timeout_s
+                self._take(worker, values)
+
+    def _take(self, worker: Worker, values: list[Any]) -> None:
+        for value in values:
+            if isinstance(value, dict) and "printed" in value:
+                print(printable(value["printed"]), end="", file=sys.stderr)
+                worker.is_late()
+                continue
+            if isinstance(value, str):  # an error that ended the worker
+                self._replace(worker, value)
+                return
+            item = worker.done()
+            self._hangs.graded(item.form)
+            if isinstance(value, list):
+                graded = Graded(item.key, None, value[0])
+            elif not isinstance(value, dict):
+                graded = Graded(item.key, float(value))
+            elif "answer" in value:
+                graded = Graded(item.key, None, answer=value["answer"])
+            else:
+                graded = _of_result(item.key, Result(**value))
+            self._graded[item.serial] = graded
 
 
 def _spec(task: Task) -> tuple[str, dict[str, Any]]:
