@@ -92,12 +92,12 @@ def test_a_task_may_import_torch_and_is_still_held_to_its_memory(tmp_path, words
 
 def test_an_exception_does_not_cost_a_worker(tmp_path):
     """One that has loaded torch would take seconds to replace."""
-    with Grader({"unruly": outside(tmp_path, UNRULY, "Unruly")}) as grader:
-        pid = grader._process.pid
+    with Grader({"unruly": outside(tmp_path, UNRULY, "Unruly")}, workers=1) as grader:
+        pid = grader._workers[0].process.pid
         for key, text in enumerate(("raise", "nothing", "memory", "fine")):
             grader.submit(key, "unruly", text, 1)
         assert [g.reward for g in finish(grader)] == [None, None, None, 1.0]
-        assert grader._process.pid == pid
+        assert grader._workers[0].process.pid == pid
 
 
 def test_a_task_that_the_worker_cannot_make_is_one_sentence(tmp_path):
