@@ -13,6 +13,7 @@ from spo import named
 from spo.config.data import DataConfig
 from spo.config.engine import EngineConfig
 from spo.config.evaluation import EvalConfig
+from spo.config.grading import GradingConfig
 from spo.config.loss import PolicyLossConfig
 from spo.config.policy import PolicyConfig
 from spo.config.sampling import SamplingConfig
@@ -24,6 +25,7 @@ GROUPS: dict[str, type] = {
     "policy": PolicyConfig,
     "engine": EngineConfig,
     "sampling": SamplingConfig,
+    "grading": GradingConfig,
     "train": TrainConfig,
     "eval": EvalConfig,
 }

@@ -19,12 +19,13 @@ from spo.config.credit import Rule
 from spo.config.data import WRITES, DataConfig
 from spo.config.engine import EngineConfig
 from spo.config.evaluation import TEST, EvalConfig, EvalSet, figures
+from spo.config.grading import GradingConfig
 from spo.config.keywords import DEFAULTS, GROUPS, UNIONS, with_keywords
 from spo.config.log import tracker_names
 from spo.config.loss import LOSSES, LossConfig, PolicyLossConfig
 from spo.config.pairs import check_pairs
 from spo.config.policy import PolicyConfig
-from spo.config.reward import RewardConfig, reward_settings
+from spo.config.reward import RewardConfig, reward_settings, with_simplified
 from spo.config.sampling import SamplingConfig
 from spo.config.shape import Cost, ShapeConfig
 from spo.config.train import TrainConfig
@@ -64,7 +65,9 @@ class Recipe:
     reward: RewardConfig | None = None
     """What a response earns in training; by default 1 if the task's own test says that it is right,
     else 0. `module:function`, `./file.py:function`, a rule that ships (`{rule: boxed}`), or a list
-    of these with weights. docs/own-reward.md describes them."""
+    of these with weights. docs/own-reward.md describes them. `{simplified: true}` alone keeps the
+    task's own test, with `data.options.simplified`."""
+    grading: GradingConfig = field(default_factory=GradingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -193,6 +196,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
 
 def _resolve(tree: Mapping[str, Any], folder: Path | None) -> Recipe:
     """The recipe that the settings describe, checked group by group."""
+    tree = with_simplified(tree)
     plain = {"name": "run", "task": "arithmetic", "out": None}
     known = [f.name for f in dataclasses.fields(Recipe)]
     for key, value in tree.items():

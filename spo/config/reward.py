@@ -93,6 +93,30 @@ def reward_settings(value: Any) -> dict[str, Any]:
     return rest | {"terms": [own]}
 
 
+def with_simplified(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe's settings with `reward: {simplified: …}` as the option of its task that it means.
+
+    Raises ValueError if other rewards stand beside it, which are not the task's test.
+    """
+    reward = tree.get("reward")
+    if not isinstance(reward, Mapping) or "simplified" not in reward:
+        return tree
+    if len(reward) > 1:
+        raise ValueError(
+            "reward.simplified: expected no other reward beside it, as it belongs to the task's "
+            "own test; the rule boxed has options: {simplified: true}"
+        )
+    if not isinstance(reward["simplified"], bool):
+        raise ValueError(
+            f"reward.simplified: expected true or false, found {reward['simplified']!r}"
+        )
+    data = dict(tree.get("data") or {})
+    options = dict(data.get("options") or {})
+    if reward["simplified"] or "simplified" in options:
+        options["simplified"] = reward["simplified"]
+    return {**tree, "data": data | {"options": options}, "reward": None}
+
+
 def _term(term: Any) -> dict[str, Any]:
     if isinstance(term, str):
         return {"function": term}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -23,11 +24,12 @@ from spo.grow.stats import RolloutStats
 from spo.records import LENGTH, Completion, Origin, Prompt, Request, Sampling
 from spo.reward import FailedReward, is_right, printable
 from spo.signatures import Response
-from spo.tasks.grading import Graded, Grader
+from spo.tasks.grading import AGAIN, Graded, Grader
 
 BARRIERS = ("none", "group", "level")
 SHOWN = 500  # characters of a response that failed
 TAB = " " * 4
+REASONS = 3  # of failed gradings that an error shows
 MAX_INVALID_RATE = 0.5  # share of failed gradings in a rollout; above it the run stops
 
 
@@ -161,10 +163,12 @@ class Rollout:
         stats.engine = {k: v - before.get(k, 0) for k, v in self._before.items()}
         every = [*earlier, stats]
         invalid, total = sum(s.invalid_gradings for s in every), sum(s.gradings for s in every)
-        if total and invalid / total > MAX_INVALID_RATE:
+        untried = sum(s.untried_gradings for s in every)  # a policy's fault, not the grader's
+        if total and (invalid - untried) / total > MAX_INVALID_RATE:
+            reasons = sum((s.invalid_reasons for s in every), Counter()).most_common(REASONS)
+            shown = "; ".join(f"{number} × {reason}" for reason, number in reasons)
             raise RuntimeError(
-                f"{invalid} of {total} gradings failed, more than {MAX_INVALID_RATE:.0%}; the "
-                f"first: {stats.invalid_reason}"
+                f"{invalid} of {total} gradings failed, more than {MAX_INVALID_RATE:.0%}: {shown}"
             )
         return stats
 
@@ -266,7 +270,8 @@ class Rollout:
         self.stats.gradings += 1
         if graded.reward is None:
             self.stats.invalid_gradings += 1
-            self.stats.invalid_reason = self.stats.invalid_reason or graded.reason or "unknown"
+            self.stats.untried_gradings += graded.reason == AGAIN
+            self.stats.invalid_reasons[(graded.reason or "unknown")[:SHOWN]] += 1
             self._show(graded, tree, node)
         elif self.options.success is not None:
             self.stats.judged.append(graded.reward)
@@ -282,13 +287,15 @@ class Rollout:
     def _show(self, graded: Graded, tree: Tree, node: int) -> None:
         """Warn, once in a run for each kind of failure, of a response that has no reward."""
         kind = (graded.reason or "").partition(":")[0]
-        if not graded.trace or not self.options.is_news(kind):
+        if not self.options.is_news(kind):
             return
         response = self.decode(tree.response_ids(node))
         text = printable(response[:SHOWN]) + ("…" if len(response) > SHOWN else "")
         below = f"the response:\n{indent(text, TAB)}" if response else "the response is empty"
-        sentence = f"a response has no reward, as its function failed: {graded.reason}"
-        shown = indent(f"{graded.trace}\n{below}", TAB)
+        sentence = f"a response has no reward: {graded.reason}"
+        if graded.trace:
+            sentence = f"a response has no reward, as its function failed: {graded.reason}"
+        shown = indent("\n".join(filter(None, (graded.trace.rstrip("\n"), below))), TAB)
         warnings.warn(FailedReward(f"{sentence}\n{shown}"), stacklevel=2)
 
     def _close_one(self, tree: Tree, finished: list[Tree]) -> None:

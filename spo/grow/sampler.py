@@ -66,7 +66,12 @@ class Sampler:
         self._tasks = {_graded_as(name, one): task_of(one) for name, one in self.sets.items()}
         self._tests: dict[str, list[Prompt]] = {}
         timeout_s = 5.0 if recipe.reward is None else recipe.reward.timeout_s
-        self.grader = Grader(self._tasks, reward=recipe.reward, timeout_s=timeout_s)
+        self.grader = Grader(
+            self._tasks,
+            reward=recipe.reward,
+            timeout_s=timeout_s,
+            workers=recipe.grading.workers,
+        )
         self._own = engine is None
         try:
             self.engine = Lane(engine_of(recipe) if engine is None else engine)

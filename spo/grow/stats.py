@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 
@@ -18,7 +19,8 @@ class RolloutStats:
     retried: int = 0
     truncated: int = 0
     invalid_gradings: int = 0
-    invalid_reason: str = ""  # of the first of these
+    untried_gradings: int = 0  # of these, answers of a form that had hung before
+    invalid_reasons: Counter[str] = field(default_factory=Counter)
     gradings: int = 0
     parts: dict[int, list[float]] = field(default_factory=dict)
     """Term of the reward -> sum of what it says, and how often it applied."""

@@ -19,12 +19,15 @@ _NUMBERS = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?")
 class Boxed:
     """1 if the last `\\boxed{}` equals the answer, as numbers or as expressions."""
 
+    simplified: bool = False
+    """Whether it must also take no more operations to work out than the answer."""
+
     def prepare(self) -> None:
         """Load what it needs, before the deadline starts to count."""
         Math().prepare()
 
     def __call__(self, response: str, answer: str) -> float:
-        return float(Math().grade(response, answer))
+        return float(Math(self.simplified).grade(response, answer))
 
 
 @dataclass(frozen=True)

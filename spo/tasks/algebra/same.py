@@ -61,8 +61,9 @@ def _work(node: Node) -> int:
     """Operations of the value; what stands before the last sign of equality is no part of it."""
     if node.op in ("items", "seq", "set"):
         return sum(map(_work, node.args))
-    if node.op == "rel" and set(node.value) == {"="}:
-        return _work(node.args[-1])
+    if node.op == "rel" and set(node.value) <= {"=", "approx"}:
+        ends = [side for side in (node.args[-1], node.args[0]) if not _is_name(side)]
+        return _work(ends[0] if ends else node.args[-1])
     return operations(node)
 
 
