@@ -1,4 +1,4 @@
-"""The command line: spo train | eval | rollout | view | compare | export.
+"""The command line: spo train | eval | rollout | view | compare | export | grade.
 
 Bad input ends with one sentence on stderr and exit code 2; a run that cannot go on, with code 1.
 """
@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from safetensors import SafetensorError
 
+from spo.grade import grade, grade_options
 from spo.reward import FailedReward
 
 _with_source = warnings.formatwarning
@@ -143,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", type=Path, help="also write all evaluations to this file")
     text = "write a trained policy as a folder with a model card"
     _export_options(command("export", _export, text, recipe=False))
+    grade_options(command("grade", grade, "grade a file of responses, compare graders", False))
     return parser
 
 

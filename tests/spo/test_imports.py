@@ -16,7 +16,7 @@ ORDER = [  # a room may import from rooms before it, and from its own
     ("learn",),
     ("trackers",),
     ("fit", "plan", "loop", "callbacks"),
-    ("forest", "report", "publish"),
+    ("forest", "report", "publish", "grade"),
     ("run",),
     ("api",),
     ("cli",),
