@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from spo.tasks.algebra import words
 from spo.tasks.algebra.node import Node, Unreadable, operations, spread, symbols
@@ -95,33 +96,42 @@ def same(given: Node, answer: Node) -> bool:
         regions = region_of(given), region_of(answer)
         if regions[0] is not None and regions[1] is not None:
             return same_region(regions[0], regions[1])
-    right, right_names = _listed(answer)
-    found, found_names = _listed(given)
-    if len(right) == 1 and len(found) == 1:
-        return _same_item(found[0], right[0])
-    if len(found) == 1 != len(right):
-        return answer.op != "set" and _same_tuple(found[0], right, right_names)
-    if len(right) == 1 != len(found):
-        return given.op != "set" and _same_tuple(right[0], found, found_names)
-    return _same_lists(found, found_names, right, right_names)
+    found, right = _listed(given), _listed(answer)
+    if len(right.values) == 1 and len(found.values) == 1:
+        return _same_item(found.values[0], right.values[0])
+    if len(found.values) == 1:
+        return not right.braces and _same_tuple(found.values[0], right)
+    if len(right.values) == 1:
+        return not found.braces and _same_tuple(right.values[0], found)
+    if (found.braces or right.braces) and len({*found.names, *right.names} - {None}) > 1:
+        return False
+    return _same_lists(found, right)
 
 
-def _listed(node: Node) -> tuple[list[Node], list[str | None]]:
-    """The items of a list or set, and the name that each is given."""
-    items = [node]
+@dataclass(frozen=True)
+class _List:
+    values: list[Node]
+    names: list[str | None]  # that each is given
+    braces: bool = False  # whether they are a set
+
+
+def _listed(node: Node) -> _List:
+    """The items of a list or set; of anything else itself."""
+    items, braces = [node], node.op == "set"
     if node.op in ("items", "set"):
         items = list(node.args)
     if node.op == "rel" and node.value in (("=",), ("in",)) and _is_name(node.args[0]):
         inner, name = node.args[1], _name(node.args[0])
         if inner.op == "set" or len(spread(inner)) > 1:
-            values, _ = _listed(inner)
-            return values, [name] * len(values)
+            inside = _listed(inner)
+            return _List(inside.values, [name] * len(inside.values), inside.braces)
     if len(items) == 1 and items[0].op == "set" and node.op != "set":
-        items = list(items[0].args)
+        items, braces = list(items[0].args), True
+    values: list[Node] = []
+    names: list[str | None] = []
     spreads = [one for item in items for one in spread(item)]
     if len(spreads) == 1:
-        return spreads, [None]
-    values, names = [], []
+        return _List(spreads, [None], braces)
     for item in spreads:
         if item.op == "rel" and set(item.value) == {"="} and _is_name(item.args[0]):
             if not all(same_value(side, item.args[-1]) for side in item.args[1:-1]):
@@ -131,37 +141,44 @@ def _listed(node: Node) -> tuple[list[Node], list[str | None]]:
         else:
             values.append(item)
             names.append(None)
-    return values, names
+    return _List(values, names, braces)
 
 
-def _same_lists(
-    found: list[Node], found_names: list[str | None], right: list[Node], names: list[str | None]
-) -> bool:
+def _same_lists(given: _List, answer: _List) -> bool:
+    found, right = given.values, answer.values
     if len(found) != len(right):
         return False
-    mine, own = set(found_names) - {None}, set(names) - {None}
+    mine, own = set(given.names) - {None}, set(answer.names) - {None}
     if len(mine) > 1 and len(own) > 1:
 
         def pair(x: tuple, y: tuple) -> bool:
             return x[0] == y[0] and _same_item(x[1], y[1])
 
-        given = list(zip(found_names, found, strict=True))
-        return _matches(given, list(zip(names, right, strict=True)), pair)
+        named = list(zip(given.names, found, strict=True))
+        return _matches(named, list(zip(answer.names, right, strict=True)), pair)
     if len(mine) > 1 or len(own) > 1:  # values without names stand in the order of the names
-        named = found_names if len(mine) > 1 else names
-        return _in_order(named) and all(map(_same_item, found, right))
+        if (mine and own) or not _in_order(given.names if mine else answer.names):
+            return False
+        return all(map(_same_item, found, right))
     if mine and own and mine != own:
         return False
     return _matches(found, right, _same_item)
 
 
-def _same_tuple(one: Node, others: list[Node], names: list[str | None]) -> bool:
+def _same_tuple(one: Node, others: _List) -> bool:
     """A tuple against values that stand in no brackets."""
-    if one.op != "seq" or one.value != "()" or len(one.args) != len(others):
+    if one.op == "rel" and one.value == ("=",) and one.args[0].op == "seq":
+        names = [_name(arg) for arg in one.args[0].args]
+        if None not in others.names and sorted(names) == sorted(map(str, others.names)):
+            values = [others.values[others.names.index(name)] for name in names]
+            return _same_tuple(one.args[1], _List(values, [None] * len(values)))
+        if set(others.names) == {None}:
+            return _same_tuple(one.args[1], others)
+    if one.op != "seq" or one.value != "()" or len(one.args) != len(others.values):
         return False
-    if len(set(names) - {None}) > 1 and not _in_order(names):
+    if len(set(others.names) - {None}) > 1 and not _in_order(others.names):
         return False
-    return all(map(_same_item, one.args, others))
+    return all(map(_same_item, one.args, others.values))
 
 
 def _in_order(names: Sequence[str | None]) -> bool:

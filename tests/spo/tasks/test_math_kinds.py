@@ -1,0 +1,208 @@
+"""Kinds of answers, each with what equals it and what does not: see docs/graders.md."""
+
+import pytest
+
+from spo.tasks.algebra.same import equal
+
+# (the answer of the data, answers that must count)
+RIGHT = [
+    ("a=4,-8,-10", ["-10,-8,4"]),
+    (r"m\ge\sqrt2", [r"m\in[\sqrt2,\infty)"]),
+    (r"(-\infty,-1)\cup(2,\infty)", [r"x<-1 \text{ or } x>2"]),
+    (r"x<-1 \text{ or } x>2", [r"(-\infty,-1)\cup(2,\infty)"]),
+    (
+        r"\frac{1\pm\sqrt{17}}{4}",
+        [
+            r"\frac{1+\sqrt{17}}{4},\frac{1-\sqrt{17}}{4}",
+            r"x=\frac{1-\sqrt{17}}{4}\text{ or }x=\frac{1+\sqrt{17}}{4}",
+        ],
+    ),
+    (r"\frac{1+\sqrt{17}}{4},\frac{1-\sqrt{17}}{4}", [r"\frac{1\pm\sqrt{17}}{4}"]),
+    ("(5,8),(8,5)", [r"(x,y)=(5,8) \text{ and } (8,5)"]),
+    (r"(x,y)=(5,8) \text{ and } (8,5)", ["(8,5), (5,8)"]),
+    ("(1,2)", [r"\langle 1,2\rangle"]),
+    (r"\langle 1,2\rangle", ["(1,2)"]),
+    ("4343_6", ["x = 4343_6"]),
+    ("x = 4343_6", ["4343"]),
+    ("5", ["5=x", r"5\,\frac{\text{m}}{\text{s}}", "5", "5\u200b", "= 5"]),
+    (r"11\frac{5}{6}", ["11 5/6"]),
+    (r"\frac{71}{6}", ["11 5/6"]),
+    (r"\sqrt[3]{2}", [r"\sqrt[3]2"]),
+    (r"\frac12", [r"\nicefrac{1}{2}", "\xbd"]),
+    (r"\frac{\pi}{2}", ["pi/2"]),
+    (r"\sqrt{3}", ["sqrt(3)"]),
+    ("3.54e-07", [r"3.54\times10^{-7}"]),
+    (r"3.54\times10^{-7}", ["3.54e-07"]),
+    (r"50\%", ["50 percent"]),
+    ("50 percent", ["50"]),
+    (r"5\text{ percent}", [r"5\%"]),
+    (r"50\text{ per cent}", ["50"]),
+    (r"5\text{ cm}", ["5"]),
+    (r"5\text{ m/s}", [r"5\,\frac{\text{m}}{\text{s}}"]),
+    (r"5\,\frac{\text{m}}{\text{s}}", ["5"]),
+    ("1250", ["\u20ac1,250"]),
+    ("\u20ac1,250", ["1250"]),
+    ("x^2", ["x\xb2"]),
+    ("12", ["12"]),
+    ("1,2", ["1\uff0c2", "1\u30012"]),
+    ("1,250", ["\xa31250"]),
+    ("5.5", ["5\xbd"]),
+    (r"\text{(B)}", ["B. 12", "B", r"\textbf{(B)}\ 12", "(B) 12"]),
+    (r"\text{B}", ["(B)"]),
+    ("3:30 p.m.", [r"3\!:\!30\text{ PM}"]),
+    ("10:00", ["10:00 a.m."]),
+    ("May 5", ["5 May", r"\text{May 5th}"]),
+    ("16:30", ["4:30 PM"]),
+    (r"(1,\infty)", [r"\{x \mid x>1\}"]),
+    (r"\{x | x>1\}", ["x>1"]),
+    (r"\{x \in \mathbb{R} : 1<x<3\}", ["(1,3)"]),
+    (r"\mathbb{R}\setminus\{2\}", [r"x\ne2"]),
+    (r"x\ne 2", [r"(-\infty,2)\cup(2,\infty)"]),
+    ("2+3i", ["3i+2"]),
+    (r"e^{i\pi/3}", [r"\frac12+\frac{\sqrt3}{2}i"]),
+    ("x^2-1", ["(x-1)(x+1)"]),
+    (r"\frac{1}{x+1}+1", [r"\frac{x+2}{x+1}"]),
+    ("n(n+1)/2", [r"\frac{n^2+n}{2}"]),
+    (r"2\sqrt{x}", [r"\sqrt{4x}"]),
+    (r"\log_2 8", ["3"]),
+    ("100", [r"100\text{ square feet}"]),
+    (r"3\text{ hours}", [r"180\text{ minutes}"]),
+    ("x=1,y=2", ["(1,2)", "y=2, x=1"]),
+    (r"\sqrt2", [r"\sqrt2\approx 1.41"]),
+    ("2.83", [r"\approx 2.83", r"2\sqrt2\approx 2.83"]),
+    ("y=2x+3", ["f(x)=2x+3"]),
+    ("x^2+y^2=4", ["4=x^2+y^2"]),
+    ("2x+y=3", ["y=3-2x"]),
+    (r"|x|\le 3", [r"|x|\leq3"]),
+    ("(2,3)", ["(2;3)"]),
+    (r"\{1,2\}", ["{1,2}"]),
+    ("[2,3]", ["x\u2208[2,3]"]),
+    ("1/2", ["0.5"]),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", [r"\begin{bmatrix}1\\2\end{bmatrix}"]),
+    (r"\binom{5}{2}", ["10"]),
+    (r"120^\circ", ["120\xb0"]),
+    ("-3<x<5", ["(-3,5)"]),
+    ("(-3,5)", ["-3<x<5"]),
+    ("x>3", ["3<x"]),
+    (r"\pm 3", ["3,-3"]),
+    ("3,-3", [r"x=\pm3"]),
+    (r"\text{no solution}", ["no solution"]),
+    (r"1 \frac{1}{2}", ["1.5"]),
+    ("2^{10}", ["1024"]),
+    ("1,024", ["1024"]),
+    (r"\$32,\!348", ["32348"]),
+    (r"36\text{ dollars}", [r"\$36"]),
+    ("5!", ["120"]),
+    (r"\lfloor 3.7\rfloor", ["3"]),
+    (r"x \in \{1,2\}", ["1,2"]),
+    (r"7\text{ cm}", ["7cm"]),
+    ("7", ["7cm"]),
+    ("60 mph", [r"60\text{ miles per hour}"]),
+    ("60", [r"60 \frac{\text{miles}}{\text{hour}}"]),
+    (r"\frac{3}{4}", ["3:4"]),
+    ("2:3", ["4:6"]),
+    ("y=-x", ["y = -x"]),
+    (r"3\sqrt{2}-1", [r"-1+3\sqrt2"]),
+    (r"1.5 \times 10^{3}", ["1500"]),
+    (r"0.\overline{12}", [r"\frac{4}{33}"]),
+    (r"12\pi\text{ cm}^2", [r"12\pi"]),
+    (r"12\pi", ["12\u03c0"]),
+    (r"\text{Monday}", ["Monday"]),
+    (r"-\infty<x<\infty", [r"\mathbb{R}"]),
+    (r"(2, 5) \cup (5, 7)", [r"2<x<7, x\ne5"]),
+    ("x=2", ["2"]),
+    ("2", ["x=2", r"\sqrt[3]{8}"]),
+    (r"\frac{\sqrt{3}}{3}", [r"\frac{1}{\sqrt{3}}"]),
+    ("0", [r"\sqrt2\sqrt3-\sqrt6"]),
+    (r"\cos^2 x+\sin^2 x", ["1"]),
+    (r"\tan 60^\circ", [r"\sqrt3"]),
+]
+
+# (the answer of the data, answers that must not count)
+WRONG = [
+    (r"x \in [-2,7]", [r"x \in [-3,7]", "|x|=-1"]),
+    ("n=2,3,4", ["n=1,2,3", "|x|=-1"]),
+    ("(x,y)=(1,2)", ["(x,y)=(1,3)", "|x|=-1"]),
+    (r"x=\pm 3", [r"x=\pm 4", "|x|=-1"]),
+    (r"S=\{1,2\}", [r"S=\{1,3\}", "|x|=-1"]),
+    (
+        r"A=\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+        ["|x|=-1", r"A=\begin{pmatrix}1&2\\3&5\end{pmatrix}"],
+    ),
+    (r"\frac{1}{2^{99}}", [r"\frac{1}{3^{50}}"]),
+    ("x=1,y=2", ["(2,1)", "2,1"]),
+    ("0.25", [r"0.25\%"]),
+    (
+        "5",
+        [
+            r"500\%",
+            r"5\text{ thousandths}",
+            r"5\text{ squared}",
+            "5'",
+            "5_2",
+            r"5\approx 6",
+            r"x=5\approx 6",
+        ],
+    ),
+    (r"5\text{ m}", [r"5\text{ cm}"]),
+    ("A", ["a"]),
+    (r"\text{A}", ["a"]),
+    (r"\sqrt2", [r"\sqrt2\approx 3"]),
+    ("2^{100}", ["2^{100}+1"]),
+    (r"\frac{1}{10^{50}}", ["0"]),
+    (r"e^{\pi\sqrt{163}}", ["262537412640768744"]),
+    ("x<3", ["x>3", r"x\le3"]),
+    ("x=5", ["y=5"]),
+    (r"50\text{ dollars}", [r"50\text{ cents}"]),
+    (r"\text{(B)}", ["C. 12", r"(B) \text{ or } (C)"]),
+    ("4:30", ["5:30"]),
+    (r"m\ge\sqrt2", [r"m\in(\sqrt2,\infty)"]),
+    ("1:2", ["2:1"]),
+    ("3 hours", ["3 minutes"]),
+    ("10 a.m.", ["10 p.m."]),
+    ("x^2", ["x^3"]),
+    ("|x|", ["x"]),
+    (r"\sqrt{x^2}", ["x"]),
+    ("(1,2)", ["(1,2,2)"]),
+    ("1,2,2", ["1,1,2"]),
+    (r"5\text{ cm}^2", [r"5\text{ cm}"]),
+]
+
+# (the answer, one that says it, one that only computes it)
+SIMPLIFIED = [
+    ("12", "12.0", r"\frac{10!+11!+12!}{10!+11!}"),
+    ("12", "x=12", "5+7"),
+    ("12", "24/2", "5+7=12=5+7"),
+    (r"11\sqrt{2}", r"\sqrt{242}", r"\sqrt{121}\sqrt{2}+0"),
+    (r"\frac{1}{2}", "0.5", r"\sin 30^\circ"),
+    ("(x+1)^2", "(1+x)^2", "x^2+2x+1"),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}", r"\sqrt{\sqrt[3]{\sqrt{\frac{1}{729}}}}"),
+    ("(1,2)", "(1,2)", "(3-2,1+1)"),
+    ("50\\%", "0.5", "0.25+0.25"),
+    ("2+3i", "3i+2", "(1+i)(2.5+0.5i)"),
+]
+
+
+def pairs(table: list) -> list:
+    return [(answer, given) for answer, texts in table for given in texts]
+
+
+@pytest.mark.parametrize(("answer", "given"), pairs(RIGHT))
+def test_what_equals_an_answer(answer, given):
+    assert equal(given, answer)
+
+
+@pytest.mark.parametrize(("answer", "given"), pairs(WRONG))
+def test_what_does_not(answer, given):
+    assert not equal(given, answer)
+
+
+@pytest.mark.parametrize("answer", [answer for answer, _ in (*RIGHT, *WRONG)])
+def test_an_answer_equals_itself(answer):
+    assert equal(answer, answer, simplified=True)
+
+
+@pytest.mark.parametrize(("answer", "short", "echo"), SIMPLIFIED)
+def test_an_answer_that_must_be_worked_out(answer, short, echo):
+    assert equal(short, answer, simplified=True)
+    assert equal(echo, answer) and not equal(echo, answer, simplified=True)
