@@ -18,6 +18,7 @@ from spo.tasks.algebra.exact import rational
 from spo.tasks.algebra.node import Node, Unreadable, symbols
 
 DIGITS, MOST = 80, 4000  # of an inexact one: the fewest, the most
+MOST_OF_GAMMA = 400
 SPARE = 20  # digits that roundings may cost
 POINTS = 8
 _CONSTANTS = ("pi", "e", "i")
@@ -114,6 +115,8 @@ def _close(a: Node, b: Node, point: Mapping[str, Fraction]) -> tuple[bool, bool]
     (x, top), (y, other) = values
     if _is_real(x) != _is_real(y):
         return False, False
+    if abs(x - y) > max(abs(x), abs(y)) * 10.0 ** -(DIGITS // 2):
+        return False, _is_real(x)
     import mpmath
 
     top = max(top, other)
@@ -230,9 +233,13 @@ class _Evaluation:
         return self.power([args[0], 1 / args[1]]) if args[0] else self.mp.mpf(0)
 
     def factorial(self, args: list[Any]) -> Any:
-        if abs(args[0]) > MOST:
-            raise Unreadable("a number out of range")
+        self.check_gamma(args)
         return self.mp.gamma(args[0] + 1)
+
+    def check_gamma(self, args: list[Any]) -> None:
+        """To many digits the gamma function takes seconds."""
+        if max(map(abs, args)) > MOST or self.mp.dps > MOST_OF_GAMMA:
+            raise Unreadable("a number out of range")
 
     def function(self, name: str, args: list[Any]) -> Any:
         mp, value = self.mp, args[0]
@@ -244,8 +251,7 @@ class _Evaluation:
         if name in ("max", "min"):
             return max(args) if name == "max" else min(args)
         if name == "binom":
-            if max(map(abs, args)) > MOST:
-                raise Unreadable("a number out of range")
+            self.check_gamma(args)
             return mp.binomial(*args)
         if abs(value) > 10**5 and name in ("exp", "sinh", "cosh", "tanh"):
             raise Unreadable("a number out of range")
