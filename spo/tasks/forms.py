@@ -7,6 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 STRIKES = 2  # hangs of answers that differ in their digits only, after which such are not tried
+PATIENCE, AMPLE = 4, 10  # from so many hangs on, so many times the slowest grading is the limit
 REMEMBERED = 4096  # forms
 _PART = 400  # characters at the end of a response that stand for it
 
@@ -30,20 +31,31 @@ def form_of(task: str, text: str, answer: str) -> Form:
 
 
 class Hangs:
-    """Forms that hung. Those that differ in digits only count together, unless more are fine."""
+    """Forms that hung. Those that differ in digits only count together, unless more are fine.
 
-    def __init__(self) -> None:
+    `limit_s` is what an item may spend: `timeout_s`, and once several have hung, less, but many
+    times what the slowest other item has spent.
+    """
+
+    def __init__(self, timeout_s: float = 5.0) -> None:
+        self.limit_s = self._timeout_s = timeout_s  # for the next item
+        self._count, self._slowest = 0, 0.0
         self._exact: OrderedDict[tuple[str, str, str], None] = OrderedDict()
         self._shapes: OrderedDict[tuple[str, str], list[int]] = OrderedDict()
 
     def hung(self, form: Form) -> None:
+        self._count += 1
+        if self._count >= PATIENCE:  # more of them would cost a run its time
+            usual = max(AMPLE * self._slowest, self._timeout_s / AMPLE)
+            self.limit_s = min(self._timeout_s, usual)
         self._exact[form.exact] = None
         self._shapes.setdefault(form.shape, [0, 0])[0] += 1
         for known in (self._exact, self._shapes):
             while len(known) > REMEMBERED:
                 known.popitem(last=False)
 
-    def graded(self, form: Form) -> None:
+    def graded(self, form: Form, spent_s: float = 0.0) -> None:
+        self._slowest = max(self._slowest, spent_s)
         if (counts := self._shapes.get(form.shape)) is not None:
             counts[1] += 1
 

@@ -12,7 +12,6 @@ import base64
 import dataclasses
 import io
 import json
-import os
 import select
 import sys
 import time
@@ -27,7 +26,7 @@ from spo.reward import Result, printable, reward_of
 from spo.signatures import Response
 from spo.tasks import Task
 from spo.tasks.forms import Hangs, form_of
-from spo.tasks.process import TICK_S, Item, Worker
+from spo.tasks.process import TICK_S, Item, Worker, default_workers
 
 if TYPE_CHECKING:
     from spo.config.reward import RewardConfig
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 BATCH_ITEMS, BATCH_CHARS = 512, 1 << 20  # maximum size of a message
 FEW = 64  # items for each worker that are sent at once; of more a part
-MOST_WORKERS = 8
 AGAIN = "not tried: an answer of this form timed out before"
 
 
@@ -51,12 +49,6 @@ class Graded:
     answer: str | None = None  # of `Grader.answers`
 
 
-def default_workers() -> int:
-    """One for each core that this rank may use, at least 2 so that one may hang, at most 8."""
-    cores = len(os.sched_getaffinity(0)) // max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
-    return max(2, min(cores, MOST_WORKERS))
-
-
 class Grader:
     """Grades responses in the background: `submit`, then `poll` until `pending` is 0.
 
@@ -70,7 +62,8 @@ class Grader:
         workers: processes; by default one for each core of this rank, from 2 to 8.
 
     A response that hung is not tried again, nor one that differs in its numbers only once two of
-    that form have hung: it has no reward, at once.
+    that form have hung: it has no reward, at once. From the fourth hang on the limit is 10 times
+    what the slowest other item took, at least a tenth of `timeout_s`.
 
     Raises ValueError for limits that are not positive and for settings that JSON cannot hold,
     RuntimeError if the workers cannot start.
@@ -107,7 +100,7 @@ class Grader:
         self._queue: deque[Item] = deque()  # not yet sent
         self._graded: dict[int, Graded] = {}  # by serial number, until those before them are there
         self._submitted = self._returned = 0
-        self._hangs = Hangs()
+        self._hangs = Hangs(timeout_s)
         self._workers: list[Worker] = []
         self._count, self._open = count, True
         try:
@@ -276,6 +269,7 @@ class Grader:
             if not worker.sent:
                 worker.start(0.0)
             elif worker.stdout not in found:
+                worker.limit_s = self._hangs.limit_s
                 if worker.is_late() and not select.select([worker.stdout], [], [], 0)[0]:
                     self._replace(worker, worker.late)
             elif (values := worker.read()) is None:
@@ -292,8 +286,8 @@ class Grader:
             if isinstance(value, str):  # an error that ended the worker
                 self._replace(worker, value)
                 return
-            item = worker.done()
-            self._hangs.graded(item.form)
+            item, spent = worker.done()
+            self._hangs.graded(item.form, spent)
             if isinstance(value, list):
                 graded = Graded(item.key, None, value[0])
             elif not isinstance(value, dict):

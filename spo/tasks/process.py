@@ -23,9 +23,16 @@ from spo.tasks.forms import Form
 from spo.tasks.worker import HEADER
 
 START_TIMEOUT_S = 120.0  # a task may import torch from a slow disk
+MOST_WORKERS = 8
 TICK_S = 0.1  # between two looks at a busy worker
 LONGEST_TICK_S = 0.3  # of sleep that counts between two looks; the parent may have been held up
 _CLOCK = os.sysconf("SC_CLK_TCK")
+
+
+def default_workers() -> int:
+    """One for each core that this rank may use, at least 2 so that one may hang, at most 8."""
+    cores = len(os.sched_getaffinity(0)) // max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    return max(2, min(cores, MOST_WORKERS))
 
 
 @dataclass(frozen=True)
@@ -43,11 +50,11 @@ class Worker:
 
     Args:
         arguments: the worker's first message (`spo.tasks.worker`).
-        timeout_s: maximum time that it may spend on one item.
+        timeout_s: maximum time that it may spend on one item; `limit_s` may become less.
     """
 
     def __init__(self, arguments: list[Any], timeout_s: float):
-        self.timeout_s = timeout_s
+        self.limit_s = timeout_s
         self.sent: deque[Item] = deque()  # with the worker, in order
         self.ready = False
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
@@ -111,10 +118,11 @@ class Worker:
         *lines, self._unread = (self._unread + said).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def done(self) -> Item:
-        """The item that it has answered; the time of the next one begins."""
+    def done(self) -> tuple[Item, float]:
+        """The item that it has answered, and the most that it spent; the next one's time begins."""
+        spent = self._usage()[1] - self._processor[0] + self._asleep
         self._restart_clock()
-        return self.sent.popleft()
+        return self.sent.popleft(), spent
 
     def is_late(self) -> bool:
         """Whether it has spent too much on its item. To be asked every `TICK_S`."""
@@ -123,7 +131,7 @@ class Worker:
         if state in "SD":
             self._asleep += max(min(now - self._looked, LONGEST_TICK_S) - worked, 0.0)
         self._looked, self._processor = now, (self._processor[0], processor)
-        return processor - self._processor[0] + self._asleep >= self.timeout_s
+        return processor - self._processor[0] + self._asleep >= self.limit_s
 
     def end(self) -> str:
         """How a dead worker ended. Not reaped here, so that its group exists until `kill`."""
@@ -136,7 +144,7 @@ class Worker:
 
     @property
     def late(self) -> str:
-        return f"timed out after {self.timeout_s:g} s"
+        return f"timed out after {self.limit_s:.3g} s"
 
     def kill(self) -> None:
         """End the worker and everything it started."""

@@ -17,7 +17,8 @@ from typing import Any
 from spo.tasks.algebra.exact import rational
 from spo.tasks.algebra.node import Node, Unreadable, symbols
 
-DIGITS, MOST = 80, 4000  # of an inexact one: the fewest, the most
+DIGITS, MOST = 80, 2000  # of an inexact number: the fewest, the most
+COST = 2 * 10**7  # of one evaluation: squares of digits, for each function and power
 MOST_OF_GAMMA = 400
 SPARE = 20  # digits that roundings may cost
 POINTS = 8
@@ -166,7 +167,7 @@ class _Evaluation:
         import mpmath
 
         self.mp: Any = mpmath.mp
-        self.point, self.top = point, 1
+        self.point, self.top, self.cost = point, 1, 0
         self.tiny = self.mp.mpf(10) ** (SPARE - self.mp.dps)
 
     def of(self, node: Node) -> Any:
@@ -193,6 +194,9 @@ class _Evaluation:
         if op not in _OPERATIONS and op not in ("func", "call"):
             raise Unreadable(f"a {op} within a formula")
         args = [self.of(arg) for arg in node.args]
+        self.cost += mp.dps**2 if op in ("func", "pow", "root", "fact") else 0
+        if self.cost > COST:
+            raise Unreadable("a long computation")
         if op == "func":
             return self.function(node.value, args)
         if op == "call":

@@ -8,7 +8,8 @@ import pytest
 from test_grading import DEADLINE_S, UNRULY, finish, outside
 
 from spo.tasks.forms import Hangs, form_of
-from spo.tasks.grading import AGAIN, Graded, Grader, default_workers
+from spo.tasks.grading import AGAIN, Graded, Grader
+from spo.tasks.process import default_workers
 
 LATE = "timed out after 2 s"
 
@@ -61,6 +62,16 @@ def test_hangs_are_counted_by_form():
         hangs.hung(form_of("t", f"\\boxed{{9^{{{key}}}}}", "1"))
     assert hangs.is_known(form_of("t", "\\boxed{8^{77}}", "5"))
     assert not hangs.is_known(form_of("other", "\\boxed{8^{77}}", "5"))
+
+
+def test_after_several_hangs_the_limit_is_what_others_need():
+    hangs = Hangs(timeout_s=5.0)
+    hangs.graded(form_of("t", "fine", "1"), 0.2)
+    limits = []
+    for key in "abcd":
+        hangs.hung(form_of("t", key, "1"))
+        limits.append(hangs.limit_s)
+    assert limits == [5.0, 5.0, 5.0, 2.0]
 
 
 def test_a_pause_of_the_worker_is_no_deadline(unruly):
