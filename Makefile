@@ -1,4 +1,5 @@
 # make demo | test | setup | lint | hooks | slow | wheels | figures | bench-check | coverage | architectures
+# make corpora CORPORA=folder: graders on corpora of problems and of clear cases
 # make rivals | test-rivals: other libraries, and their losses against ours
 # ENGINE=hf make demo runs without vLLM; VLLM=0 skips installing it.
 PYTHON ?= python3
@@ -18,6 +19,8 @@ PYTHONS ?=
 ONLY   ?=
 # The commit that `make bench-check` compares with; empty: where this branch left main.
 BASE   ?=
+# A folder of .jsonl files that `make corpora` reads; tests/spo/tasks/test_corpora.py says what they hold.
+CORPORA ?=
 # The libraries of `make rivals`: benchmarks/rivals/<name>.txt pins what is installed.
 RIVALS ?= $(basename $(notdir $(wildcard benchmarks/rivals/*.txt)))
 BIN    := $(VENV)/bin
@@ -28,7 +31,7 @@ export HF_HUB_OFFLINE := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: setup demo test slow lint hooks native wheels figures bench-check coverage clean
-.PHONY: rivals test-rivals architectures
+.PHONY: rivals test-rivals architectures corpora
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -74,6 +77,9 @@ test: setup lint native
 slow: setup
 	bash csrc/tests/run.sh $(BIN) address,undefined
 	$(BIN)/python -m pytest -m slow
+
+corpora: setup
+	SPO_CORPORA="$(CORPORA)" $(BIN)/python -m pytest -rP tests/spo/tasks/test_corpora.py
 
 wheels: setup
 	$(BIN)/python tools/wheels.py $(PYTHONS)
