@@ -43,11 +43,17 @@ class Formula(Functions, Brackets):
                 self.at += 1
                 node = Node("div", (node, self.signed()))
             elif self.starts():
-                if self.tokens[self.at].kind == "num" and self.tokens[self.at - 1].kind == "num":
+                numbers = [token.kind == "num" for token in self.tokens[self.at - 1 : self.at + 1]]
+                if all(numbers) and not (_is_power(node) and self._is_raised()):
                     raise Unreadable("two numbers with a space between them")
                 node = times(node, self.power())
             else:
                 return node
+
+    def _is_raised(self) -> bool:
+        """Whether the number that follows has an exponent: 2^6 3^5."""
+        token = self.peek(1)
+        return token is not None and token.text == "^"
 
     def signed(self) -> Node:
         sign, marks = 1, []
@@ -240,3 +246,7 @@ class Formula(Functions, Brackets):
             self.at += 1
             return num(token.value or 0)
         return self.base()
+
+
+def _is_power(node: Node) -> bool:
+    return node.op == "pow" or (node.op == "mul" and _is_power(node.args[-1]))

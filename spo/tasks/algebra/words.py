@@ -26,7 +26,7 @@ _CHOSEN = re.compile(
     r"(?:\(\s*([A-Za-z])\s*\)|([A-Z])(?=\s*$|\s*[.):]))\s*[.):]?\s*(.*)", re.DOTALL
 )
 _WORDS = re.compile(r"[A-Za-z(][A-Za-z' .,()-]*")
-_ORDINAL = re.compile(r"(?<=[0-9])\s*\^?\s*\{?\s*(?:st|nd|rd|th)\b\s*\}?", re.IGNORECASE)
+_ORDINAL = re.compile(r"(?<=[0-9])\s*\^?\s*\{?\s*(?:st|nd|rd|th)\b(?:\s*\})?", re.IGNORECASE)
 
 
 def bare(text: str) -> str:
