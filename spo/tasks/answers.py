@@ -13,6 +13,12 @@ _VERBATIM = re.compile(r"\\(begin|end)\{verbatim\}")
 _BARE_BOX = re.compile(
     r"\\boxed(?:\s+([^\s{}$\\.,]+)|\s*(\\[dtc]?frac(?:\s*(?:[0-9]|\{[^{}]*\})){2}))"
 )
+_JOINT, _MOST_BOXES = 60, 20  # characters between boxes that belong together; how many may
+_LONGEST_BOX = 800
+_JOINED = re.compile(
+    r"(?<=\})[\s$]*(?:,[\s$]*)?(?:(?:\\(?:text|mbox|quad|qquad)\s*\{?\s*)?(?:and|or)\s*\}?|,)"
+    r"[\s$]*(?:[a-zA-Z]\s*=\s*)?$"
+)
 _SPACE = re.compile(r"\\[,!;: ]|~")
 _NUMBER = re.compile(
     r"(?:\\?\$)*([-+]?)(?:\\?\$)*\s*"
@@ -58,6 +64,28 @@ def last_boxed(text: str) -> str | None:
         return text[held[0] : held[1]].strip()
     bare = _BARE_BOX.findall(text)
     return "".join(bare[-1]) if bare else None
+
+
+def boxed_answer(text: str) -> str | None:
+    """The content of the last box; of boxes that only commas, `and` or `or` separate, all of them.
+
+    `\\boxed{1} or \\boxed{2}` is the answer `1, 2`, no choice between two.
+    """
+    last = last_boxed(text)
+    if last is None or text.count("\\boxed") < 2:
+        return last
+    found, end = [last], text.rfind("\\boxed")
+    while (match := _JOINED.search(text[max(end - _JOINT, 0) : end])) is not None:
+        end -= len(match[0])
+        before = last_boxed(text[max(end - _LONGEST_BOX, 0) : end])
+        start = text.rfind("\\boxed", 0, end)
+        if before is None or text[start:end] != f"\\boxed{{{before}}}":
+            break
+        found.append(before)
+        end = start
+        if len(found) > _MOST_BOXES:
+            return last
+    return last if len(set(found)) < len(found) else ", ".join(reversed(found))
 
 
 def _without_comments(text: str) -> str:

@@ -20,7 +20,7 @@ from spo.tasks.algebra.quantity import without_unit
 from spo.tasks.algebra.same import MAX_LENGTH
 from spo.tasks.algebra.same import equal as same_answer
 from spo.tasks.algebra.spelling import spelled
-from spo.tasks.answers import after_think, last_boxed
+from spo.tasks.answers import after_think, boxed_answer, last_boxed
 from spo.tasks.problem import Problem, column, is_empty, problem_stream
 from spo.tasks.reading import read_problems
 from spo.tasks.sources import Source
@@ -58,15 +58,18 @@ class Math:
         equal("\\sqrt{2}", "x+1")
 
     def grade(self, text: str, answer: object) -> bool:
-        """True iff the last box after the thinking is mathematically equal to `answer`."""
-        box = last_boxed(after_think(text))
+        """True iff the last box after the thinking is mathematically equal to `answer`.
+
+        Boxes with only commas, `and` or `or` between them are one list.
+        """
+        box = boxed_answer(after_think(text))
         if box is None or not isinstance(answer, str | int):
             return False
         return equal(box, str(answer), self.simplified)
 
     def answer(self, text: str) -> str | None:
         """The last box after the thinking as plain text: of numbers, the value."""
-        box = last_boxed(after_think(text))
+        box = boxed_answer(after_think(text))
         if box is None or not box.strip() or len(box) > MAX_LENGTH:
             return None
         with suppress(Unreadable, RecursionError):

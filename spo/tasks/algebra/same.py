@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from spo.tasks.algebra import words
-from spo.tasks.algebra.node import Node, Unreadable, operations, spread, symbols
+from spo.tasks.algebra.names import is_name, name_of
+from spo.tasks.algebra.node import Node, Unreadable, operations, spread
 from spo.tasks.algebra.numbers import proportion, same_value
 from spo.tasks.algebra.parser import parse
 from spo.tasks.algebra.quantity import has_decimals, rounds, same_quantity, same_ratio
@@ -29,7 +30,8 @@ _COMMAS = re.compile(r"(?<![0-9,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 def equal(given: str, answer: str, simplified: bool = False) -> bool:
     """Whether `given` is the right answer; both in LaTeX or plain text, neither in a box.
 
-    `simplified`: only if it also takes no more operations to work out than `answer`.
+    `simplified`: only if it also takes no more operations to work out than `answer`, and has no
+    functions (sines, logarithms, factorials) that `answer` lacks.
     """
     if len(given) > MAX_LENGTH or _depth(given) > MAX_DEPTH:
         return False
@@ -52,10 +54,19 @@ def _same_texts(given: str, answer: str, simplified: bool) -> bool:
         for found in _readings(given):
             try:
                 if same(found, right):
-                    return not simplified or _work(found) <= _work(right)
+                    return not simplified or _is_worked_out(found, right)
             except (Unreadable, RecursionError, ArithmeticError):
                 continue
     return False
+
+
+def _is_worked_out(given: Node, answer: Node) -> bool:
+    """Whether it has no more operations than the answer, and no functions but those of it."""
+    used, known = (
+        {n.value for n in node.walk() if n.op == "func"} | {n.op for n in node.walk()} & {"fact"}
+        for node in (given, answer)
+    )
+    return used <= known and _work(given) <= _work(answer)
 
 
 def _work(node: Node) -> int:
@@ -63,7 +74,7 @@ def _work(node: Node) -> int:
     if node.op in ("items", "seq", "set"):
         return sum(map(_work, node.args))
     if node.op == "rel" and set(node.value) <= {"=", "approx"}:
-        ends = [side for side in (node.args[-1], node.args[0]) if not _is_name(side)]
+        ends = [side for side in (node.args[-1], node.args[0]) if not is_name(side)]
         return _work(ends[0] if ends else node.args[-1])
     return operations(node)
 
@@ -120,8 +131,8 @@ def _listed(node: Node) -> _List:
     items, braces = [node], node.op == "set"
     if node.op in ("items", "set"):
         items = list(node.args)
-    if node.op == "rel" and node.value in (("=",), ("in",)) and _is_name(node.args[0]):
-        inner, name = node.args[1], _name(node.args[0])
+    if node.op == "rel" and node.value in (("=",), ("in",)) and is_name(node.args[0]):
+        inner, name = node.args[1], name_of(node.args[0])
         if inner.op == "set" or len(spread(inner)) > 1:
             inside = _listed(inner)
             return _List(inside.values, [name] * len(inside.values), inside.braces)
@@ -133,11 +144,11 @@ def _listed(node: Node) -> _List:
     if len(spreads) == 1:
         return _List(spreads, [None], braces)
     for item in spreads:
-        if item.op == "rel" and set(item.value) == {"="} and _is_name(item.args[0]):
+        if item.op == "rel" and set(item.value) == {"="} and is_name(item.args[0]):
             if not all(same_value(side, item.args[-1]) for side in item.args[1:-1]):
                 raise Unreadable("sides that differ")
             values.append(item.args[-1])
-            names.append(_name(item.args[0]))
+            names.append(name_of(item.args[0]))
         else:
             values.append(item)
             names.append(None)
@@ -168,7 +179,7 @@ def _same_lists(given: _List, answer: _List) -> bool:
 def _same_tuple(one: Node, others: _List) -> bool:
     """A tuple against values that stand in no brackets."""
     if one.op == "rel" and one.value == ("=",) and one.args[0].op == "seq":
-        names = [_name(arg) for arg in one.args[0].args]
+        names = [name_of(arg) for arg in one.args[0].args]
         if None not in others.names and sorted(names) == sorted(map(str, others.names)):
             values = [others.values[others.names.index(name)] for name in names]
             return _same_tuple(one.args[1], _List(values, [None] * len(values)))
@@ -232,39 +243,15 @@ def _same_word(given: Node, answer: Node) -> bool:
     return words.same_words(str(given.value), str(answer.value))
 
 
-def _is_name(node: Node, answer: Node | None = None) -> bool:
-    """Whether it may stand before a sign of equality and be no part of the answer."""
-    if node.op == "word":
-        return True
-    if not symbols(node) - {"pi", "e", "i"}:
-        return False
-    if node.op in ("seq", "mul"):
-        first, *others = node.args
-        return _is_name(first, answer) and all(
-            _is_name(arg, answer) or (arg.op == "num" and first.op == "sym") for arg in others
-        )
-    if node.op in ("sym", "call"):
-        return True
-    if answer is None or symbols(answer) - {"pi", "e", "i"}:
-        return False
-    if node.op == "pow":  # a^2 + b^2 = 25, but not x^2 - 25 = 0
-        return _is_name(node.args[0], answer)
-    return bool(node.args) and all(_is_name(arg, answer) for arg in node.args)
-
-
-def _name(node: Node) -> str:
-    if node.op in ("sym", "word"):
-        return str(node.value)
-    return f"{node.value or ''}({','.join(map(_name, node.args))})"
-
-
 def _same_relation(given: Node, answer: Node) -> bool:
     if answer.op != "rel":
         return _is_value(given, answer)
     signs = set(answer.value)
     if given.op != "rel":
         last = answer.args[-1]
-        return signs in ({"="}, {"in"}) and _is_name(answer.args[0]) and same(given, last)
+        first = answer.args[0]
+        named = is_name(first) or (first.op == "div" and is_name(first, last))
+        return signs in ({"="}, {"in"}) and named and same(given, last)
     if signs == {"="} and set(given.value) == {"="}:
         return _same_equation(given, answer)
     if len(given.value) != len(answer.value):
@@ -290,9 +277,9 @@ def _is_value(given: Node, answer: Node) -> bool:
     sides, signs = list(given.args), list(given.value)
     if set(signs) - {"=", "approx", "in"}:
         return False
-    if _is_name(sides[0], answer):
+    if is_name(sides[0], answer):
         sides, signs = sides[1:], signs[1:]
-    elif _is_name(sides[-1], answer) and sides[-1].op == "sym":
+    elif is_name(sides[-1], answer) and sides[-1].op == "sym":
         sides, signs = sides[:-1], signs[:-1]
     exact = [sides[0]] + [s for s, sign in zip(sides[1:], signs, strict=True) if sign != "approx"]
     rounded = [s for s, sign in zip(sides[1:], signs, strict=True) if sign == "approx"]
@@ -308,12 +295,12 @@ def _same_equation(given: Node, answer: Node) -> bool:
         if not all(same_value(side, node.args[-1]) for side in node.args[1:-1]):
             return False
     (a, *_, b), (c, *_, d) = given.args, answer.args
-    if _is_name(a) and _is_name(c):
-        if a == c or _name(a).replace(" ", "") == _name(c).replace(" ", ""):
+    if is_name(a) and is_name(c):
+        if a == c or name_of(a).replace(" ", "") == name_of(c).replace(" ", ""):
             return same(b, d)
         if (a.op == "sym") != (c.op == "sym") and same(b, d):  # y = and f(x) =
-            return {"y"} & {_name(a), _name(c)} != set()
-    if _is_name(b) and _is_name(c) and b == c:
+            return {"y"} & {name_of(a), name_of(c)} != set()
+    if is_name(b) and is_name(c) and b == c:
         return same(a, d)
     return proportion(_difference(a, b), _difference(c, d)) != 0
 

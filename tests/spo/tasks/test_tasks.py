@@ -15,7 +15,7 @@ from sentences import one_sentence
 
 from spo.named import OWN
 from spo.tasks import Problem, arithmetic, countdown, get_task, knights_knaves, point24, prompts
-from spo.tasks.answers import exact_number, last_boxed
+from spo.tasks.answers import boxed_answer, exact_number, last_boxed
 from spo.tasks.problem import TEST_SIZE, answer_span, stream
 
 NAMES = ["arithmetic", "countdown", "knights_knaves"]  # those with endless problems and solutions
@@ -499,6 +499,27 @@ def test_an_answer_grades_only_its_own_problem(task):
 )
 def test_the_last_balanced_box(text, box):
     assert last_boxed(text) == box
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"$\boxed{1}$ and $\boxed{-2}$.", "1, -2"),
+        (r"x = \boxed{1} or x = \boxed{2}", "1, 2"),
+        (r"\boxed{(1, 2)}, \boxed{(2, 1)}, \text{ and } \boxed{(0, \frac{1}{2})}", None),
+        (r"\boxed{5}, so it is \boxed{6}", "6"),
+        (r"\boxed{5}. $\boxed{5}$", "5"),
+        (r"\boxed{5}, \boxed{5}", "5"),
+        (r"{5}, \boxed{6}", "6"),
+        (r"\boxed{\boxed{7}}", "7"),
+        ("nothing", None),
+        (r"\boxed{1} or rather \boxed{2}", "2"),
+    ],
+)
+def test_boxes_that_belong_together(text, answer):
+    if answer is None and "boxed" in text:
+        answer = r"(1, 2), (2, 1), (0, \frac{1}{2})"
+    assert boxed_answer(text) == answer
 
 
 def test_numbers_are_exact():
