@@ -246,11 +246,16 @@ def _same_word(given: Node, answer: Node) -> bool:
 def _same_relation(given: Node, answer: Node) -> bool:
     if answer.op != "rel":
         return _is_value(given, answer)
+    if "approx" in answer.value:  # what it is exactly stands before
+        exact = answer.value.index("approx")
+        sides = answer.args[: exact + 1]
+        left = Node("rel", sides, answer.value[:exact]) if exact else sides[0]
+        return set(answer.value) <= {"=", "approx"} and _same_item(given, left)
     signs = set(answer.value)
     if given.op != "rel":
         last = answer.args[-1]
         first = answer.args[0]
-        named = is_name(first) or (first.op == "div" and is_name(first, last))
+        named = is_name(first) or (first.op in ("div", "ratio", "func") and is_name(first, last))
         return signs in ({"="}, {"in"}) and named and same(given, last)
     if signs == {"="} and set(given.value) == {"="}:
         return _same_equation(given, answer)
