@@ -121,6 +121,9 @@ class Formula(Functions, Brackets):
                 self.at += 1
                 args = self.listed(")")
                 node = Node("call", args, node.value)
+            elif self.is_next("(") and _is_inverse(node):
+                self.at += 1
+                node = Node("call", self.listed(")"), f"{node.args[0].value}^-1")
             elif self.is_next("_"):
                 self.at += 1
                 node = self.indexed(node)
@@ -250,3 +253,10 @@ class Formula(Functions, Brackets):
 
 def _is_power(node: Node) -> bool:
     return node.op == "pow" or (node.op == "mul" and _is_power(node.args[-1]))
+
+
+def _is_inverse(node: Node) -> bool:
+    """Whether it is f^{-1}, which an argument follows."""
+    if node.op != "pow" or node.args[1] != Node("neg", (num(1),)):
+        return False
+    return node.args[0].op == "sym" and node.args[0].value in ("f", "g", "h")

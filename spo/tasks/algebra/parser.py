@@ -156,7 +156,18 @@ class Parser(Formula):
             return Node("unit", node.args, units.unit_of([(name, 1)]))
         if (found := self.unit()) is not None:
             node = Node("unit", (node.args[0] if node.op == "unit" else node,), found)
+            if found.quantities and (token := self.peek()) is not None and token.kind == "num":
+                return self.smaller(node, found)
         return node
+
+    def smaller(self, node: Node, unit: units.Unit) -> Node:
+        """With the smaller unit behind it: 1 hour 30 minutes."""
+        other = self.value()
+        if other.op != "unit" or other.value.quantities != unit.quantities:
+            raise Unreadable("two numbers with different units")
+        scale = Node("num", value=unit.size / other.value.size)
+        large = Node("mul", (node.args[0], scale))
+        return Node("unit", (Node("add", (large, other.args[0])),), other.value)
 
     def is_currency(self, ahead: int = 0) -> bool:
         token = self.peek(ahead)
@@ -197,6 +208,8 @@ class Parser(Formula):
             elif token.kind == "word" and word == "per" or (token.text == "/" and factors):
                 sign = -1
                 self.at += 1
+            elif token.kind == "word" and word == "to":  # a ratio
+                break
             elif token.kind == "word" and word in units.FILLERS:
                 self.at += 1
             elif token.kind == "word" or (token.kind == "let" and sign < 0 and token.text in "msh"):

@@ -35,7 +35,7 @@ def equal(given: str, answer: str, simplified: bool = False) -> bool:
     """
     if len(given) > MAX_LENGTH or _depth(given) > MAX_DEPTH:
         return False
-    given, answer = spelled(given), spelled(answer)
+    given, answer = (words.with_signs(spelled(text)) for text in (given, answer))
     if not given or not answer:
         return False
     if _plain(given) == _plain(answer):

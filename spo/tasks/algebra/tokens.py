@@ -24,6 +24,7 @@ FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp abs floor ceil"
     " gcd lcm max min arg Re Im cis det".split()
 )
+_SPOKEN = ("cis", "sin", "cos", "tan", "log", "ln")  # in \\text{}, where `min` is a minute
 ARCS = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 GREEK = frozenset(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi"
@@ -162,6 +163,8 @@ def _command(text: str, at: int, found: list[Token], spaced: bool, thousands: bo
         inside = text[start.end() : close].strip()
         if name in _DECORATED:
             _decorated(name, inside, found, spaced)
+        elif inside in FUNCTIONS and (inside in _SPOKEN or name in ("mathrm", "operatorname")):
+            found.append(Token("cmd", inside, spaced))
         elif name in _PLAIN or (name in ("mathrm", "operatorname") and _is_formula(inside)):
             found.append(Token("op", "{", spaced))
             _cut(inside, found, thousands, words=False)
@@ -186,7 +189,7 @@ def _command(text: str, at: int, found: list[Token], spaced: bool, thousands: bo
 
 
 def _is_formula(inside: str) -> bool:
-    return inside in _SYMBOLS or inside in FUNCTIONS or bool(re.fullmatch(r"[0-9.,+-]+", inside))
+    return inside in _SYMBOLS or bool(re.fullmatch(r"[0-9.,+-]+", inside))
 
 
 def _decorated(name: str, inside: str, found: list[Token], spaced: bool) -> None:

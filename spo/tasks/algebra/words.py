@@ -26,6 +26,8 @@ _CHOSEN = re.compile(
     r"(?:\(\s*([A-Za-z])\s*\)|([A-Z])(?=\s*$|\s*[.):]))\s*[.):]?\s*(.*)", re.DOTALL
 )
 _WORDS = re.compile(r"[A-Za-z(][A-Za-z' .,()-]*")
+_REALS = re.compile(r"(?:the set of )?all (?:real numbers|reals)", re.IGNORECASE)
+_AND = re.compile(r"\s*[,;]\s*(?:and\b)?|\band\b")
 _ORDINAL = re.compile(r"(?<=[0-9])\s*\^?\s*\{?\s*(?:st|nd|rd|th)\b(?:\s*\})?", re.IGNORECASE)
 
 
@@ -49,14 +51,25 @@ def _is_function(plain: str) -> bool:
     return re.search(r"\b(?:sin|cos|tan|log|sqrt|pi|exp|inf|infinity|or)\b", plain) is not None
 
 
+def with_signs(text: str) -> str:
+    """A spelling in words with the sign that it stands for."""
+    return r"\mathbb{R}" if _REALS.fullmatch(bare(text)) else text
+
+
 def same_words(given: str, answer: str) -> bool:
     """Case counts in single letters and abbreviations, as `A` is not `a`."""
     given, answer = bare(given), bare(answer)
     if (choice := _CHOICE.fullmatch(answer)) is not None:
         return _chosen(given) == (choice[1] or choice[2])
-    short = len(re.sub("[^A-Za-z]", "", answer)) <= 3 and answer.upper() == answer
-    first, second = _letters(given), _letters(answer)
-    return first == second if short else first.lower() == second.lower()
+    letters = re.sub("[^A-Za-z]", "", _AND.sub("", answer))
+    short = len(letters) <= 3 and letters.upper() == letters
+    return _items(given, short) == _items(answer, short)
+
+
+def _items(text: str, case: bool) -> list[str]:
+    """The texts of a list in order of the alphabet: `Bob and Ann` is `Ann, Bob`."""
+    items = [_letters(item) for item in _AND.split(text)]
+    return sorted(item if case else item.lower() for item in items if item)
 
 
 def _letters(text: str) -> str:
@@ -78,7 +91,8 @@ def _chosen(given: str) -> str | None:
 
 def time_of(text: str) -> tuple[int, bool] | None:
     """Minutes since midnight, and whether the text says which half of the day."""
-    match = _TIME.fullmatch(bare(text).replace(r"\,", " ").replace(" :", ":").strip(" ."))
+    text = re.sub(r"^(?:12\s*)?(noon|midnight)$", r"12 \1", bare(text).lower())
+    match = _TIME.fullmatch(text.replace(r"\,", " ").replace(" :", ":").strip(" ."))
     if match is None or not (match[2] or match[3] or match[4]):
         return None
     hour, minute = int(match[1]), int(match[2] or 0)
