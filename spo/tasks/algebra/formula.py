@@ -242,9 +242,9 @@ class Formula(Functions, Brackets):
             self.tokens[self.at] = Token("num", rest, False, num(int(rest)).value)
             return num(int(first))
         if self.is_next("-", "+"):
-            self.at += 1
+            negative = self.expect("-", "+") == "-"
             node = self.argument(digit)
-            return Node("neg", (node,)) if self.tokens[self.at - 2].text == "-" else node
+            return Node("neg", (node,)) if negative else node
         if token is not None and token.kind == "num":
             self.at += 1
             return num(token.value or 0)

@@ -197,6 +197,8 @@ WRONG += [
     ("|AB|=1", ["2", "AB=2"]),
     (r"\frac{\sqrt{3}}{3} \approx 0.577", ["0.577", "0.578"]),
     ("a+3z=0", ["0"]),
+    (r"\frac{2}{3}", [r"\frac-{2}{3}", r"\frac{2}-{3}"]),
+    ("4", ["2^-{2}", "2^{-2}", "2^-2"]),
     (r"90\text{ minutes}", ["1 hour 3 minutes", "1 hour 30 seconds", "1 hour 30 cm", "1 hour 30"]),
     (r"\text{all real numbers}", [r"\text{no real numbers}", r"\text{all positive real numbers}"]),
     (r"\text{A and C}", ["A", "A, B", "a, c"]),
