@@ -20,7 +20,11 @@ from spo.engines.pool import EnginePool
 from spo.grow.rollout import Rollout, RolloutOptions
 from spo.grow.shapes import TreeShape, star
 from spo.grow.stream import Stream, grow, require_fitting
+from spo.named import name_of
 from spo.records import Prompt, Request, Sampling, concat
+from spo.reward import FailedReward
+from spo.tasks import get_task
+from spo.tasks.grading import AGAIN, Grader
 
 PROMPTS = [Prompt((5, 9, 3 + i), 7, "arithmetic") for i in range(12)]
 OPTIONS = RolloutOptions(Sampling(3, stop_token_ids=(1, 2, 3, 4, 5, 6)))
@@ -219,8 +223,28 @@ def test_failed_gradings_are_counted_over_the_whole_iteration(engine, grader):
             forest, stats = stream.more(2)
             assert forest.prompts == () and stats.dropped_prompts == 2
         else:
-            with pytest.raises(RuntimeError, match="8 of 12 gradings failed"):
+            with pytest.raises(RuntimeError, match="8 of 12 gradings failed, .*: 8 × .*rows"):
                 stream.more(2)
+
+
+def test_answers_that_hung_before_stop_no_run(engine, tmp_path):
+    """A policy that writes towers loses its rewards, not the run."""
+    (tmp_path / "towers.py").write_text(
+        "from dataclasses import dataclass\n\n\n@dataclass(frozen=True)\nclass Towers:\n"
+        "    def problems(self, split, seed):\n        yield from ()\n\n"
+        "    def grade(self, text, answer):\n        while True:\n            pass\n"
+    )
+    task = get_task(f"{tmp_path}/towers.py:Towers")
+    name = name_of("task", type(task))
+    prompts = [dataclasses.replace(prompt, task=name) for prompt in PROMPTS[:3]]
+    options = dataclasses.replace(OPTIONS, truncated="reward")
+    with Grader({name: task}, timeout_s=0.5, workers=2) as grader:
+        rollout = Rollout(engine, star(4, 9), grader, lambda ids: "\\boxed{9^{9^9}}", options)
+        with pytest.warns(FailedReward, match=r"a response has no reward: timed out after 0.5 s"):
+            forest, stats = next(Stream(prompts, 3, rollout))
+    assert forest.prompts == () and stats.invalid_gradings == 12
+    assert set(stats.invalid_reasons) == {AGAIN, "timed out after 0.5 s"}
+    assert stats.untried_gradings == stats.invalid_reasons[AGAIN] >= 8
 
 
 def test_bad_settings(engine, grader):
