@@ -18,7 +18,6 @@ EXTRA_OF = {
     "yaml": "train",
     "bitsandbytes": "optim",
     "flash_attn": "flash-attn",
-    "mpmath": "math",
     "mlflow": "trackers",
     "peft": "peft",
     "tensorboard": "trackers",
