@@ -29,7 +29,7 @@ class Unruly:
             while True:
                 pass
         if text.startswith("slow"):
-            end = time.process_time() + 1.2
+            end = time.process_time() + 0.6
             while time.process_time() < end:
                 pass
         if text == "hang in C":
