@@ -18,6 +18,8 @@ from torch import Tensor
 
 from spo_kernels import dispatch, memory
 
+TILE_DEPTH = 32  # bf16 elements of a row of a tile
+
 
 def is_fast(*instructions: str) -> bool:
     """Whether oneDNN, which multiplies for PyTorch, has one of the instructions for bf16 here.
@@ -30,6 +32,11 @@ def is_fast(*instructions: str) -> bool:
     if not any(capabilities.get(name) for name in names):
         return False
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether both are bf16 and the CPU multiplies bf16 matrices fast."""
+    return x.dtype == weight.dtype == torch.bfloat16 and is_fast()
 
 
 def multiply(
@@ -66,6 +73,19 @@ def multiply(
         packed=packed,
     )
     return True
+
+
+def clear_behind(matrix: Tensor) -> None:
+    """Zero what lies behind each row of a bf16 matrix, up to the depth of a tile (AMX).
+
+    oneDNN loads a left operand that far and multiplies the excess by zeros, so that NaN there
+    becomes NaN in the result. A gradient that lies over fp32 logits has halves of them there.
+    """
+    vocab, stride = matrix.shape[1], matrix.stride(0)
+    excess = min(-vocab % TILE_DEPTH, stride - vocab)
+    if excess > 0 and matrix.shape[0] > 1:
+        shape = (matrix.shape[0] - 1, excess)  # behind the last row it loads nothing
+        matrix.as_strided(shape, matrix.stride(), matrix.storage_offset() + vocab).zero_()
 
 
 def _may_switch() -> bool:

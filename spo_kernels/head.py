@@ -19,7 +19,6 @@ from torch import Tensor
 from spo_kernels import cpu_bf16, cpu_fixed, memory, products, rows
 
 MEMORY_BUDGET = 1 << 30  # bytes of logits that the head makes at a time
-TILE_DEPTH = 32  # bf16 elements of a row of a tile
 BLOCK_ELEMENTS = 1 << 22  # of the weight widened at a time: 16 MiB of fp32, to stay in the cache
 
 
@@ -167,13 +166,6 @@ def chunks(count: int, vocab: int, dtype: torch.dtype, memory_budget: int) -> It
         yield slice(begin, min(begin + size, count))
 
 
-def _is_fast_bf16(x: Tensor, weight: Tensor) -> bool:
-    """Whether both are bf16 and the CPU multiplies bf16 matrices fast."""
-    if not x.dtype == weight.dtype == torch.bfloat16:
-        return False
-    return cpu_bf16.is_fast()
-
-
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The weight in `dtype`: whole if it has that dtype, else block by block in one buffer."""
     vocab, width = weight.shape
@@ -203,7 +195,7 @@ def project(
     if fixed:
         cpu_fixed.logits(x, weight, logits)
     else:
-        wide = dtype == torch.float32 and _is_fast_bf16(x, weight)
+        wide = dtype == torch.float32 and cpu_bf16.multiplies(x, weight)
         if not (wide and cpu_bf16.multiply(x, weight, logits)):
             with cpu_bf16.rounded() if wide else contextlib.nullcontext():
                 x = x.to(dtype)
@@ -222,7 +214,7 @@ def gradient_buffer(logits: Tensor, x: Tensor, weight: Tensor, backend: str) -> 
             return logits
         n, vocab = logits.shape
         return products.columns(n, vocab, weight.dtype, logits.device)
-    if logits.dtype == torch.float32 and _is_fast_bf16(x, weight):
+    if logits.dtype == torch.float32 and cpu_bf16.multiplies(x, weight):
         if backend == "cpu":  # its sweep writes behind what it has read
             return logits.view(torch.bfloat16)[:, : logits.shape[1]]
         return memory.empty(logits.shape, torch.bfloat16, logits.device)
@@ -282,7 +274,7 @@ class HeadGradients:
         if self.fixed:
             return cpu_fixed.states_gradient(dlogits, self.operand)
         if dlogits.dtype == torch.bfloat16:
-            _clear_behind(dlogits)
+            cpu_bf16.clear_behind(dlogits)
         blocks = _blocks(self.operand, dlogits.dtype)
         block, w = next(blocks)
         dx = torch.mm(dlogits[:, block], w)
@@ -341,19 +333,6 @@ class HeadGradients:
             zeros = self.bias.new_zeros(self.bias.shape, dtype=dtype)
             dbias = zeros if self.dbias is None else self.dbias.to(dtype)
         return dhidden, dweight, dbias
-
-
-def _clear_behind(matrix: Tensor) -> None:
-    """Zero what lies behind each row of a bf16 matrix, up to the depth of a tile (AMX).
-
-    oneDNN loads a left operand that far and multiplies the excess by zeros, so that NaN there
-    becomes NaN in the result. A gradient that lies over fp32 logits has halves of them there.
-    """
-    vocab, stride = matrix.shape[1], matrix.stride(0)
-    excess = min(-vocab % TILE_DEPTH, stride - vocab)
-    if excess > 0 and matrix.shape[0] > 1:
-        shape = (matrix.shape[0] - 1, excess)  # behind the last row it loads nothing
-        matrix.as_strided(shape, matrix.stride(), matrix.storage_offset() + vocab).zero_()
 
 
 def _sum_shared(states: Tensor, dx: Tensor, unused: int) -> tuple[Tensor, Tensor]:

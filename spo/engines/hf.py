@@ -27,7 +27,6 @@ from spo.engines.stops import StopTexts, drawn_before, stop_texts
 from spo.models.check import SHORT_TYPES, in_dtype
 from spo.models.head import own_forward
 from spo.models.load import body, load_causal, longest, text_config
-from spo.models.memory import release_caches
 from spo.records import LENGTH, STOP, Completion, Request
 
 PREFILL_TOKENS = 8192  # maximum of one prefill forward, padding included
@@ -94,7 +93,7 @@ class HFEngine:
         sleep_mode: bool = False,
         trust_remote_code: bool = False,
     ):
-        self.sleep_mode, self._length = sleep_mode, 0
+        self.sleep_mode = sleep_mode
         self._source = (model, trust_remote_code)
         self.model = load_causal(
             model,
@@ -202,8 +201,7 @@ class HFEngine:
 
     def sleep(self) -> None:
         """Free the cache until `load_weights`, if asked; samples in flight wait."""
-        if self.sleep_mode and not self._length:
-            self._length = self.slots.length
+        if self.sleep_mode:
             self.slots.release()
 
     def load_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -220,10 +218,6 @@ class HFEngine:
         self._counters["preempted"] += len(self.running)
         self.running = []
         self.slots.clear()
-        if self._length:
-            release_caches()  # what training has left would be in the way
-            self.slots.reserve(self._length)
-            self._length = 0
 
     def counters(self) -> dict[str, float]:
         return dict(self._counters)

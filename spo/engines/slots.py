@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spo.engines.attention_calls import AttentionCall, MaskFunction
 from spo.engines.slot_attention import SharedSpan, SlotView, Visible
-from spo.models.memory import free_bytes, gigabytes, zeros
+from spo.models.memory import free_bytes, gigabytes, release_caches, zeros
 
 LENGTH, CACHED = 64, 16  # tokens of a slot, and number of slots for finished sequences, at first
 SPARE = 3  # more such slots are made only where so many times their memory is free: the trainer
@@ -72,6 +72,7 @@ class Slots:
         self.pins = np.zeros(0, dtype=np.int64)  # number of chains that list the slot
         self.chains: list[tuple[Span, ...]] = []  # positions 0:base
         self._plan: list[SharedSpan] | None = None
+        self.released = 0  # tokens of a slot, while the memory is given back
         self.reserve(min(LENGTH, max_len))
 
     @property
@@ -187,13 +188,18 @@ class Slots:
         self.base[last] = self.lens[last] = 0
 
     def release(self) -> None:
-        """Forget all sequences and give the memory back, until `reserve` takes it again."""
+        """Forget all sequences and give the memory back, until `clear` takes it again."""
+        self.released = max(self.released, self.length)
         self.kv, self.calls, self.chains, self._plan = [], [], [], None
         self.tokens = self.tokens[:0, :0]
         self.lens, self.base, self.used, self.pins = (np.zeros(0, dtype=np.int64) for _ in range(4))
 
     def clear(self) -> None:
         """Forget everything, the order of use too, so that rounding does not depend on the past."""
+        if self.released:
+            release_caches()  # what others have left would be in the way
+            length, self.released = self.released, 0
+            self.reserve(length)
         self.chains = [()] * len(self.chains)
         for array in (self.lens, self.base, self.used, self.pins):
             array[:] = 0
