@@ -45,7 +45,9 @@ def grade_options(parser: argparse.ArgumentParser) -> None:
         help="math, gsm8k, … or your own, module:Name or ./file.py:Name; several are compared",
     )
     parser.add_argument(
-        "--options", default="{}", help='settings of the tasks as JSON: {"simplified": true}'
+        "--options",
+        action="append",
+        help='settings of the tasks as JSON, {"simplified": true}; several: one for each task',
     )
     parser.add_argument("--timeout", type=float, default=5.0, help="seconds for a response")
     parser.add_argument("--workers", type=int, help="processes; default: by cores")
@@ -58,15 +60,15 @@ def grade(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     rows = read_rows(arguments.file)
-    options = _options(arguments.options)
+    tasks = _with_options(arguments.task, arguments.options or ["{}"])
     verdicts: dict[str, list[Graded]] = {}
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 110  # files and pipes have no width of their own
     lines = []
-    for name in dict.fromkeys(arguments.task):
+    for name, (task, options) in tasks.items():
         start = time.perf_counter()
-        verdicts[name] = graded(rows, name, options, arguments.timeout, arguments.workers)
+        verdicts[name] = graded(rows, task, options, arguments.timeout, arguments.workers)
         lines.append(_line(name, rows, verdicts[name], time.perf_counter() - start))
     console.print(_table(f"{arguments.file.name}, {len(rows)} responses", lines))
     shown = list(_differences(rows, verdicts))
@@ -128,6 +130,21 @@ def graded(
             grader.submit(key, name, row.response, row.answer)
         while grader.pending:
             found += grader.poll(0.5)
+    return found
+
+
+def _with_options(tasks: Sequence[str], texts: Sequence[str]) -> dict[str, tuple[str, dict]]:
+    """Each task with its options, by the name that the table shows."""
+    if len(texts) not in (1, len(tasks)):
+        raise ValueError(
+            f"--options: expected one for all tasks or one for each of {len(tasks)}, "
+            f"found {len(texts)}"
+        )
+    found = {}
+    for place, task in enumerate(tasks):
+        text = texts[place % len(texts)]
+        options = _options(text)
+        found[f"{task} {text}" if len(texts) > 1 and options else task] = (task, options)
     return found
 
 

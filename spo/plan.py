@@ -92,10 +92,12 @@ def _replayed(recipe: Recipe) -> str | None:
     return f"{waiting * train.replay_nodes:,} nodes trained, those of earlier iterations included"
 
 
-def parameters(policy: PolicyConfig) -> int | None:
-    """Number of weights, from the model's config; None if that is not on this machine."""
+def parameters(policy: PolicyConfig, *, adapters: bool = False) -> int | None:
+    """Number of weights, or of those of its adapters, from the model's config; None if that is not
+    on this machine."""
     import torch
 
+    from spo.learn import lora
     from spo.models.load import policy_class
 
     if not _is_here(policy):
@@ -104,6 +106,9 @@ def parameters(policy: PolicyConfig) -> int | None:
     auto, config = policy_class(policy.source, **trusted)
     with torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=policy.trust_remote_code)
+        if adapters:
+            lora.attach(model, policy, seed=0)
+            return sum(p.numel() for _, p in lora.adapter(model))
     return sum(p.numel() for p in model.parameters())
 
 
@@ -166,11 +171,14 @@ def _memory(recipe: Recipe, count: int | None, card: float | None) -> list[str]:
 
 def _disk(recipe: Recipe, count: int | None) -> list[str]:
     """What the run keeps, without the nodes of a replay buffer."""
-    trained, train = BYTES[recipe.policy.dtype], recipe.train
+    policy, train = recipe.policy, recipe.train
+    trained = BYTES["float32" if policy.lora else policy.dtype]
     kept = f"{train.keep_checkpoints} checkpoint{'s' * (train.keep_checkpoints > 1)}"
     if count is None:
         return [f"unknown until the policy's config.json is here: {kept}, and one being written"]
-    stored = _stored(recipe.policy)
+    stored = trained if policy.lora else _stored(policy)
+    if policy.lora:
+        count = parameters(policy, adapters=True) or 0
     one = stored + 2 * trained  # with AdamW's two moments
     one += trained if stored < trained else 0  # the bits that the policy's folder lacks
     one += 3 * trained if recipe.credit.critic else 0

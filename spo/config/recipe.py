@@ -212,7 +212,10 @@ def _resolve(tree: Mapping[str, Any], folder: Path | None) -> Recipe:
     fields["log"] = tracker_names(tree.get("log"))
     task = named.find("task", fields["task"], folder)
     fields["task"] = named.name_of("task", task)
-    named.build(task, fields["data"].options, "data.options")
+    options = fields["data"].options
+    if "simplified" in options and "simplified" not in {f.name for f in dataclasses.fields(task)}:
+        raise ValueError(f"reward.simplified: expected the task math, found {fields['task']}")
+    named.build(task, options, "data.options")
     sets = {name: _found(one, name, folder) for name, one in fields["eval"].sets.items()}
     fields["eval"] = dataclasses.replace(fields["eval"], sets=sets)
     for key, choice in UNIONS.items():

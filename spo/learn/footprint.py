@@ -15,6 +15,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # bytes per weight: blocks of 64 with an 8-bit scale each
 PROMPT = 512  # tokens of a prompt where the recipe has no limit
 VLLM_CACHE = 1 << 30  # bytes, on a CPU
+HOST = 100 << 20  # bytes that loading and PyTorch's CPU kernels keep beside tensors, as measured
 FINISHED = 16  # slots of the embedded engine for finished sequences, at first
 
 
@@ -72,6 +73,7 @@ def footprint(
         "reference": weights if reference and not (parked or policy.lora) else 0,
         "critic and its optimiser": weights + state if critic else 0,
         "engine": engine,
+        "buffers of PyTorch": 0 if policy.device.startswith("cuda") else HOST,
     }
     backward = counted.backward + _unpacked(counted, recipe)
     gradients = trained * _trained_bytes(recipe)
