@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,3 +23,13 @@ class LoraConfig:
     quantize: Literal["none", "nf4"] = "none"
     """nf4: hold the weights under the adapters in 4 bits (QLoRA, arXiv 2305.14314), by
     bitsandbytes. Its 8 bits are left out: they round a token's input by what its neighbours are."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            try:
+                re.compile(self.targets)
+            except re.error as error:
+                raise ValueError(
+                    f"policy.lora.targets: expected a regular expression, found {self.targets!r} "
+                    f"({error})"
+                ) from error

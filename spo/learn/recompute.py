@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from contextlib import nullcontext
 from functools import partial, wraps
 from typing import Any
@@ -35,9 +37,16 @@ def compile_layers(model: PreTrainedModel) -> None:
     gradients runs as before. Call it before `checkpoint_layers`, so that what is recomputed is
     compiled too.
 
-    Raises ValueError with one sentence if transformers names no layers of this model.
+    Raises ValueError with one sentence if transformers names no layers of this model, or if a CPU's
+    code cannot be compiled.
     """
-    for layer in _layers(model, "policy.compile"):
+    layers = _layers(model, "policy.compile")
+    compiler = os.environ.get("CXX", "g++")  # as PyTorch finds it
+    if model.device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(
+            f"policy.compile: expected a C++ compiler, found none named {compiler} (CXX)"
+        )
+    for layer in layers:
         fused = torch.compile(layer.forward, dynamic=True)
         layer.forward = wraps(layer.forward)(partial(_compiled, layer.forward, fused))
 

@@ -218,6 +218,11 @@ def test_settings_that_do_not_go_with_it_are_refused(settings, words):
         load_recipe("grpo", **settings)
 
 
+def test_targets_that_are_no_expression_are_refused():
+    with one_sentence(["policy.lora.targets", "expected a regular expression", "'(['"]):
+        load_recipe("grpo", policy={"lora": {"targets": "(["}})
+
+
 @pytest.mark.parametrize("targets", [["no_proj"], ["embed_tokens"], "none.*"])
 def test_targets_without_a_layer_are_refused(targets):
     recipe = load_recipe("grpo", policy={"lora": {"targets": targets}})

@@ -18,7 +18,7 @@ from spo.learn.distributed import Ranks
 from spo.learn.learner import Learner
 from spo.learn.loss import policy_loss
 from spo.learn.policy import load_policy
-from spo.learn.recompute import checkpoint_layers
+from spo.learn.recompute import checkpoint_layers, compile_layers
 
 LOSS = PolicyLossConfig()
 CASES: dict[str, dict[str, Any]] = {
@@ -123,3 +123,9 @@ def test_a_model_without_such_layers_is_refused(plain, monkeypatch):
     monkeypatch.setattr(recompute, "GradientCheckpointingLayer", torch.nn.LSTM)
     with one_sentence(["policy.gradient_checkpointing", "expected a model whose layers"]):
         checkpoint_layers(load_policy(PolicyConfig()))
+
+
+def test_compiling_without_a_compiler_is_refused(plain, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with one_sentence(["policy.compile", "C++ compiler", "no-such-compiler"]):
+        compile_layers(plain)
