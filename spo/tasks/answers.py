@@ -15,6 +15,7 @@ _BARE_BOX = re.compile(
 )
 _JOINT, _MOST_BOXES = 60, 20  # characters between boxes that belong together; how many may
 _LONGEST_BOX = 800
+_SEARCHED = 100_000  # characters at the end of a text, in which a box is looked for
 _JOINED = re.compile(
     r"(?<=\})[\s$]*(?:,[\s$]*)?(?:(?:\\(?:text|mbox|quad|qquad)\s*\{?\s*)?(?:and|or)\s*\}?|,)"
     r"[\s$]*(?:[a-zA-Z]\s*=\s*)?$"
@@ -43,9 +44,10 @@ def last_boxed(text: str) -> str | None:
     A box in `\\verb`, in a verbatim block or behind the `%` of a comment is none.
     `\\boxed 7` and `\\boxed\\frac12`, as in some published solutions, count if there is no box with
     braces. The time is linear in the text: one pass with a stack, even if boxes are left open.
+    Only the last 100000 characters are searched.
     """
     opened: list[tuple[int, int]] = []  # token and text starts of a box, (-1, -1) for other braces
-    text = _without_comments(text)
+    text = _without_comments(_end(text))
     held = covered = (-1, -1)  # span of the text found, and of the boxes around it
     for match in _BOX_TOKEN.finditer(text):
         token = match[0]
@@ -86,6 +88,16 @@ def boxed_answer(text: str) -> str | None:
         if len(found) > _MOST_BOXES:
             return last
     return last if len(set(found)) < len(found) else ", ".join(reversed(found))
+
+
+def _end(text: str) -> str:
+    """The last characters of a long text; verbatim text that began before them still is."""
+    if len(text) <= _SEARCHED:
+        return text
+    cut = len(text) - _SEARCHED
+    opened, closed = (text.rfind(f"\\{mark}{{verbatim}}", 0, cut) for mark in ("begin", "end"))
+    line = text.rfind("\n", max(cut - _SEARCHED, 0), cut) + 1  # a comment is cut off as a whole
+    return "\\begin{verbatim}\n" * (opened > closed) + text[line or cut :]
 
 
 def _without_comments(text: str) -> str:

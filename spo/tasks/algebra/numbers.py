@@ -1,27 +1,28 @@
 """Whether two formulas have the same value: exactly where they are rational, else to many digits.
 
-Formulas with variables are compared at fixed random points. Numbers are never rounded to fewer
+Formulas with variables are compared at fixed points (points.py). Numbers are never rounded to fewer
 digits than the largest and the smallest number on the way to them have, so that no tower of powers
-is taken for its neighbour; what would need more than `MOST` digits has no value here.
+is taken for its neighbour; functions of tiny numbers take more. What would need more than `MOST`
+digits has no value here.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from spo.tasks.algebra.exact import rational
 from spo.tasks.algebra.node import Node, Unreadable, symbols
+from spo.tasks.algebra.points import Point, chosen_points
 
 DIGITS, MOST = 80, 2000  # of an inexact number: the fewest, the most
 COST = 2 * 10**7  # of one evaluation: squares of digits, for each function and power
 MOST_OF_GAMMA = 400
 SPARE = 20  # digits that roundings may cost
-POINTS = 8
 _CONSTANTS = ("pi", "e", "i")
 
 
@@ -40,12 +41,14 @@ def same_value(a: Node, b: Node) -> bool:
         return _infinite(a) == _infinite(b) != 0
     is_complex = "i" in symbols(a) | symbols(b)
     if not names:
-        return _close(a, b, {})[0]
+        return _close(a, b, ())[0]
     real, other = 0, 0
-    for point in _points(tuple(names)):
+    for point, must in chosen_points(a, b, names):
         try:
             equal, is_real = _close(a, b, point)
-        except _Undefined:
+        except Unreadable as error:
+            if must and not isinstance(error, _Undefined):
+                raise
             continue
         if not equal:
             return False
@@ -63,6 +66,7 @@ def _infinite(node: Node) -> int:
     return int(node.op == "inf")
 
 
+@lru_cache(maxsize=4096)
 def decimal(node: Node) -> float:
     """The value of a real formula without variables, inf of infinity. Raises Unreadable."""
     if sign := _infinite(node):
@@ -74,7 +78,7 @@ def decimal(node: Node) -> float:
             raise Unreadable("a number out of range") from None
     if symbols(node) - set(_CONSTANTS):
         raise Unreadable("a formula with variables, where a number is expected")
-    value, _ = _valued(node, {})
+    value, _ = _valued(node, ())
     if not _is_real(value):
         raise Unreadable("a number that is not real")
     return float(value.real)
@@ -84,24 +88,7 @@ class _Undefined(Unreadable):
     """At this point."""
 
 
-@lru_cache(maxsize=256)
-def _points(names: tuple[str, ...]) -> tuple[dict[str, Fraction], ...]:
-    """Positive ones first, for the sake of roots and logarithms."""
-    rng = random.Random("points of " + " ".join(names))
-    points = []
-    for k in range(POINTS):
-        signs = [1 if k < POINTS // 2 else rng.choice((-1, 1)) for _ in names]
-        points.append(
-            {
-                n: Fraction(s * rng.randint(2000, 40000), 10007)
-                for n, s in zip(names, signs, strict=True)
-            }
-        )
-    points[-1] = {name: -abs(value) for name, value in points[-1].items()}
-    return tuple(points)
-
-
-def _close(a: Node, b: Node, point: Mapping[str, Fraction]) -> tuple[bool, bool]:
+def _close(a: Node, b: Node, point: Point) -> tuple[bool, bool]:
     """Whether the values at a point are equal, and real. Raises _Undefined if both have none."""
     values = []
     for node in (a, b):
@@ -120,9 +107,9 @@ def _close(a: Node, b: Node, point: Mapping[str, Fraction]) -> tuple[bool, bool]
         return False, _is_real(x)
     import mpmath
 
-    top = max(top, other)
-    with mpmath.workdps(_digits(top)):
-        again = [_evaluated(node, point)[0] for node in (a, b)] if point or top > 1 else [x, y]
+    digits = _digits(top := max(top, other))
+    again = [_evaluated(node, point, digits)[0] for node in (a, b)] if point or top > 1 else [x, y]
+    with mpmath.workdps(digits):
         difference = abs(again[0] - again[1])
         return bool(difference <= mpmath.mpf(10) ** (SPARE - DIGITS - top)), _is_real(x)
 
@@ -137,52 +124,70 @@ def _digits(top: int) -> int:
     return digits
 
 
-def _valued(node: Node, point: Mapping[str, Fraction]) -> tuple[Any, int]:
+def _valued(node: Node, point: Point) -> tuple[Any, int]:
     """The value, and how many digits the largest or smallest number on the way has."""
-    import mpmath
-
     digits = DIGITS
     for _ in range(4):
-        with mpmath.workdps(digits):
-            value, top = _evaluated(node, point)
+        value, top = _evaluated(node, point, digits)
         if _digits(top) <= digits:
             return value, top
         digits = _digits(top)
     raise Unreadable("a number out of range")
 
 
-def _evaluated(node: Node, point: Mapping[str, Fraction]) -> tuple[Any, int]:
-    evaluation = _Evaluation(point)
-    try:
-        value = evaluation.of(node)
-    except (ZeroDivisionError, OverflowError, TypeError) as error:
-        raise _Undefined(str(error)) from error
-    except ValueError as error:
-        raise error if isinstance(error, Unreadable) else _Undefined(str(error)) from error
-    return value, evaluation.top
+def _evaluated(node: Node, point: Point, digits: int) -> tuple[Any, int]:
+    found = _outcome(node, point, digits)
+    if isinstance(found, Unreadable):
+        raise found
+    return found
+
+
+@lru_cache(maxsize=4096)  # items of lists are compared with each other
+def _outcome(node: Node, point: Point, digits: int) -> tuple[Any, int] | Unreadable:
+    """The value, or why there is none."""
+    import mpmath
+
+    with mpmath.workdps(digits):
+        evaluation = _Evaluation(point)
+        try:
+            value = evaluation.of(node)
+            evaluation.check()
+        except Unreadable as error:
+            return error.with_traceback(None)
+        except (ZeroDivisionError, OverflowError, TypeError, ValueError) as error:
+            return _Undefined(str(error))
+    return value, evaluation.top + evaluation.more
 
 
 class _Evaluation:
-    def __init__(self, point: Mapping[str, Fraction]):
+    def __init__(self, point: Point):
         import mpmath
 
         self.mp: Any = mpmath.mp
-        self.point, self.top, self.cost = point, 1, 0
+        self.point, self.top, self.cost = dict(point), 1, 0
+        self.fine, self.more = 0, 0  # digits behind the point; those that functions add
         self.tiny = self.mp.mpf(10) ** (SPARE - self.mp.dps)
 
     def of(self, node: Node) -> Any:
         if (exact := None if self.point and symbols(node) else rational(node)) is not None:
             value = self.mp.mpf(exact.numerator) / exact.denominator
+            above, below = (n.bit_length() * 3 // 10 for n in exact.as_integer_ratio())
+            self.top, self.fine = max(self.top, above + below), max(self.fine, below)
         else:
             value = self.computed(node)
         if value and not self.mp.isfinite(value):
             raise _Undefined("no finite value")
         if value:
             size = max(abs(self.mp.re(value)), abs(self.mp.im(value)))
-            self.top = max(self.top, abs(self.mp.mag(size)) * 3 // 10 + 1)
-        if self.top > MOST:
-            raise Unreadable("a number out of range")
+            magnitude = int(self.mp.mag(size)) * 3 // 10
+            self.top = max(self.top, abs(magnitude) + 1)
+            self.fine = max(self.fine, -magnitude - 1)
+        self.check()
         return value
+
+    def check(self) -> None:
+        if self.top + self.more > MOST:
+            raise Unreadable("a number out of range")
 
     def computed(self, node: Node) -> Any:
         mp, op = self.mp, node.op
@@ -193,7 +198,11 @@ class _Evaluation:
             return mp.mpf(value.numerator) / value.denominator
         if op not in _OPERATIONS and op not in ("func", "call"):
             raise Unreadable(f"a {op} within a formula")
+        before, self.fine = self.fine, 0
         args = [self.of(arg) for arg in node.args]
+        if op in ("func", "pow", "root", "fact"):
+            self.add_digits(node, args)
+        self.fine = max(before, self.fine)
         self.cost += mp.dps**2 if op in ("func", "pow", "root", "fact") else 0
         if self.cost > COST:
             raise Unreadable("a long computation")
@@ -203,6 +212,17 @@ class _Evaluation:
             seed = " ".join([node.value, *(mp.nstr(arg, 25) for arg in args)])
             return mp.mpf(random.Random(seed).uniform(1, 3))
         return _OPERATIONS[op](self, args)
+
+    def add_digits(self, node: Node, args: list[Any]) -> None:
+        """For what is close to a sum of powers of something small, `cos(1/n)` to `1 - 1/2n^2`."""
+        if node.op == "pow" and self.mp.isint(args[1]):
+            return
+        large = 0
+        if node.value in ("ln", "log", "lg", "arctan") and args[0]:
+            large = abs(int(self.mp.mag(args[0]))) * 3 // 10
+        if node.value == "tanh":  # 1 is reached but for e^-2x
+            self.top = max(self.top, int(min(abs(args[0]), MOST) * 9 / 10) + 1)
+        self.more = max(self.more, 3 * max(self.fine, large))
 
     def add(self, args: list[Any]) -> Any:
         total = args[0] + args[1]
@@ -302,14 +322,16 @@ def proportion(a: Node, b: Node) -> int:
     if not names or set(names) != symbols(a) - set(_CONSTANTS):
         return 0
     constant, found = None, 0
-    for point in _points(tuple(names)):
+    for point, must in chosen_points(a, b, names):
         try:
             (x, top), (y, other) = _valued(a, point), _valued(b, point)
-        except _Undefined:
+        except Unreadable as error:
+            if must and not isinstance(error, _Undefined):
+                raise
             continue
-        top = max(top, other)
-        with mpmath.workdps(_digits(top)):
-            x, y = _evaluated(a, point)[0], _evaluated(b, point)[0]
+        digits = _digits(max(top, other))
+        x, y = _evaluated(a, point, digits)[0], _evaluated(b, point, digits)[0]
+        with mpmath.workdps(digits):
             if not x or not y or not _is_real(x) or not _is_real(y):
                 return 0
             constant = x / y if constant is None else constant

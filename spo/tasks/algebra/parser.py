@@ -71,7 +71,7 @@ class Parser(Formula):
             return found[0]
         if ";" in joins and "," in joins:
             return _grouped(found, between)
-        return Node("items", tuple(found), "or" if "or" in joins else "and")
+        return Node("items", tuple(found), next((j for j in ("or", "and") if j in joins), ","))
 
     def separator(self) -> str | None:
         """Skip one separator of a list, and say which."""

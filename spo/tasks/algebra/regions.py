@@ -114,12 +114,17 @@ def _merged(parts: tuple[Part, ...]) -> list[Part]:
 
 
 def _combined(op: str, a: Region, b: Region) -> Region:
+    """Always merged: else a chain of sets has exponentially many parts."""
     name = a.name or b.name
     if op == "union":
-        return Region(a.parts + b.parts, name)
-    if op == "minus":
-        b = Region(_complement(b.parts))
-    return Region(tuple(_meet(x, y) for x in a.parts for y in b.parts), name)
+        return Region(tuple(_merged(a.parts + b.parts)), name)
+    first = _merged(a.parts)
+    second = _merged(_complement(b.parts) if op == "minus" else b.parts)
+    parts = []
+    while first and second:  # both are in order: what ends first meets nothing more
+        parts.append(_meet(first[0], second[0]))
+        (first if _order(first[0].high, second[0].high) < 0 else second).pop(0)
+    return Region(tuple(_merged(tuple(parts))), name)
 
 
 def _meet(a: Part, b: Part) -> Part:
@@ -187,7 +192,7 @@ def _name(node: Node) -> str | None:
 
 
 def _of_items(node: Node) -> Region | None:
-    """Inequalities: `or` joins them; `and` and commas mean both, if that is possible."""
+    """Inequalities: `or` joins them; `and` means both, and so do commas if that is possible."""
     regions = []
     for item in node.args:
         region = region_of(item) if item.op in ("rel", "union", "built") or regions else None
@@ -208,7 +213,8 @@ def _of_items(node: Node) -> Region | None:
         both = regions[0]
         for region in regions[1:]:
             both = _combined("inter", both, region)
-        if _merged(both.parts):
+        strict = all(i.op == "rel" and not {"=", "in"} & set(i.value) for i in node.args)
+        if both.parts or (node.value == "and" and strict):
             return both
     total = regions[0]
     for region in regions[1:]:
