@@ -24,6 +24,7 @@ _LETTER_UNIT = re.compile(
     r"(-?(?:[0-9.,]|\\frac\{[0-9]+\}\{[0-9]+\}|\{,\})+) "
     r"([mgshLN](?:\s*\^\s*\{?[23]\}?)?(?:\s*/\s*(?:s|h|min|hr|m|L)(?:\s*\^\s*\{?[23]\}?)?)?)"
 )
+_EMPTY = re.compile(r"\\(?:text|mbox|math)[a-z]*(?![a-zA-Z])|[{}\s]")  # what shows nothing
 _COMMAS = re.compile(r"(?<![0-9,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
 
 
@@ -36,7 +37,7 @@ def equal(given: str, answer: str, simplified: bool = False) -> bool:
     if len(given) > MAX_LENGTH or _depth(given) > MAX_DEPTH:
         return False
     given, answer = (words.with_signs(spelled(text)) for text in (given, answer))
-    if not given or not answer:
+    if not all(_EMPTY.sub("", text) for text in (given, answer)):
         return False
     if _plain(given) == _plain(answer):
         return True
@@ -113,7 +114,7 @@ def same(given: Node, answer: Node) -> bool:
     if len(found.values) == 1:
         return not right.braces and _same_tuple(found.values[0], right)
     if len(right.values) == 1:
-        return not found.braces and _same_tuple(right.values[0], found)
+        return not found.braces and _same_tuple(right.values[0], found, True)
     if (found.braces or right.braces) and len({*found.names, *right.names} - {None}) > 1:
         return False
     return _same_lists(found, right)
@@ -176,14 +177,14 @@ def _same_lists(given: _List, answer: _List) -> bool:
     return _matches(found, right, _same_item)
 
 
-def _same_tuple(one: Node, others: _List) -> bool:
-    """A tuple against values that stand in no brackets."""
+def _same_tuple(one: Node, others: _List, is_answer: bool = False) -> bool:
+    """A tuple against values that stand in no brackets. Names in `one` that `is_answer` count."""
     if one.op == "rel" and one.value == ("=",) and one.args[0].op == "seq":
         names = [name_of(arg) for arg in one.args[0].args]
         if None not in others.names and sorted(names) == sorted(map(str, others.names)):
             values = [others.values[others.names.index(name)] for name in names]
             return _same_tuple(one.args[1], _List(values, [None] * len(values)))
-        if set(others.names) == {None}:
+        if set(others.names) == {None} and (is_answer or _in_order(names)):
             return _same_tuple(one.args[1], others)
     if one.op != "seq" or one.value != "()" or len(one.args) != len(others.values):
         return False
@@ -198,6 +199,11 @@ def _in_order(names: Sequence[str | None]) -> bool:
     if not len(known) == len(names) == len(set(known)):
         return False
     return known == sorted(known) or not set(known) <= set("abcuvwxyz")
+
+
+def _is_named_in_order(node: Node) -> bool:
+    """Whether it is no tuple of names in another order than the usual one."""
+    return node.op != "seq" or not is_name(node) or _in_order(list(map(name_of, node.args)))
 
 
 def _matches(found: Sequence, right: Sequence, pair: Callable[..., bool]) -> bool:
@@ -245,7 +251,7 @@ def _same_word(given: Node, answer: Node) -> bool:
 
 def _same_relation(given: Node, answer: Node) -> bool:
     if answer.op != "rel":
-        return _is_value(given, answer)
+        return _is_named_in_order(given.args[0]) and _is_value(given, answer)
     if "approx" in answer.value:  # what it is exactly stands before
         exact = answer.value.index("approx")
         sides = answer.args[: exact + 1]

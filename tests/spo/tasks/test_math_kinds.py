@@ -143,6 +143,23 @@ RIGHT += [
     ("9.8 m/s^2", [r"9.8\,\text{m/s}^2"]),
 ]
 
+RIGHT += [
+    ("x=1 or x=2", ["x=1 and x=2"]),
+    ("x<1 or x>2", ["x<1, x>2"]),
+    ("(1,3)", ["x>1 and x<3"]),
+    (r"\emptyset", ["x>2 and x<1"]),
+    ("(1,2)", ["(x,y)=(1,2)"]),
+    ("(y,x)=(2,1)", ["(y,x)=(2,1)", "(2,1)", "2,1", "x=1,y=2"]),
+    ("|x-5|", ["|5-x|", r"\sqrt{(x-5)^2}"]),
+    (r"\max(x,y)", [r"\frac{x+y+|x-y|}{2}"]),
+    (r"\lfloor x\rfloor+1", [r"\lfloor x+1\rfloor"]),
+    ("e^{2|x|}", ["(e^{|x|})^2"]),
+    (r"2^{1002}\sqrt2", [r"\sqrt{2^{2005}}"]),
+    ("2^{2004}x", ["4^{1002}x"]),
+    (r"2\cdot10^{-34}\sqrt2", [r"10^{-34}\sqrt8"]),
+    (r"\tanh 10", [r"\frac{e^{10}-e^{-10}}{e^{10}+e^{-10}}"]),
+]
+
 # (the answer of the data, answers that must not count)
 WRONG = [
     (r"x \in [-2,7]", [r"x \in [-3,7]", "|x|=-1"]),
@@ -212,6 +229,41 @@ WRONG += [
     ("5", [r"5\text{ or }6", "5 dlars"]),
 ]
 
+WRONG += [
+    (
+        r"\sqrt2",
+        [
+            r"\sqrt{2+10^{-70}}",
+            "1.4142135623730950488016887242096980785696718753769480731766797379907324784621070388503"
+            "87534327641573",
+        ],
+    ),
+    ("x", [r"\frac{10^{70}+1}{10^{70}}x"]),
+    (r"(0,\sqrt2)", [r"(0,\sqrt{2+10^{-70}})"]),
+    ("1", [r"\tanh 80", r"\cos(10^{-70})", r"\cosh(10^{-100})", r"(1+e^{-200})^{\sqrt2}"]),
+    ("10^{-100}", [r"\sin(10^{-100})"]),
+    (r"10^{-100}-\frac{10^{-300}}{6}", [r"\sin(10^{-100})"]),
+    ("1+10^{-100}", ["e^{10^{-100}}"]),
+    (r"\frac{\pi}{2}-10^{-100}", [r"\arctan(10^{100})"]),
+    (r"\frac{|x|}{x}", [r"\tanh(100x)"]),
+    ("5-x", ["|x-5|"]),
+    ("y=5-x", ["y=|x-5|"]),
+    ("y+x=5", ["y-|x-5|=0", "y+|x|=5"]),
+    ("3-x", ["|x-3|"]),
+    ("10-x", [r"\sqrt{(x-10)^2}", "((x-10)^2)^{1/2}"]),
+    ("-1", [r"\frac{|x-5|}{x-5}"]),
+    ("1", [r"\frac{|x-5||x-6|}{(x-5)(x-6)}"]),
+    ("0", [r"\lfloor x/5\rfloor"]),
+    ("100", [r"\max(x,100)"]),
+    (r"\lceil x\rceil-1", [r"\lfloor x\rfloor"]),
+    ("x-1/1000", ["|x-1/1000|"]),
+    ("(1,2)", ["(y,x)=(1,2)"]),
+    ("1,2", ["(y,x)=(1,2)"]),
+    ("(y,x)=(1,2)", ["2,1", "(2,1)", "(x,y)=(1,2)"]),
+    ("x<1 or x>2", [r"x>2 \text{ and } x<1"]),
+    ("5", [r"\text{}"]),
+]
+
 # (the answer, one that says it, one that only computes it)
 SIMPLIFIED = [
     ("12", "12.0", r"\frac{10!+11!+12!}{10!+11!}"),
@@ -252,3 +304,8 @@ def test_an_answer_equals_itself(answer):
 def test_an_answer_that_must_be_worked_out(answer, short, echo):
     assert equal(short, answer, simplified=True)
     assert equal(echo, answer) and not equal(echo, answer, simplified=True)
+
+
+@pytest.mark.parametrize("text", ["", " ", "{}", r"\text{}", r"\mathrm{ }", r"\text{\textbf{}}"])
+def test_what_shows_nothing_is_no_answer(text):
+    assert not equal(text, text) and not equal(text, "5")
