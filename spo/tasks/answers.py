@@ -44,7 +44,7 @@ def last_boxed(text: str) -> str | None:
     A box in `\\verb`, in a verbatim block or behind the `%` of a comment is none.
     `\\boxed 7` and `\\boxed\\frac12`, as in some published solutions, count if there is no box with
     braces. The time is linear in the text: one pass with a stack, even if boxes are left open.
-    Only the last 100000 characters are searched.
+    Only the last 100000 characters, from the beginning of their first line, are searched.
     """
     opened: list[tuple[int, int]] = []  # token and text starts of a box, (-1, -1) for other braces
     text = _without_comments(_end(text))

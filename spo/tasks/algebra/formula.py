@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from spo.tasks.algebra.brackets import Brackets
 from spo.tasks.algebra.functions import FENCES, Functions, times
 from spo.tasks.algebra.node import Node, Unreadable, num
@@ -25,11 +27,21 @@ class Formula(Functions, Brackets):
             right = self.product()
             if sign in ("pm", "mp"):
                 node = Node(sign, (node, right))
+            elif sign == "-" and right.op == "set" and node.op in ("reals", "seq", "set", "minus"):
+                node = Node("minus", (node, right))
             else:
                 right = right if sign == "+" else Node("neg", (right,))
                 node = Node("add", (node, right))
         self.deep -= 1
-        return node
+        return self.divided(node)
+
+    def divided(self, above: Node) -> Node:
+        """With what stands below it: a \\over b, n \\choose k."""
+        if not self.is_next("over", "choose"):
+            return above
+        sign = self.expect("over", "choose")
+        node = Node("div") if sign == "over" else Node("func", value="binom")
+        return replace(node, args=(above, self.sum()))
 
     def product(self) -> Node:
         node = self.signed()
@@ -46,7 +58,11 @@ class Formula(Functions, Brackets):
                 numbers = [token.kind == "num" for token in self.tokens[self.at - 1 : self.at + 1]]
                 if all(numbers) and not (_is_power(node) and self._is_raised()):
                     raise Unreadable("two numbers with a space between them")
-                node = times(node, self.power())
+                mixed = numbers[0] and self.is_next("{")
+                right = self.power()
+                if mixed and right.op == "div" and all(arg.op == "num" for arg in right.args):
+                    raise Unreadable("a fraction in braces behind a number")
+                node = times(node, right)
             else:
                 return node
 
@@ -221,7 +237,7 @@ class Formula(Functions, Brackets):
                 fraction = None
         if fraction is not None and all(a.op == "num" for a in fraction.args):
             above, below = (a.value for a in fraction.args)
-            if above.denominator == below.denominator == 1 and 0 < above < below:
+            if above.denominator == below.denominator == 1 and 0 <= above < below:
                 return num(token.value + above / below)
         self.at = start
         return whole

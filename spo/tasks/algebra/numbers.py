@@ -17,7 +17,7 @@ from typing import Any
 
 from spo.tasks.algebra.exact import rational
 from spo.tasks.algebra.node import Node, Unreadable, symbols
-from spo.tasks.algebra.points import Point, chosen_points
+from spo.tasks.algebra.points import Point, chosen_points, of_logarithms
 
 DIGITS, MOST = 80, 2000  # of an inexact number: the fewest, the most
 COST = 2 * 10**7  # of one evaluation: squares of digits, for each function and power
@@ -42,7 +42,8 @@ def same_value(a: Node, b: Node) -> bool:
     is_complex = "i" in symbols(a) | symbols(b)
     if not names:
         return _close(a, b, ())[0]
-    real, other = 0, 0
+    real, other, skipped = 0, 0, 0
+    logarithms = not is_complex and of_logarithms(a, b)  # ln(ab) is ln a + ln b where both are real
     for point, must in chosen_points(a, b, names):
         try:
             equal, is_real = _close(a, b, point)
@@ -51,10 +52,13 @@ def same_value(a: Node, b: Node) -> bool:
                 raise
             continue
         if not equal:
-            return False
+            if is_real or not logarithms:
+                return False
+            skipped += 1
+            continue
         real += is_real
         other += 1
-    if other >= 2 and (is_complex or real >= 2 or real == 0):
+    if other >= 2 and (is_complex or real >= 2 or not (real or skipped)):
         return True
     raise Unreadable("the formulas have too few values")
 
@@ -241,7 +245,7 @@ class _Evaluation:
             if self.mp.re(exponent) <= 0:
                 raise _Undefined("zero to the power of no positive number")
             return self.mp.mpf(0)
-        if abs(exponent) * (abs(self.mp.log(abs(base))) + 1) > 3 * MOST:
+        if abs(exponent) * (0.7 * abs(self.mp.mag(base)) + 1) > 3 * MOST:
             raise Unreadable("a number out of range")
         if self.mp.im(base) == 0 and self.mp.re(base) < 0 and self.mp.im(exponent) == 0:
             ratio = Fraction(str(self.mp.nstr(exponent, 30))).limit_denominator(50)
@@ -249,7 +253,8 @@ class _Evaluation:
             if ratio.denominator % 2 and abs(near - exponent) < self.tiny:  # a real root
                 sign = -1 if ratio.numerator % 2 else 1
                 return sign * (-base) ** exponent
-        return self.cleaned(base**exponent, abs(base**exponent))
+        value = base**exponent
+        return self.cleaned(value, abs(value))
 
     def root(self, args: list[Any]) -> Any:
         if not args[1]:

@@ -13,7 +13,7 @@ from spo.tasks.algebra.node import Node
 
 POINTS = 8
 SIZES = (Fraction(1, 1000), Fraction(20), Fraction(1000), Fraction(10**6))  # of further points
-MOST_ENDS = 6
+MOST_ENDS = 4
 _PIECES = ("abs", "floor", "ceil", "max", "min", "Re", "Im", "arg", "gcd", "lcm")
 
 Point = tuple[tuple[str, Fraction], ...]  # the values of the variables
@@ -33,6 +33,12 @@ def chosen_points(a: Node, b: Node, names: list[str]) -> Iterator[tuple[Point, b
             yield point, False
 
 
+def of_logarithms(a: Node, b: Node) -> bool:
+    """Whether both have logarithms, and no pieces: ln|x| is not ln x."""
+    logs = [any(n.value in ("ln", "log", "lg") for n in node.walk()) for node in (a, b)]
+    return all(logs) and not any(_has_pieces(n) for node in (a, b) for n in node.walk())
+
+
 def _has_pieces(node: Node) -> bool:
     """Whether it may be one formula here and another there."""
     if node.op in ("root", "pow"):
@@ -49,11 +55,12 @@ def _far_points(names: tuple[str, ...], ends: tuple[Fraction, ...]) -> tuple[Poi
     rng = random.Random("far points of " + " ".join(names))
     sizes = [*SIZES, *(end * rng.choice((3, 7)) for end in ends[-1:])]
     rows = []
+    ways = ((1,), (-1,), (1, -1))[: 1 + min(len(names), 2)]
     for size in sizes:
-        for signs in ((1,), (-1,), (1, -1)):
+        for signs in ways:
             rows.append([size * rng.choice(signs) * rng.randint(500, 2000) / 1009 for _ in names])
     for limit in (9, 40):
-        for signs in ((1,), (-1,), (1, -1)):
+        for signs in ways:
             rows.append([Fraction(rng.choice(signs) * rng.randint(1, limit)) for _ in names])
     for end in ends:
         for sign, side in itertools.product((1, -1), repeat=2):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from spo.tasks.algebra.node import Node, Unreadable, spread, symbols
 from spo.tasks.algebra.numbers import decimal, same_value
 
 _INFINITE = Node("inf")
+_TURNED = re.compile(  # brackets that open to the other side: ]1,2[
+    r"(?P<before>^|\\in|\\cup|\\cap|\\setminus|=)\s*(?P<open>[\[\]])(?P<ends>[^\[\]]*,[^\[\]]*)"
+    r"(?P<close>[\[\]])(?=\s*(?:$|\\cup|\\cap|\\setminus))"
+)
+_DOUBLE_O = re.compile(r"(?<=[(\[\],+\- ])oo(?=[\s,)\]\[])")
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
 
@@ -32,6 +38,16 @@ class Region:
 
 
 _ALL = Part(Node("neg", (_INFINITE,)), _INFINITE)
+
+
+def usual_brackets(text: str) -> str:
+    """With ( for ] where an interval opens, ) for [ where it closes, and \\infty for oo."""
+
+    def usual(match: re.Match[str]) -> str:
+        before, left, ends, right = match.group("before", "open", "ends", "close")
+        return f"{before}{'[('[left == ']']}{ends}{'])'[right == '[']}"
+
+    return _TURNED.sub(usual, _DOUBLE_O.sub(r"\\infty ", text))
 
 
 def region_of(node: Node) -> Region | None:
@@ -249,4 +265,4 @@ def is_region_like(node: Node) -> bool:
     return node.op in ("union", "inter", "minus", "built", "reals")
 
 
-__all__ = ["Region", "Unreadable", "is_region_like", "region_of", "same_region"]
+__all__ = ["Region", "Unreadable", "is_region_like", "region_of", "same_region", "usual_brackets"]

@@ -13,7 +13,7 @@ from spo.tasks.algebra.node import Node, Unreadable, operations, spread
 from spo.tasks.algebra.numbers import proportion, same_value
 from spo.tasks.algebra.parser import parse
 from spo.tasks.algebra.quantity import has_decimals, rounds, same_quantity, same_ratio
-from spo.tasks.algebra.regions import is_region_like, region_of, same_region
+from spo.tasks.algebra.regions import is_region_like, region_of, same_region, usual_brackets
 from spo.tasks.algebra.spelling import spelled
 
 MAX_LENGTH = 600  # characters of an answer; the longest of MATH has about 200
@@ -82,6 +82,7 @@ def _work(node: Node) -> int:
 
 def _readings(text: str) -> Iterator[Node]:
     """Where commas between three digits may separate thousands or items, both."""
+    text = usual_brackets(re.sub(r"\\mathbb\s*([A-Z])(?![a-zA-Z])", r"\\mathbb{\1}", text))
     commas = _COMMAS.search(text)
     for thousands in (True, False) if commas else (True,):
         if not thousands and re.search(r",00", commas[0] if commas else ""):

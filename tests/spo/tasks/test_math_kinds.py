@@ -157,6 +157,21 @@ RIGHT += [
     (r"2^{1002}\sqrt2", [r"\sqrt{2^{2005}}"]),
     ("2^{2004}x", ["4^{1002}x"]),
     (r"2\cdot10^{-34}\sqrt2", [r"10^{-34}\sqrt8"]),
+    (r"\frac12", [r"1\over2", r"x={1\over 2}"]),
+    (r"\frac{x+1}{x-1}", [r"{x+1\over x-1}"]),
+    (r"\frac{\sqrt2}{2}", [r"\sqrt{1\over2}"]),
+    (r"\binom{n}{k}", [r"{n\choose k}"]),
+    ("10", [r"{5\choose 2}"]),
+    ("2", [r"2\frac03"]),
+    (r"\ln a+\ln b", [r"\ln(ab)"]),
+    (r"\log_2(xy)", [r"\log_2 x+\log_2 y"]),
+    (r"\ln a-\ln b", [r"\ln\frac ab"]),
+    ("(1,2)", ["]1,2["]),
+    ("(1,2]", ["]1,2]", r"x\in]1,2]"]),
+    ("x<1 or x>=2", [r"]-\infty,1[\cup[2,\infty["]),
+    (r"(-\infty,2]", ["(-oo,2]"]),
+    (r"\mathbb{R}\setminus\{0\}", [r"\mathbb R-\{0\}", r"x\in(-\infty,\infty)-\{0\}"]),
+    (r"\sqrt[3]{2},\sqrt[3]{5}", [r"\sqrt[3]{5},\sqrt[3]{2}"]),
     (r"\tanh 10", [r"\frac{e^{10}-e^{-10}}{e^{10}+e^{-10}}"]),
 ]
 
@@ -262,6 +277,12 @@ WRONG += [
     ("(y,x)=(1,2)", ["2,1", "(2,1)", "(x,y)=(1,2)"]),
     ("x<1 or x>2", [r"x>2 \text{ and } x<1"]),
     ("5", [r"\text{}"]),
+    ("1", [r"2{1\over2}"]),
+    ("0", [r"2\frac03", r"1-\{1\}"]),
+    (r"\frac16", [r"1\over2\over3"]),
+    ("[1,2)", ["]1,2]", "]1,2["]),
+    (r"\ln|x|", [r"\ln x"]),
+    (r"\ln a+\ln b", [r"\ln(a+b)", r"\ln a\ln b"]),
 ]
 
 # (the answer, one that says it, one that only computes it)
