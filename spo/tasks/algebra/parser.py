@@ -213,7 +213,7 @@ class Parser(Formula):
             elif token.kind == "word" and word in units.FILLERS:
                 self.at += 1
             elif token.kind == "word" or (token.kind == "let" and sign < 0 and token.text in "msh"):
-                if not (token.typed or units.known(word) or word in units.MEANS):
+                if not (token.typed or units.known(token.text) or word in units.MEANS):
                     raise Unreadable(f"the word {word!r}")
                 self.at += 1
                 factors.append((token.text, sign * square * self.unit_power()))

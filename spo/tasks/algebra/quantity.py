@@ -57,11 +57,11 @@ def same_quantity(given: Node, answer: Node) -> bool:
     answer, own = without_unit(answer)
     if given.op == "pct" or answer.op == "pct":
         return _same_percent(given, answer)
-    if mine is None or own is None or mine.counted or own.counted:
+    if mine is None or own is None:
         return same_value(given, answer)
-    if mine.quantities != own.quantities:
+    if not mine.agrees(own):
         return False
-    if mine.size == own.size:
+    if mine.size == own.size or mine.quantities != own.quantities:
         return same_value(given, answer)
     scale = Node("num", value=mine.size / own.size)
     return same_value(Node("mul", (given, scale)), answer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -24,6 +26,8 @@ _TABLE = {  # a quantity, and the size of each unit of it
         "mg milligram": Fraction(1, 10**6),
         "lb pound": 1000 * _POUND,
         "oz ounce": 1000 * _POUND / 16,
+        "tonne": 1000,
+        "ton": None,
     },
     "time": {
         "s sec second": 1,
@@ -42,7 +46,13 @@ _TABLE = {  # a quantity, and the size of each unit of it
         "gallon gal": None,
     }
     | {"quart": None, "pint": None, "cup": None, "tablespoon": None, "teaspoon": None},
-    "money": {"dollar usd": 100, "cent": 1, "euro eur": None, "yen": None, "rupee": None},
+    "money": {
+        "dollar usd": 100,
+        "cent penny pennie": 1,
+        "euro eur": None,
+        "yen": None,
+        "rupee": None,
+    },
     "angle": {"degree": 1, "radian rad": None},
     "force": {"n newton": 1},
     "energy": {"j joule": 1, "kj kilojoule": 1000, "cal calorie": None, "ev": None},
@@ -51,6 +61,8 @@ _TABLE = {  # a quantity, and the size of each unit of it
     "frequency": {"hz hertz": 1, "khz": 1000},
     "temperature": {"celsius": None, "fahrenheit": None, "kelvin": None},
     "area": {"acre": None, "hectare": None},
+    "speed": {"knot": None},
+    "data": {"byte": 8, "bit": 1},
     "current": {"amp ampere": 1},
     "voltage": {"v volt": 1},
     "resistance": {"ohm": 1},
@@ -61,8 +73,54 @@ _KNOWN: dict[str, tuple[str, Fraction]] = {
     for names, size in sizes.items()
     for name in names.split()
 }
-_CAPITALS = {"L", "N", "J", "W", "V", "Hz", "kHz", "Pa", "kPa", "mL", "kJ", "kW", "USD", "EUR"}
-_ALIASES = {"mph": (("mi", 1), ("h", -1)), "kph": (("km", 1), ("h", -1)), "rpm": ()}
+_PREFIXES = {  # sign: name, power of ten
+    "n": ("nano", -9),
+    "u": ("micro", -6),
+    "m": ("milli", -3),
+    "c": ("centi", -2),
+    "d": ("deci", -1),
+    "": ("", 0),
+    "h": ("hecto", 2),
+    "k": ("kilo", 3),
+    "M": ("mega", 6),
+    "G": ("giga", 9),
+    "T": ("tera", 12),
+}
+_BASES = {  # sign: names that prefixes stand before
+    "m": "meter metre",
+    "g": "gram",
+    "s": "second",
+    "L": "liter litre",
+    "l": "liter",
+    "N": "newton",
+    "J": "joule",
+    "cal": "calorie",
+    "eV": "ev",
+    "W": "watt",
+    "Pa": "pascal",
+    "Hz": "hertz",
+    "A": "ampere amp",
+    "V": "volt",
+    "B": "byte",
+    "b": "bit",
+    "K": "kelvin",
+}
+
+
+def _prefixed() -> Iterator[tuple[str, tuple[str, Fraction]]]:
+    for prefix, (long, power) in _PREFIXES.items():
+        for base, names in _BASES.items():
+            quantity, size = _KNOWN[names.split()[0]]
+            unit = (quantity, size * Fraction(10) ** power)
+            yield from (
+                (name, unit) for name in (prefix + base, *(long + n for n in names.split()))
+            )
+
+
+_SIGNS = dict(_prefixed())  # here case counts: mW, MW
+_SIGNS |= {"C": _KNOWN["celsius"], "F": _KNOWN["fahrenheit"], "KB": _SIGNS["kB"]}
+_ALIASES = {"mph": (("mi", 1), ("h", -1)), "kph": (("km", 1), ("h", -1))}
+_ALIASES |= {"rpm": (("revolution", 1), ("min", -1))}
 _COUNTED = frozenset(
     "people person men man women woman child children student boy girl way time unit point"
     " coin apple book card ball marble number integer value solution pair triple root digit"
@@ -75,7 +133,7 @@ _COUNTED = frozenset(
     " degree star dot line segment path route combination permutation arrangement subset"
     " function sequence term factor divisor multiple element outcome possibility possibilitie"
     " choice order handshake apple rectangle circle region intersection polynomial matrix"
-    " matrice vector bill penny pennie nickel dime quarter stamp sticker toy gift gram shelf"
+    " matrice vector bill nickel dime quarter stamp sticker toy gift gram shelf"
     " shelve sheet sq linear total each on average".split()
 )
 FILLERS = frozenset("of the a an in per and".split())
@@ -93,6 +151,20 @@ MEANS = frozenset(
     " exponent log pi theta except but without none all infinity infinite double triple twice"
     " opposite inverse reciprocal am pm noon midnight true false yes no".split()
 )
+# The same, but only behind a number: in a formula they are letters.
+_CHANGES = frozenset(
+    "gross lakh crore myriad mille permille percentage percentile ppm ppb bn mn pair couple"
+    " trio quartet duo thou grand mil baker below under above beyond short lost lose loss"
+    " debt owed owe owing deficit overdrawn decrease decline drop shortage ish never wrong"
+    " incorrect invalid false untrue fake bogus mistake error cannot nor neither nothing nobody"
+    " no none nope isn isnt aren don doesn didn won unlikely likely probably presumably might may"
+    " could would guess unknown unsure uncertain almost roughly around circa near close within"
+    " between through until till versus instead rather excluding exclude reject rejected"
+    " nonsense joke kidding anything everything whatever undefined".split()
+)
+_MANY = re.compile(r".*(?:illions?|illiards?|folds?)|googol.*")
+# Of whatever is asked for.
+_GENERAL = frozenset("unit item object thing sq linear total each on average".split())
 SCALES = {
     "dozen": 12,
     "hundred": 100,
@@ -105,39 +177,63 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Unit:
-    """A product of powers of quantities, in their base units; counted things are all alike."""
+    """A product of powers of quantities, in their base units, and of the nouns beside them."""
 
     quantities: tuple[tuple[str, int], ...] = ()
     size: Fraction = Fraction(1)
-    counted: bool = False  # `5 apples`, `5 square units`: agrees with every unit
+    nouns: frozenset[str] = frozenset()
 
+    def agrees(self, other: Unit) -> bool:
+        """Whether both measure or count the same, whatever their sizes.
 
-ANY = Unit(counted=True)
+        Apples agree with apples, counted things with each other, `units` with all.
+        """
+        if self.quantities and other.quantities:
+            return self.quantities == other.quantities
+        general = any(not u.quantities and u.nouns <= _GENERAL for u in (self, other))
+        if general or self.nouns & other.nouns - _GENERAL:
+            return True
+        counted = all(not u.quantities and u.nouns <= _COUNTED for u in (self, other))
+        return counted
 
 
 def known(word: str) -> bool:
-    """Whether the word alone is a unit or something that is counted."""
-    return _find(word) is not None or word.lower() in _ALIASES or _stem(word) in _COUNTED
+    """Whether the word alone is a unit or something that is counted.
+
+    Signs of two letters must be common: in formulas others are products.
+    """
+    if len(word) > 2 and _find(word) is not None:
+        return True
+    lower = word.lower()
+    common = lower in _KNOWN or _stem(lower) in _KNOWN
+    return (common and _find(word) is not None) or lower in _ALIASES or _stem(word) in _COUNTED
+
+
+def is_harmless(word: str) -> bool:
+    """Whether a word that may stand behind a number leaves the value as it is."""
+    lower, stem = word.lower(), _stem(word)
+    if lower in MEANS or {lower, stem} & _CHANGES or _MANY.fullmatch(lower):
+        return False
+    return len(word) > 1 or _find(word) is not None
 
 
 def unit_of(factors: list[tuple[str, int]]) -> Unit | None:
     """The unit of words and their powers, such as (m, 1), (s, -2); None if they are no unit."""
     total: dict[str, int] = {}
-    size, counted = Fraction(1), False
+    size, nouns = Fraction(1), set()
+    ordered = any(word.lower() == "ordered" for word, _ in factors)
     for word, power in factors:
-        parts = _ALIASES.get(word.lower(), ((word, 1),))
-        for name, own in parts:
-            found = _find(name)
-            if found is None:
-                if name.lower() in MEANS:
-                    return None
-                counted = True
-                continue
-            total[found[0]] = total.get(found[0], 0) + own * power
-            size *= found[1] ** (own * power)
-    if counted or not factors:
-        return ANY
-    return Unit(tuple(sorted((k, v) for k, v in total.items() if v)), size)
+        for name, own in _ALIASES.get(word.lower(), ((word, 1),)):
+            if ordered and _stem(name) in ("pair", "triple"):
+                nouns.add(_stem(name))
+            elif (found := _find(name)) is not None:
+                total[found[0]] = total.get(found[0], 0) + own * power
+                size *= found[1] ** (own * power)
+            elif is_harmless(name):
+                nouns.add(_stem(name))
+            else:
+                return None
+    return Unit(tuple(sorted((k, v) for k, v in total.items() if v)), size, frozenset(nouns))
 
 
 def _stem(word: str) -> str:
@@ -146,7 +242,12 @@ def _stem(word: str) -> str:
 
 
 def _find(word: str) -> tuple[str, Fraction] | None:
-    if len(word) == 1 and word.isupper() and word not in _CAPITALS:
+    word = word.rstrip(".")
+    if word in _SIGNS:
+        return _SIGNS[word]
+    if len(word) == 1 and word.isupper():
         return None
-    lower = word.lower().rstrip(".")
-    return _KNOWN.get(lower) or _KNOWN.get(_stem(lower))
+    for name in (word.lower(), _stem(word)):
+        if found := _KNOWN.get(name) or (_SIGNS.get(name) if len(name) > 4 else None):
+            return found
+    return None

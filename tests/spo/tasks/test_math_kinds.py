@@ -283,6 +283,33 @@ WRONG += [
     ("[1,2)", ["]1,2]", "]1,2["]),
     (r"\ln|x|", [r"\ln x"]),
     (r"\ln a+\ln b", [r"\ln(a+b)", r"\ln a\ln b"]),
+# Units: signs keep their case, a known unit decides whatever follows, some words change the value.
+_CHANGES = "gross|lakh|googol|permille|pairs|k|M|below|lost|ish|never|is wrong|debt".split("|")
+RIGHT += [
+    (
+        "5",
+        [r"5\text{ widgets}", r"8-3\text{ apples left}", r"5\text{ ordered pairs}", r"5\text{ ms}"],
+    ),
+    (r"5\text{ widgets}", ["5", r"5\text{ widgets}", "5 units"]),
+    ("5 students", ["5 people"]),
+    ("5000 Hz", ["5 kHz", r"5\text{ kilohertz}", "0.005 MHz"]),
+    (r"5\text{ cents}", ["5 pennies", r"0.05\text{ dollars each}"]),
+    ("$5$ cans", ["5 cans"]),
+]
+WRONG += [
+    ("5", [rf"5\text{{ {word}}}" for word in _CHANGES] + ["5 quadrillion", "5 gross"]),
+    (r"5\text{ m}", [r"5\text{ nm}", r"5\text{ cm each}", r"5\text{ Mm}"]),
+    (r"5\text{ mm}", [r"5\text{ Mm}"]),
+    (r"5\text{ mW}", [r"5\text{ MW}", r"5\text{ W}"]),
+    ("5 s", [r"5\text{ ms}"]),
+    ("5 kg", ["5 tons"]),
+    ("5 bytes", ["5 kilobytes"]),
+    ("5 mph", ["5 knots"]),
+    (r"5\text{ inches}", ["5 feet long", r"5\text{ feet long}", r"5\text{ apples}"]),
+    ("5 ml", ["5 liters of water"]),
+    ("5 minutes", ["5 hours later"]),
+    ("5 dollars", ["5 pennies", "5 cents each"]),
+    (r"5\text{ widgets}", [r"5\text{ gadgets}"]),
 ]
 
 # (the answer, one that says it, one that only computes it)
