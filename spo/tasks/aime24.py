@@ -43,14 +43,14 @@ class Aime24:
             return False
         if box is None or len(box) > MAX_LENGTH:
             return False
-        return number_of(box) == right
+        return number_of(box, percent=False) == right
 
     def answer(self, text: str) -> str | None:
         """The number in the last box after the thinking, or at the end of an equation in it."""
         box = last_boxed(after_think(text))
         if box is None or len(box) > MAX_LENGTH:
             return None
-        value = number_of(box)
+        value = number_of(box, percent=False)
         return None if value is None else str(value)
 
 

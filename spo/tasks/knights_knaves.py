@@ -91,11 +91,13 @@ def _folded(text: str) -> str:
 
 
 def _stated(span: str) -> list[tuple[str, bool]] | None:
-    """The roles that a text gives, one by one; of a bare list of names the knights. None if empty.
+    """The roles that a text gives, one by one; of a bare list of names the knights.
 
-    Raises nothing: words without a role get none.
+    None if it is empty or asks. Raises nothing: words without a role get none.
     """
     span = _folded(span)
+    if "?" in span or "\uff1f" in span:  # asked, not said
+        return None
     if groups := list(_GROUP.finditer(span)):
         if not span[: groups[0].start()].strip(" ,;.") and len(_WORD.findall(span)) > 1:
             ends = [*(m.start() for m in groups[1:]), len(span)]

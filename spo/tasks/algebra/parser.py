@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 from spo.tasks.algebra import units
 from spo.tasks.algebra.formula import Formula
+from spo.tasks.algebra.names import is_label
 from spo.tasks.algebra.node import Node, Unreadable
 from spo.tasks.algebra.tokens import tokens_of
 
@@ -15,6 +17,7 @@ _RELATIONS |= {"sim": "sim", "cong": "sim", "simeq": "approx", "doteq": "approx"
 _SETS = {"cup": "union", "cap": "inter", "setminus": "minus", "backslash": "minus"}
 _CURRENCIES = ("dollar", "euro", "pound", "pounds", "yen", "rupee")
 _PAIRS = {"(": ")]", "[": "])"}
+_CALLED = frozenset("apqsuPQRSTV")  # P(2) = 5; x(2) may be a product
 _LONGEST = 64  # items of a list
 
 
@@ -131,8 +134,22 @@ class Parser(Formula):
             self.at += 1
             parts.append(self.value())
         if len(parts) > 1 and parts[0].op == "word":  # a label
-            return parts[-1] if len(parts) == 2 else Node("ratio", tuple(parts[1:]))
+            value = parts[-1] if len(parts) == 2 else Node("ratio", tuple(parts[1:]))
+            named = is_label(parts[0].value)
+            return value if named else Node("rel", (parts[0], value), ("=",))
         return Node("ratio", tuple(parts)) if len(parts) > 1 else node
+
+    def base(self) -> Node:
+        """What `Formula` reads, angles such as ABC, and P(2) before a sign of equality."""
+        ahead = [token.text for token in self.tokens[self.at : self.at + 5]]
+        corners = "".join(ahead[1:4])
+        if ahead[:1] == ["angle"] and len(ahead) > 3 and re.fullmatch("[A-Z]{3}", corners):
+            self.at += 4
+            return Node("sym", value=f"angle {min(corners, corners[::-1])}")
+        if len(ahead) == 5 and ahead[0] in _CALLED and [ahead[1], *ahead[3:]] == ["(", ")", "="]:
+            self.at += 2
+            return Node("call", self.listed(")"), ahead[0])
+        return super().base()
 
     def value(self) -> Node:
         """A formula with the unit in front of or behind it, or words."""

@@ -6,24 +6,27 @@ from contextlib import suppress
 from fractions import Fraction
 
 from spo.tasks.algebra.exact import rational
-from spo.tasks.algebra.node import Node, Unreadable, is_literal, symbols
+from spo.tasks.algebra.names import is_name
+from spo.tasks.algebra.node import Node, Unreadable, is_literal
 from spo.tasks.algebra.numbers import decimal, same_value
 from spo.tasks.algebra.parser import parse
 from spo.tasks.algebra.spelling import spelled
 from spo.tasks.algebra.units import Unit, unit_of
 
 
-def number_of(text: str) -> Fraction | None:
+def number_of(text: str, percent: bool = True) -> Fraction | None:
     """The number that a text is, without its unit: 5 of `5 dollars` and `x = 5`; else None.
 
     It must be written as one number: `2 + 3` and `10/2` are none. Of an equation all sides but the
-    name must be that number.
+    name must be that number. `percent`: 5% is 5, else none.
     """
     with suppress(Unreadable, RecursionError):
         node = parse(spelled(text))
         sides = [node]
         if node.op == "rel" and set(node.value) == {"="}:
-            sides = list(node.args[1:] if symbols(node.args[0]) else node.args)
+            sides = list(node.args[1:] if is_name(node.args[0]) else node.args)
+        if not percent and any(part.op == "pct" for part in node.walk()):
+            return None
         values = {_written(side) for side in sides}
         return values.pop() if len(values) == 1 else None
     return None

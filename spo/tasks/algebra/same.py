@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from spo.tasks.algebra import words
-from spo.tasks.algebra.names import is_name, name_of
+from spo.tasks.algebra.names import is_name, is_own_name, name_of
 from spo.tasks.algebra.node import Node, Unreadable, operations, spread
 from spo.tasks.algebra.numbers import proportion, same_value
 from spo.tasks.algebra.parser import parse
@@ -261,8 +261,7 @@ def _same_relation(given: Node, answer: Node) -> bool:
     signs = set(answer.value)
     if given.op != "rel":
         last = answer.args[-1]
-        first = answer.args[0]
-        named = is_name(first) or (first.op in ("div", "ratio", "func") and is_name(first, last))
+        named = is_own_name(answer.args[0], last)
         return signs in ({"="}, {"in"}) and named and same(given, last)
     if signs == {"="} and set(given.value) == {"="}:
         return _same_equation(given, answer)
@@ -289,9 +288,9 @@ def _is_value(given: Node, answer: Node) -> bool:
     sides, signs = list(given.args), list(given.value)
     if set(signs) - {"=", "approx", "in"}:
         return False
-    if is_name(sides[0], answer):
+    if is_name(sides[0]):
         sides, signs = sides[1:], signs[1:]
-    elif is_name(sides[-1], answer) and sides[-1].op == "sym":
+    elif is_name(sides[-1]) and sides[-1].op == "sym":
         sides, signs = sides[:-1], signs[:-1]
     exact = [sides[0]] + [s for s, sign in zip(sides[1:], signs, strict=True) if sign != "approx"]
     rounded = [s for s, sign in zip(sides[1:], signs, strict=True) if sign == "approx"]
@@ -307,11 +306,11 @@ def _same_equation(given: Node, answer: Node) -> bool:
         if not all(same_value(side, node.args[-1]) for side in node.args[1:-1]):
             return False
     (a, *_, b), (c, *_, d) = given.args, answer.args
-    if is_name(a) and is_name(c):
+    if (is_name(a) and is_name(c)) or (a == c and a.op == "word"):
         if a == c or name_of(a).replace(" ", "") == name_of(c).replace(" ", ""):
             return same(b, d)
-        if (a.op == "sym") != (c.op == "sym") and same(b, d):  # y = and f(x) =
-            return {"y"} & {name_of(a), name_of(c)} != set()
+        if {a.op, c.op} == {"sym", "call"} and same(b, d):  # y = and f(x) =
+            return "y" in (name_of(a), name_of(c)) and "'" not in name_of(a) + name_of(c)
     if is_name(b) and is_name(c) and b == c:
         return same(a, d)
     return proportion(_difference(a, b), _difference(c, d)) != 0

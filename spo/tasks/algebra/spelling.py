@@ -101,7 +101,9 @@ _FORMAT = [
     )
 ]
 _DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]|(?<!\\)\$")
+_CUT = re.compile(rf"(?<=[0-9A-Za-z.])(?:{_DELIMITER.pattern})+(?=[0-9A-Za-z.])")  # 1$2 is not 12
 _MONEY = re.compile(r"^\s*(-?)\s*(?:\\?\$)+\s*(-?)(?=[0-9.][^$]*$)")  # $5, not $5$
+_ELLIPSIS = re.compile(r"\.\s*\.[\s.,;:]*$")
 _TAIL = re.compile(r"(?:[.,;:\s]|\\\\|(?<!\\)\\$)+$")
 
 
@@ -117,9 +119,9 @@ def spelled(text: str) -> str:
         text = pattern.sub(new, text)
     text = _MONEY.sub(r"\1\2\\dollar ", text)
     text = text.replace(r"\$", r"\dollar ")
-    text = _DELIMITER.sub("", text)
-    text = re.sub(r"\s+", " ", text).strip()
-    return _TAIL.sub("", re.sub(r"^\*\*?|\*\*?$", "", text)).strip()
+    text = _DELIMITER.sub("", _CUT.sub(" ", text))
+    text = re.sub(r"^\*\*?|\*\*?$", "", re.sub(r"\s+", " ", text).strip())
+    return text.strip() if _ELLIPSIS.search(text) else _TAIL.sub("", text).strip()
 
 
 def _ascii(sign: str) -> str:

@@ -11,7 +11,7 @@ _MONTHS = (
     "january february march april may june july august september october november december".split()
 )
 _MONTH = "|".join([*_MONTHS, *(f"{m[:3]}\\.?" for m in _MONTHS)])
-_DAYS = r"(?:mon|tues|wednes|thurs|fri|satur|sun)day"
+_DAYS = r"(mon|tues|wednes|thurs|fri|satur|sun)day"
 _DATE = re.compile(
     rf"(?:{_DAYS},?\s*)?(?:({_MONTH})\s+([0-9]{{1,2}})|([0-9]{{1,2}})\s+(?:of\s+)?({_MONTH}))"
     r"(?:,?\s+([0-9]{4}))?",
@@ -90,7 +90,7 @@ def _chosen(given: str) -> str | None:
 
 
 def time_of(text: str) -> tuple[int, bool] | None:
-    """Minutes since midnight, and whether the text says which half of the day."""
+    """Minutes since midnight, and whether the text says a.m., p.m., noon or midnight."""
     text = re.sub(r"^(?:12\s*)?(noon|midnight)$", r"12 \1", bare(text).lower())
     match = _TIME.fullmatch(text.replace(r"\,", " ").replace(" :", ":").strip(" ."))
     if match is None or not (match[2] or match[3] or match[4]):
@@ -100,7 +100,7 @@ def time_of(text: str) -> tuple[int, bool] | None:
     if hour > 23 or minute > 59 or (half and not 1 <= hour <= 12):
         return None
     hour = hour % 12 + 12 * (half == "p") if half else hour
-    return 60 * hour + minute, bool(half) or hour > 12 or hour == 0
+    return 60 * hour + minute, bool(half)
 
 
 def same_time(given: str, answer: str) -> bool | None:
@@ -111,17 +111,18 @@ def same_time(given: str, answer: str) -> bool | None:
     found = time_of(given)
     if found is None:
         return False
-    return found[0] == right[0] or (not right[1] and found[0] % 720 == right[0] % 720)
+    halves = found[1] and not right[1] and right[0] < 780  # 10 a.m. and 10 p.m. for 10:00
+    return found[0] == right[0] or (halves and found[0] % 720 == right[0] % 720)
 
 
-def date_of(text: str) -> tuple[int, int, int | None] | None:
-    """Month, day and year."""
+def date_of(text: str) -> tuple[int, int, int | None, str | None] | None:
+    """Month, day, year, and the day of the week."""
     match = _DATE.fullmatch(_ORDINAL.sub("", bare(text)).strip(" ."))
     if match is None:
         return None
-    name = (match[1] or match[4]).lower()[:3]
-    month = [m[:3] for m in _MONTHS].index(name) + 1
-    return month, int(match[2] or match[3]), int(match[5]) if match[5] else None
+    week, first, day, other, second, year = match.groups()
+    month = [m[:3] for m in _MONTHS].index((first or second).lower()[:3]) + 1
+    return month, int(day or other), int(year) if year else None, week and week.lower()
 
 
 def same_date(given: str, answer: str) -> bool | None:
@@ -132,4 +133,4 @@ def same_date(given: str, answer: str) -> bool | None:
     found = date_of(given)
     if found is None or found[:2] != right[:2]:
         return False
-    return None in (found[2], right[2]) or found[2] == right[2]
+    return all(None in pair or len({*pair}) == 1 for pair in zip(found[2:], right[2:], strict=True))

@@ -312,6 +312,38 @@ WRONG += [
     (r"5\text{ widgets}", [r"5\text{ gadgets}"]),
 ]
 
+RIGHT += [("Monday, May 5", ["May 5"]), ("10:00", ["10 p.m."]), ("$f(x)$", ["f(x)"])]
+WRONG += [
+    ("0.333", ["0.333...", r"0.333\dots"]),
+    ("3.14159", ["3.14159\u2026"]),
+    ("1,2,3", ["1,2,3,...", "1,2,3. . ."]),
+    ("1:12", ["13:12"]),
+    ("13:12", ["1:12"]),
+    ("Monday, May 5", ["Friday, May 5"]),
+    ("12", ["1$2", r"1\(2", "1$$2"]),
+]
+
+# Names and labels leave the value alone.
+RIGHT += [
+    ("5", ["AB=5", "ab+bc+ca=5", "x-y=5", "f(2)=5", "P(2)=5", "Total: 5", r"\text{Area of }=5"]),
+    ("a/b=5", ["5"]),
+    (r"\text{Jo} = \frac12", [r"\text{Jo}=0.5", "0.5"]),
+    (r"\text{Jo: }5", ["5.0"]),
+    (r"\angle ABC", [r"\angle CBA"]),
+    ("50", [r"m\angle ABC=50", r"\text{x}=50"]),
+]
+WRONG += [
+    (
+        "5",
+        [r"\text{not the answer}=5", r"\text{wrong}=5", r"\text{half of it: }5", r"\text{not: }5"]
+        + [r"\text{minus}: 5", "-x=5", "|x|=5", r"x\cdot 2=5", "x2=5", r"\ln x=5", "-f(x)=5"]
+        + ["x^2=5", "x^{-1}=5", "a/b=5", "x^y=5", "x+x=5", "x-x=5", "xx=5", "x!=5", "5=-x"],
+    ),
+    ("y=5", [r"\frac{dy}{dx}=5", "f'(x)=5"]),
+    (r"\angle ABC", [r"\angle ACB"]),
+    (r"\angle ABC=50", [r"\angle ACB=50"]),
+]
+
 # (the answer, one that says it, one that only computes it)
 SIMPLIFIED = [
     ("12", "12.0", r"\frac{10!+11!+12!}{10!+11!}"),
