@@ -247,7 +247,7 @@ def _same_item(given: Node, answer: Node) -> bool:
 def _same_word(given: Node, answer: Node) -> bool:
     if given.op not in ("word", "sym") or answer.op not in ("word", "sym"):
         return False
-    return words.same_words(str(given.value), str(answer.value))
+    return words.same_words(str(given.value), str(answer.value), typed=True)
 
 
 def _same_relation(given: Node, answer: Node) -> bool:

@@ -26,14 +26,23 @@ _CHOSEN = re.compile(
     r"(?:\(\s*([A-Za-z])\s*\)|([A-Z])(?=\s*$|\s*[.):]))\s*[.):]?\s*(.*)", re.DOTALL
 )
 _WORDS = re.compile(r"[A-Za-z(][A-Za-z' .,()-]*")
+_LETTERS = re.compile(r"[A-Z](?:\s*,\s*[A-Z])+")
+_TOUCHED = re.compile(
+    r"[A-Za-z](?:\s*-|\(|\.(?=\S)|'(?!(?:t|s|re|ll|ve)\b))|-\s*[A-Za-z]|[()]\s*[A-Za-z]"
+    r"|(?<![A-Za-z])'[A-Za-z]|\.[A-Za-z]"
+)
+_NAMES = re.compile(r"(?:(?:[A-Z][a-z]{2,}|St|Mr|Ms|Dr|O|s)[-'. ]*)+")
+_BRACKETED = re.compile(r"(?<![A-Za-z)])\(\s*([A-Z])\s*\)(?![A-Za-z(])")
+_SHORT = frozenset("yes odd one two six ten all red".split())
 _REALS = re.compile(r"(?:the set of )?all (?:real numbers|reals)", re.IGNORECASE)
 _AND = re.compile(r"\s*[,;]\s*(?:and\b)?|\band\b")
 _ORDINAL = re.compile(r"(?<=[0-9])\s*\^?\s*\{?\s*(?:st|nd|rd|th)\b(?:\s*\})?", re.IGNORECASE)
 
 
-def bare(text: str) -> str:
-    """The text of a spelling without commands around words."""
-    return re.sub(r"\s+", " ", _TEXT.sub(r"\1", text)).strip()
+def bare(text: str, words: str = r"\1") -> str:
+    """The text of a spelling without commands around words; `words`: what stands for these."""
+    inner, count = _TEXT.subn(words, text)
+    return bare(inner, words) if count else re.sub(r"\s+", " ", text).strip()
 
 
 def is_words(text: str) -> bool:
@@ -42,9 +51,18 @@ def is_words(text: str) -> bool:
     match = _TEXT.fullmatch(text)
     if match and text.startswith("\\text") and match[1].strip().isalpha():
         return True
-    choice = re.fullmatch(r"\(?[A-Z]\)?", plain)
-    long = re.search(r"[A-Za-z]{3}", plain)
-    return bool(choice or (_WORDS.fullmatch(plain) and long and not _is_function(plain)))
+    if re.fullmatch(r"\(?[A-Z]\)?", plain) or _LETTERS.fullmatch(plain):
+        return True
+    if _is_formula(bare(text, " ")):
+        return False
+    return bool(_WORDS.fullmatch(plain) and re.search(r"[A-Za-z]{3}", plain)) and not _is_function(
+        plain
+    )
+
+
+def _is_formula(text: str) -> bool:
+    """Whether a sign of algebra touches letters, as in abc-d and f(abc), not in O'Brien."""
+    return _TOUCHED.search(text) is not None and not _NAMES.fullmatch(text.strip())
 
 
 def _is_function(plain: str) -> bool:
@@ -56,25 +74,39 @@ def with_signs(text: str) -> str:
     return r"\mathbb{R}" if _REALS.fullmatch(bare(text)) else text
 
 
-def same_words(given: str, answer: str) -> bool:
-    """Case counts in single letters and abbreviations, as `A` is not `a`."""
+def same_words(given: str, answer: str, typed: bool = False) -> bool:
+    """Case counts in single letters and abbreviations, as `A` is not `a`.
+
+    Items keep their order, but for those with `and` between them. `typed`: the answer is a word
+    for sure, not a product of letters; so is what stands in `\\text{}`.
+    """
+    typed = typed or _TEXT.search(answer) is not None
+    raw = bare(given, " ") if typed else bare(given).rstrip(" .")
     given, answer = bare(given), bare(answer)
     if (choice := _CHOICE.fullmatch(answer)) is not None:
         return _chosen(given) == (choice[1] or choice[2])
-    letters = re.sub("[^A-Za-z]", "", _AND.sub("", answer))
-    short = len(letters) <= 3 and letters.upper() == letters
-    return _items(given, short) == _items(answer, short)
+    if _is_formula(_BRACKETED.sub(r"\1", raw)):
+        return given.lower().split() == answer.lower().split()
+    letters, mine = (re.sub("[^A-Za-z]", "", _AND.sub("", text)) for text in (answer, given))
+    case = len(letters) <= 3 and letters.upper() == letters
+    if not typed:  # abc is not ABC
+        short = len(letters) <= 3 and letters.lower() not in _SHORT
+        case |= short or any(len(w) > 1 and w.isupper() for w in (letters, mine))
+    found, right = _items(given, case), _items(answer, case)
+    if re.search(r"\band\b", answer) and not answer.startswith("("):
+        return sorted(found) == sorted(right)
+    return found == right
 
 
 def _items(text: str, case: bool) -> list[str]:
-    """The texts of a list in order of the alphabet: `Bob and Ann` is `Ann, Bob`."""
+    """The texts of a list: Ann and Bob."""
     items = [_letters(item) for item in _AND.split(text)]
-    return sorted(item if case else item.lower() for item in items if item)
+    return [item if case else item.lower() for item in items if item]
 
 
 def _letters(text: str) -> str:
     text = re.sub(r"^(?:the|an?)\s+(?=[a-z]{2})", "", text)
-    return re.sub(r"""[\s.,()'"$*-]""", "", text)
+    return re.sub(r"""[\s.,()'"$*]|(?<=[A-Za-z])-(?=[A-Za-z])""", "", text)
 
 
 def _chosen(given: str) -> str | None:

@@ -344,6 +344,31 @@ WRONG += [
     (r"\angle ABC=50", [r"\angle ACB=50"]),
 ]
 
+# Words are no formulas: signs that touch letters are algebra, and items keep their order.
+RIGHT += [
+    ("-acb", ["-abc"]),
+    (r"\text{St. Louis}", ["St. Louis", "st louis"]),
+    ("odd", ["Odd"]),
+    (r"\text{Yes}", ["YES"]),
+    ("Ann and Bob", ["Bob and Ann"]),
+    ("(Bob, Ann)", ["(Bob,Ann)"]),
+    ("A, C", ["(A), (C)", r"\text{\text{A, C}}", "A and C"]),
+    ("No. They can't be.", [r"\text{No. They can't be.}"]),
+]
+WRONG += [
+    ("abc-d", ["abcd"]),
+    ("xyz-x", ["xyzx"]),
+    ("xyzx", [r"\text{xyz-x}"]),
+    ("(-abc)", ["abc"]),
+    ("abc", ["-abc", "xyz'", "abc'", "ABC", "a.bc", r"\text{-abc}"]),
+    ("(pqr)(stu)", ["(pqr)-(stu)"]),
+    ("f(abc)", ["fabc"]),
+    ("(xyz, abc)", ["(abc, xyz)"]),
+    ("(Bob, Ann)", ["(Ann, Bob)"]),
+    (r"(\text{Bob}, \text{Ann})", [r"(\text{Ann}, \text{Bob})"]),
+    ("A, B, C", ["C, A, B"]),
+]
+
 # (the answer, one that says it, one that only computes it)
 SIMPLIFIED = [
     ("12", "12.0", r"\frac{10!+11!+12!}{10!+11!}"),
