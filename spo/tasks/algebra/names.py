@@ -42,7 +42,7 @@ def _is_harmless(word: str) -> bool:
     if (
         len(word) == 1
         or lower in _LABELS
-        or (word.isupper() and len(word) <= 4 and lower not in units.MEANS)
+        or (word.isupper() and len(word) <= 4 and units.is_harmless(word))
     ):
         return True
     return units.known(word) and units.is_harmless(word) and lower not in _OPERATIONS

@@ -33,7 +33,9 @@ def number_of(text: str, percent: bool = True) -> Fraction | None:
 
 
 def _written(node: Node) -> Fraction | None:
-    node, _ = without_unit(node)
+    node, unit = without_unit(node)
+    if unit is not None and unit.changes:
+        return None
     if node.op == "pct":
         node = node.args[0]
     return rational(node) if is_literal(node) and node.op != "div" else None
@@ -58,6 +60,8 @@ def same_quantity(given: Node, answer: Node) -> bool:
         return _same_numeral(given, answer)
     given, mine = without_unit(given)
     answer, own = without_unit(answer)
+    if mine is not None and mine.changes - (own.changes if own else frozenset()):
+        return False
     if given.op == "pct" or answer.op == "pct":
         return _same_percent(given, answer)
     if mine is None or own is None:

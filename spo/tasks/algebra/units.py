@@ -152,15 +152,19 @@ MEANS = frozenset(
     " opposite inverse reciprocal am pm noon midnight true false yes no".split()
 )
 # The same, but only behind a number: in a formula they are letters.
+_SIZES = frozenset(
+    "gross lakh crore myriad mille permille percentage percentile ppm ppb bn mn thou grand mil"
+    " baker".split()
+)
+# What only the data's answer may say.
 _CHANGES = frozenset(
-    "gross lakh crore myriad mille permille percentage percentile ppm ppb bn mn pair couple"
-    " trio quartet duo thou grand mil baker below under above beyond short lost lose loss"
-    " debt owed owe owing deficit overdrawn decrease decline drop shortage ish never wrong"
-    " incorrect invalid false untrue fake bogus mistake error cannot nor neither nothing nobody"
-    " no none nope isn isnt aren don doesn didn won unlikely likely probably presumably might may"
-    " could would guess unknown unsure uncertain almost roughly around circa near close within"
-    " between through until till versus instead rather excluding exclude reject rejected"
-    " nonsense joke kidding anything everything whatever undefined".split()
+    "pair couple trio quartet duo below under above beyond short lost lose loss debt owed owe owing"
+    " deficit overdrawn decrease decline drop shortage ish never wrong incorrect invalid false"
+    " untrue bad fake bogus mistake error cannot nor neither nothing nobody no none nope isn isnt"
+    " aren don doesn didn won unlikely likely probably presumably might may could would guess"
+    " unknown unsure uncertain almost roughly around circa near close within between through until"
+    " till versus instead rather excluding exclude reject rejected nonsense joke kidding anything"
+    " everything whatever undefined".split()
 )
 _MANY = re.compile(r".*(?:illions?|illiards?|folds?)|googol.*")
 # Of whatever is asked for.
@@ -182,6 +186,7 @@ class Unit:
     quantities: tuple[tuple[str, int], ...] = ()
     size: Fraction = Fraction(1)
     nouns: frozenset[str] = frozenset()
+    changes: frozenset[str] = frozenset()  # the words beside them that may change the value
 
     def agrees(self, other: Unit) -> bool:
         """Whether both measure or count the same, whatever their sizes.
@@ -211,29 +216,40 @@ def known(word: str) -> bool:
 
 def is_harmless(word: str) -> bool:
     """Whether a word that may stand behind a number leaves the value as it is."""
-    lower, stem = word.lower(), _stem(word)
-    if lower in MEANS or {lower, stem} & _CHANGES or _MANY.fullmatch(lower):
-        return False
-    return len(word) > 1 or _find(word) is not None
+    return not _is_change(word) and not _is_size(word)
+
+
+def _is_change(word: str) -> bool:
+    return bool({word.lower(), _stem(word)} & _CHANGES)
+
+
+def _is_size(word: str) -> bool:
+    lower = word.lower()
+    if lower in MEANS or {lower, _stem(word)} & _SIZES or _MANY.fullmatch(lower):
+        return True
+    return len(word) == 1 and _find(word) is None
 
 
 def unit_of(factors: list[tuple[str, int]]) -> Unit | None:
     """The unit of words and their powers, such as (m, 1), (s, -2); None if they are no unit."""
     total: dict[str, int] = {}
-    size, nouns = Fraction(1), set()
+    size, nouns, changes = Fraction(1), set(), set()
     ordered = any(word.lower() == "ordered" for word, _ in factors)
     for word, power in factors:
         for name, own in _ALIASES.get(word.lower(), ((word, 1),)):
-            if ordered and _stem(name) in ("pair", "triple"):
-                nouns.add(_stem(name))
-            elif (found := _find(name)) is not None:
+            if (found := _find(name)) is not None:
                 total[found[0]] = total.get(found[0], 0) + own * power
                 size *= found[1] ** (own * power)
-            elif is_harmless(name):
+            elif ordered and _stem(name) in ("pair", "triple"):
                 nouns.add(_stem(name))
-            else:
+            elif _is_change(name) and name.lower() not in MEANS:
+                changes.add(_stem(name))
+            elif _is_size(name):
                 return None
-    return Unit(tuple(sorted((k, v) for k, v in total.items() if v)), size, frozenset(nouns))
+            else:
+                nouns.add(_stem(name))
+    quantities = tuple(sorted((k, v) for k, v in total.items() if v))
+    return Unit(quantities, size, frozenset(nouns), frozenset(changes))
 
 
 def _stem(word: str) -> str:

@@ -295,6 +295,7 @@ RIGHT += [
     ("5000 Hz", ["5 kHz", r"5\text{ kilohertz}", "0.005 MHz"]),
     (r"5\text{ cents}", ["5 pennies", r"0.05\text{ dollars each}"]),
     ("$5$ cans", ["5 cans"]),
+    (r"5\text{ pairs}", ["5", r"5.0\text{ pairs}"]),
 ]
 WRONG += [
     ("5", [rf"5\text{{ {word}}}" for word in _CHANGES] + ["5 quadrillion", "5 gross"]),
