@@ -283,6 +283,8 @@ WRONG += [
     ("[1,2)", ["]1,2]", "]1,2["]),
     (r"\ln|x|", [r"\ln x"]),
     (r"\ln a+\ln b", [r"\ln(a+b)", r"\ln a\ln b"]),
+]
+
 # Units: signs keep their case, a known unit decides whatever follows, some words change the value.
 _CHANGES = "gross|lakh|googol|permille|pairs|k|M|below|lost|ish|never|is wrong|debt".split("|")
 RIGHT += [
