@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from spo.tasks.algebra.quantity import number_of
-from spo.tasks.answers import after_think, exact_number, last_boxed
+from spo.tasks.answers import after_think, boxed_answers, exact_number, last_boxed
 from spo.tasks.problem import Problem, column, is_empty, problem_stream
 from spo.tasks.reading import read_problems
 from spo.tasks.sources import Source
@@ -36,19 +36,21 @@ class Aime24:
     def grade(self, text: str, answer: object) -> bool:
         """True iff the last box after the thinking holds the integer `answer`; 073 is 73.
 
+        So must each of the boxes that `or` and the like join to it.
+
         A name may precede it, `m + n = 73`; every other side of an equation must be 73 too.
         """
-        box, right = last_boxed(after_think(text)), exact_number(str(answer))
+        boxes, right = boxed_answers(after_think(text)), exact_number(str(answer))
         if not isinstance(answer, str | int) or right is None:
             return False
-        if box is None or len(box) > MAX_LENGTH:
-            return False
-        return number_of(box, percent=False) == right
+        return bool(boxes) and all(
+            len(box) <= MAX_LENGTH and number_of(box, percent=False) == right for box in boxes
+        )
 
     def answer(self, text: str) -> str | None:
         """The number in the last box after the thinking, or at the end of an equation in it."""
-        box = last_boxed(after_think(text))
-        if box is None or len(box) > MAX_LENGTH:
+        box = ", ".join(boxed_answers(after_think(text)))
+        if not box or len(box) > MAX_LENGTH:
             return None
         value = number_of(box, percent=False)
         return None if value is None else str(value)

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 
 THINK, END_THINK = "<think>", "</think>"
 
-_BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_VERB = re.compile(r"\\(?:verb|lstinline)\*?([^\sa-zA-Z*{])")
-_VERBATIM = re.compile(r"\\(begin|end)\{verbatim\}")
+_BOX_TOKEN = re.compile(r"\\(?:boxed|fbox|[hv]?phantom)\s*\{|\\.|[{}]", re.DOTALL)
+_HIDDEN = re.compile(  # to its end, or to that of the text
+    r"<!--.*?(?:-->|\Z)"
+    r"|\\iffalse(?![a-zA-Z]).*?(?:\\fi(?![a-zA-Z])|\Z)"
+    r"|\\begin\{(verbatim\*?|Verbatim|lstlisting|minted|comment)\}.*?(?:\\end\{\1\}|\Z)"
+    r"|\\(?:verb|lstinline)\*?([^\sa-zA-Z*{])[^\n]*?(?:\2|(?=\n)|\Z)",
+    re.DOTALL,
+)
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`'\n]*`", re.DOTALL)
+_PERCENT = re.compile(r"(\S|^)(\s*)%")
+_NOTE = re.compile(r"(?<!\\)%\s*[a-zA-Z].*")
+_BOX_NEXT = re.compile(r"[\s$]*\\(?:boxed|fbox)(?![a-zA-Z])")
 _BARE_BOX = re.compile(
     r"\\boxed(?:\s+([^\s{}$\\.,]+)|\s*(\\[dtc]?frac(?:\s*(?:[0-9]|\{[^{}]*\})){2}))"
 )
-_JOINT, _MOST_BOXES = 60, 20  # characters between boxes that belong together; how many may
-_LONGEST_BOX = 800
 _SEARCHED = 100_000  # characters at the end of a text, in which a box is looked for
-_JOINED = re.compile(
-    r"(?<=\})[\s$]*(?:,[\s$]*)?(?:(?:\\(?:text|mbox|quad|qquad)\s*\{?\s*)?(?:and|or)\s*\}?|,)"
-    r"[\s$]*(?:[a-zA-Z]\s*=\s*)?$"
+_CHOICE = r"[,;/|&]|\\(?:lor|vee|land|wedge)\b|\b(?:and|or|alternatively|otherwise|vs|versus)\b"
+_HEDGE = "maybe|perhaps|possibly|probably|else|even|also|either|both|it|could|might|may|be|is"
+_BETWEEN = re.compile(  # boxes of one list
+    rf"(?:[\s$().*_:!?%{{}}\u2013\u2014-]|\\[()\[\]{{}}\\%]|\\(?:text|mbox|mathrm|textrm|q?quad)\b"
+    rf"|\b(?:{_HEDGE})\b|\b[a-z]\s*=|{_CHOICE})*",
+    re.IGNORECASE,
 )
+_CHOOSE = re.compile(_CHOICE, re.IGNORECASE)
 _SPACE = re.compile(r"\\[,!;: ]|~")
 _NUMBER = re.compile(
     r"(?:\\?\$)*([-+]?)(?:\\?\$)*\s*"
@@ -41,53 +53,48 @@ def after_think(text: str) -> str:
 def last_boxed(text: str) -> str | None:
     """The content of the last balanced `\\boxed{}` or `\\fbox{}`, or of the only box inside it.
 
-    A box in `\\verb`, in a verbatim block or behind the `%` of a comment is none.
+    What is not shown holds no box: `\\verb` and verbatim blocks, comments of TeX and HTML,
+    `\\iffalse`, `\\phantom`. A box in backticks counts if there is no other.
     `\\boxed 7` and `\\boxed\\frac12`, as in some published solutions, count if there is no box with
     braces. The time is linear in the text: one pass with a stack, even if boxes are left open.
     Only the last 100000 characters, from the beginning of their first line, are searched.
     """
-    opened: list[tuple[int, int]] = []  # token and text starts of a box, (-1, -1) for other braces
-    text = _without_comments(_end(text))
-    held = covered = (-1, -1)  # span of the text found, and of the boxes around it
-    for match in _BOX_TOKEN.finditer(text):
-        token = match[0]
-        if token == "{":
-            opened.append((-1, -1))
-        elif token == "}":
-            token_start, start = opened.pop() if opened else (-1, -1)
-            if start >= 0:
-                around = text[start : covered[0]] + text[covered[1] : match.start()]
-                if covered[0] < start or around.strip():
-                    held = (start, match.start())
-                covered = (token_start, match.end())
-        elif len(token) > 2:  # an escaped character has two
-            opened.append((match.start(), match.end()))
-    if held[0] >= 0:
-        return text[held[0] : held[1]].strip()
-    bare = _BARE_BOX.findall(text)
-    return "".join(bare[-1]) if bare else None
+    _, boxes = _shown_boxes(text)
+    return boxes[-1].content if boxes else None
 
 
-def boxed_answer(text: str) -> str | None:
-    """The content of the last box; of boxes that only commas, `and` or `or` separate, all of them.
+def boxed_answers(text: str) -> list[str]:
+    """The content of the last box; of boxes that only signs and words of a list separate, of all.
 
-    `\\boxed{1} or \\boxed{2}` is the answer `1, 2`, no choice between two.
+    `\\boxed{1} or \\boxed{2}` is the list of both, no choice between two; so is `maybe` after the
+    `or`. A content that is there twice counts once. Empty if there is no box.
     """
-    last = last_boxed(text)
-    if last is None or text.count("\\boxed") < 2:
-        return last
-    found, end = [last], text.rfind("\\boxed")
-    while (match := _JOINED.search(text[max(end - _JOINT, 0) : end])) is not None:
-        end -= len(match[0])
-        before = last_boxed(text[max(end - _LONGEST_BOX, 0) : end])
-        start = text.rfind("\\boxed", 0, end)
-        if before is None or text[start:end] != f"\\boxed{{{before}}}":
+    text, boxes = _shown_boxes(text)
+    if not boxes:
+        return []
+    found = {boxes[-1].content: None}
+    for before, after in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
+        between = _SPACE.sub(" ", text[before.end : after.start])
+        if not (_BETWEEN.fullmatch(between) and _CHOOSE.search(between)):
             break
-        found.append(before)
-        end = start
-        if len(found) > _MOST_BOXES:
-            return last
-    return last if len(set(found)) < len(found) else ", ".join(reversed(found))
+        found[before.content] = None
+    return list(reversed(found))
+
+
+@dataclass(frozen=True)
+class _Box:
+    start: int  # of its command
+    end: int
+    content: str
+
+
+def _shown_boxes(text: str) -> tuple[str, list[_Box]]:
+    """The text that is shown and its outermost boxes, in order."""
+    text = _HIDDEN.sub(" ", _end(text))
+    text = "\n".join(line[: _comment(line)] for line in text.split("\n"))
+    without = _CODE.sub(" ", text) if "`" in text else text
+    boxes = _boxes(without)
+    return (without, boxes) if boxes else (text, _boxes(text))
 
 
 def _end(text: str) -> str:
@@ -100,38 +107,62 @@ def _end(text: str) -> str:
     return "\\begin{verbatim}\n" * (opened > closed) + text[line or cut :]
 
 
-def _without_comments(text: str) -> str:
-    """Without what TeX does not typeset as mathematics: comments and verbatim text."""
-    if "%" not in text and "\\verb" not in text and "verbatim" not in text:
-        return text
-    kept, inside = [], False
-    for line in text.split("\n"):
-        for match in _VERBATIM.finditer(line):
-            inside = match[1] == "begin"
-        if inside:
-            continue
-        kept.append(line[: _comment(line)])
-    lines, end = [], 0
-    for line in kept:
-        parts, end = [], 0
-        while match := _VERB.search(line, end):
-            close = line.find(match[1], match.end())
-            parts.append(line[end : match.start()])
-            end = len(line) if close < 0 else close + 1
-        lines.append("".join([*parts, line[end:]]))
-    return "\n".join(lines)
+def _boxes(text: str) -> list[_Box]:
+    opened: list[tuple[int, int]] = []  # token and text starts of a box, (-1, -1) for other braces
+    boxes: list[_Box] = []
+    for match in _BOX_TOKEN.finditer(text):
+        token = match[0]
+        if token == "{":
+            opened.append((-1, -1))
+        elif token == "}":
+            token_start, start = opened.pop() if opened else (-1, -1)
+            if start < 0:
+                continue
+            inner = boxes[-1] if boxes and boxes[-1].start >= start else None
+            while boxes and boxes[-1].start >= start:
+                boxes.pop()
+            if text.startswith(("boxed", "fbox"), token_start + 1):  # no phantom
+                end = match.start()
+                alone = inner and not (text[start : inner.start] + text[inner.end : end]).strip()
+                content = inner.content if inner and alone else _without_comments(text[start:end])
+                boxes.append(_Box(token_start, match.end(), content))
+        elif len(token) > 2:  # an escaped character has two
+            opened.append((match.start(), match.end()))
+    return boxes or [
+        _Box(bare.start(), bare.end(), "".join(bare.groups("")))
+        for bare in _BARE_BOX.finditer(text)
+    ]
+
+
+def _without_comments(content: str) -> str:
+    """The content of a box, without comments that end before it does."""
+    if "%" not in content:
+        return content.strip()
+    *lines, last = content.split("\n")
+    return "\n".join([*(_NOTE.sub("", line) for line in lines), last]).strip()
 
 
 def _comment(line: str) -> int | None:
-    """Where the comment of a line begins: at a `%` that ends no number and no bracket."""
-    for match in re.finditer(r"%", line):
-        before = match.start() - 1
-        if before >= 0 and not line[before].isspace():
-            continue  # 50% and \\%
-        while before >= 0 and line[before].isspace():
-            before -= 1
-        if before < 0 or not (line[before].isdigit() or line[before] in ")}]$"):
-            return match.start()
+    r"""Where the comment of a line begins.
+
+    At a `%` with nothing before it; or with a box behind it that it hides, and a space before it:
+    directly behind it, or anywhere if there is a box before it. `the % change is \boxed{5}`,
+    `50% of \boxed{5}` and `50 % \boxed{5}` have none.
+    """
+    boxed = line.find("\\boxed"), line.find("\\fbox")
+    first = min((start for start in boxed if start >= 0), default=len(line))
+    for match in _PERCENT.finditer(line):
+        before, space = match.groups()
+        if not before:
+            return match.end() - 1
+        if before == "\\" or not space and before != "}":
+            continue  # \\% and 50%
+        number, hides = before.isdigit() or before in ")]$", first < match.start()
+        if _BOX_NEXT.match(line, match.end()):
+            if hides or not number:
+                return match.end() - 1
+        elif hides and not number and before != "}":
+            return match.end() - 1
     return None
 
 

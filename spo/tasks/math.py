@@ -20,13 +20,13 @@ from spo.tasks.algebra.quantity import without_unit
 from spo.tasks.algebra.same import MAX_LENGTH
 from spo.tasks.algebra.same import equal as same_answer
 from spo.tasks.algebra.spelling import spelled
-from spo.tasks.answers import after_think, boxed_answer, last_boxed
+from spo.tasks.answers import after_think, boxed_answers, last_boxed
 from spo.tasks.problem import Problem, column, is_empty, problem_stream
 from spo.tasks.reading import read_problems
 from spo.tasks.sources import Source
 
 NAME = "math"
-
+_WAYS = 20  # most boxes of a response that may each be the answer
 _MISSING = "task math needs mpmath: pip install 'spo-kernels[math]'"
 
 
@@ -60,17 +60,21 @@ class Math:
     def grade(self, text: str, answer: object) -> bool:
         """True iff the last box after the thinking is mathematically equal to `answer`.
 
-        Boxes with only commas, `and` or `or` between them are one list.
+        Boxes with only signs and words of a list between them are one: `or`, `/`, `or maybe`;
+        it is also right if each of them is.
         """
-        box = boxed_answer(after_think(text))
-        if box is None or not isinstance(answer, str | int):
+        boxes = boxed_answers(after_think(text))
+        if not boxes or not isinstance(answer, str | int):
             return False
-        return equal(box, str(answer), self.simplified)
+        if equal(", ".join(boxes), str(answer), self.simplified):
+            return True
+        each = boxes if 1 < len(boxes) <= _WAYS else []  # ways to write the same
+        return bool(each) and all(equal(box, str(answer), self.simplified) for box in each)
 
     def answer(self, text: str) -> str | None:
         """The last box after the thinking as plain text: of numbers, the value."""
-        box = boxed_answer(after_think(text))
-        if box is None or not box.strip() or len(box) > MAX_LENGTH:
+        box = ", ".join(boxed_answers(after_think(text)))
+        if not box.strip() or len(box) > MAX_LENGTH:
             return None
         with suppress(Unreadable, RecursionError):
             node, _ = without_unit(parse(spelled(box)))

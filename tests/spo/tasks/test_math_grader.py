@@ -231,6 +231,8 @@ def test_every_answer_equals_itself(answer):
         ("Therefore, the final answer is: $\\boxed{5}$. I hope it is correct", True),
         ("\\boxed{\\boxed{5}}", True),
         ("The answer is 5", False),
+        ("\\boxed{5.0} or \\boxed{5} or \\boxed{10/2}", True),
+        ("\\boxed{5.0} or \\boxed{6}, alternatively \\boxed{5}", False),
         ("\\boxed{}", False),
         ("", False),
     ],

@@ -15,7 +15,7 @@ from sentences import one_sentence
 
 from spo.named import OWN
 from spo.tasks import Problem, arithmetic, countdown, get_task, knights_knaves, point24, prompts
-from spo.tasks.answers import boxed_answer, exact_number, last_boxed
+from spo.tasks.answers import boxed_answers, exact_number, last_boxed
 from spo.tasks.problem import TEST_SIZE, answer_span, stream
 
 NAMES = ["arithmetic", "countdown", "knights_knaves"]  # those with endless problems and solutions
@@ -496,6 +496,28 @@ def test_an_answer_grades_only_its_own_problem(task):
         ("It is 50% of \\boxed{6}", "6"),
         ("It is 50 % of $\\boxed{6}$", "6"),
         ("\\begin{verbatim}\n\\boxed{5}\n\\end{verbatim}", None),
+        ("\\boxed{5} \\begin{verbatim}\\boxed{6}\\end{verbatim}", "5"),
+        ("\\boxed{5} \\begin{comment} \\boxed{6} \\end{comment}", "5"),
+        ("\\boxed{5}\n\\begin{lstlisting}\n\\boxed{6}\n\\end{lstlisting}", "5"),
+        ("\\boxed{5} \\lstinline|\\boxed{6}|", "5"),
+        ("\\boxed{5} <!-- \\boxed{6}\n-->", "5"),
+        ("<!-- \\boxed{5} --> \\boxed{6}", "6"),
+        ("\\boxed{5} \\iffalse \\boxed{6} \\fi", "5"),
+        ("\\boxed{5} \\phantom{so \\boxed{6} {}}", "5"),
+        ("\\boxed{\\phantom{0}6}", "\\phantom{0}6"),
+        ("\\boxed{5}, as in `\\boxed{answer}`", "5"),
+        ("\\boxed{5}\n```\n\\boxed{6}\n```", "5"),
+        ("It is `\\boxed{6}`.", "6"),
+        ("\\boxed{5} % \\boxed{6}", "5"),
+        ("\\boxed{5}% \\boxed{6}", "5"),
+        ("$\\boxed{5}$ % or so $\\boxed{6}$", "6"),
+        ("\\boxed{5} is it % or so \\boxed{6}", "5"),
+        ("the % change is \\boxed{5}", "5"),
+        ("It was \\boxed{4}.\nDiscount % is \\boxed{5}", "5"),
+        ("It is 50 % \\boxed{6}", "6"),
+        ("\\boxed{5 % or 6\n}", "5"),
+        ("\\boxed{50 %\n}", "50 %"),
+        ("\\boxed{50}\\% \\boxed{6}", "6"),
     ],
 )
 def test_the_last_balanced_box(text, box):
@@ -515,12 +537,32 @@ def test_the_last_balanced_box(text, box):
         (r"\boxed{\boxed{7}}", "7"),
         ("nothing", None),
         (r"\boxed{1} or rather \boxed{2}", "2"),
+        *[
+            (left + between + r"\boxed{5}", "4, 5")
+            for left in (r"\boxed{4}", r"\boxed { 4 }", r"$\fbox{4}$", r"\boxed{5} or \boxed{4}")
+            for between in (
+                " or maybe ",
+                " OR ",
+                "/",
+                "; ",
+                " and/or ",
+                ". Or ",
+                ", alternatively, ",
+            )
+        ],
+        (r"\boxed{4} \text{ or it could be } \boxed{5}", "4, 5"),
+        (r"\[\boxed{4}\] or \(\boxed{5}\)", "4, 5"),
+        (r"\boxed 4 or \boxed 5", "4, 5"),
+        (r"\boxed{4} or \boxed{5} or \boxed{5}", "4, 5"),
+        (r"\boxed{4}. \boxed{5}", "5"),
+        (r"\boxed{4}\,\boxed{5}", "5"),
+        (" or ".join(rf"\boxed{{{n}}}" for n in range(30)), ", ".join(map(str, range(30)))),
     ],
 )
 def test_boxes_that_belong_together(text, answer):
     if answer is None and "boxed" in text:
         answer = r"(1, 2), (2, 1), (0, \frac{1}{2})"
-    assert boxed_answer(text) == answer
+    assert ", ".join(boxed_answers(text)) == (answer or "")
 
 
 def test_numbers_are_exact():
@@ -588,6 +630,8 @@ def test_gsm8k(text, right):
         ("<think>\\boxed{1}</think> \\boxed{073}", True),
         ("\\boxed{\\textbf{73}}", True),
         ("\\boxed{73} or rather \\boxed{74}", False),
+        ("\\boxed{74} or maybe \\boxed{73}", False),
+        ("\\boxed{n = 73} or \\boxed{73}", True),
         ("<think> \\boxed{73}", False),
         ("\\boxed{73.5}", False),
         ("\\boxed{146/2}", False),
