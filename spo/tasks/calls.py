@@ -1,15 +1,22 @@
-"""Rewards in the trainer's process: coroutines on one event loop, other functions in threads."""
+"""Rewards in the trainer's process: coroutines on one event loop, other functions in threads.
+
+And a reward as the grading workers receive it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import io
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
+from spo import named
 from spo.config.reward import RewardConfig
 from spo.reward import Result, Reward, failed
 from spo.signatures import Response
@@ -135,3 +142,41 @@ async def in_thread(function: Callable[[], Any]) -> Any:
 
     threading.Thread(target=run, daemon=True).start()
     return await future
+
+
+def reward_spec(config: RewardConfig) -> dict[str, Any]:
+    """A reward as JSON, from which the worker makes it: functions given in Python are pickled.
+
+    Raises ValueError for one that cannot be.
+    """
+    given = {}
+    for term in config.terms:
+        if term.function is not None and term.function.startswith(named.GIVEN):
+            function, _ = named.function("reward.function", term.function)
+            try:
+                given[term.function] = base64.b64encode(_pickled(function)).decode()
+            except Exception as error:  # of whatever the function holds
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"reward: {term.name} cannot be sent to the grading worker ({reason}); "
+                    "reward.process=trainer calls it in this process"
+                ) from error
+    return {"given": given, "reward": named.settings_of(config, "reward")}
+
+
+def _pickled(function: object) -> bytes:
+    """A function with the names of its files, whose lines the worker shows in tracebacks."""
+    import cloudpickle
+
+    known: dict[type, Any] = dict(cloudpickle.Pickler.dispatch_table)
+
+    def with_file(code: CodeType) -> tuple[Any, ...]:
+        make, arguments = known[CodeType](code)
+        return make, tuple(code.co_filename if x == "<dynamic-code>" else x for x in arguments)
+
+    class Pickler(cloudpickle.Pickler):
+        dispatch_table = known | {CodeType: with_file}
+
+    file = io.BytesIO()
+    Pickler(file).dump(function)
+    return file.getvalue()

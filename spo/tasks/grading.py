@@ -8,9 +8,7 @@ item, gives that item no reward, and sends the rest to another worker.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import json
 import select
 import sys
@@ -18,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from spo import named
@@ -26,7 +23,7 @@ from spo.reward import Result, printable, reward_of
 from spo.signatures import Response
 from spo.tasks import Task
 from spo.tasks.forms import Hangs, form_of
-from spo.tasks.process import TICK_S, Item, Worker, default_workers
+from spo.tasks.process import NO_VERDICT, TICK_S, Item, Silent, Worker, default_workers
 
 if TYPE_CHECKING:
     from spo.config.reward import RewardConfig
@@ -34,6 +31,7 @@ if TYPE_CHECKING:
 
 BATCH_ITEMS, BATCH_CHARS = 512, 1 << 20  # maximum size of a message
 FEW = 64  # items for each worker that are sent at once; of more a part
+MOST_STARTS = 3  # of workers in one place that die in silence, one after the other
 AGAIN = "not tried: an answer of this form timed out before"
 
 
@@ -62,8 +60,8 @@ class Grader:
         workers: processes; by default one for each core of this rank, from 2 to 8.
 
     A response that hung is not tried again, nor one that differs in its numbers only once two of
-    that form have hung: it has no reward, at once. From the fourth hang on the limit is 10 times
-    what the slowest other item took, at least a tenth of `timeout_s`.
+    that form, and more than were fine, have hung: it has no reward, at once. From the fourth hang
+    on the limit is 10 times what the slowest other item took, at least a tenth of `timeout_s`.
 
     Raises ValueError for limits that are not positive and for settings that JSON cannot hold,
     RuntimeError if the workers cannot start.
@@ -91,12 +89,13 @@ class Grader:
         self._tasks = {name: _spec(task) for name, task in (tasks or {}).items()}
         self._calls: Calls | None = None
         self._reward: dict[str, Any] | None = None
-        if reward is not None and reward.process == "trainer":
-            from spo.tasks.calls import Calls  # imports what the worker does not need
+        if reward is not None:
+            from spo.tasks.calls import Calls, reward_spec  # import what tasks do not need
 
-            self._calls = Calls(reward_of(reward), reward)
-        elif reward is not None:
-            self._reward = _reward_spec(reward)
+            if reward.process == "trainer":
+                self._calls = Calls(reward_of(reward), reward)
+            else:
+                self._reward = reward_spec(reward)
         self._queue: deque[Item] = deque()  # not yet sent
         self._graded: dict[int, Graded] = {}  # by serial number, until those before them are there
         self._submitted = self._returned = 0
@@ -216,13 +215,23 @@ class Grader:
     def _start(self) -> None:
         """Start all workers; wait for the first, which has loaded what the others load."""
         self._workers = [self._new() for _ in range(self._count)]
-        while not self._workers[0].start(TICK_S):
+        while not self._is_ready(self._workers[0], TICK_S):
             pass
+
+    def _is_ready(self, worker: Worker, wait_s: float) -> bool:
+        """Whether a worker has started; one that was killed before has another in its place."""
+        try:
+            return worker.start(wait_s)
+        except Silent:
+            if worker.tries >= MOST_STARTS:
+                raise
+            self._replace(worker)
+            return False
 
     def _take_back(self, worker: Worker, reason: str | None = None) -> None:
         """Kill a worker and queue its items again; with a reason, the first of them fails."""
         worker.kill()
-        if reason is not None:
+        if reason is not None and worker.sent:  # else it was idle, and no item is to blame
             item = worker.sent.popleft()
             self._graded[item.serial] = Graded(item.key, None, reason)
             if reason == worker.late:
@@ -232,14 +241,16 @@ class Grader:
 
     def _replace(self, worker: Worker, reason: str | None = None) -> None:
         self._take_back(worker, reason)
-        self._workers[self._workers.index(worker)] = self._new()
+        new = self._new()
+        new.tries = 1 if worker.ready else worker.tries + 1
+        self._workers[self._workers.index(worker)] = new
 
     def _send(self) -> None:
         """Give the workers that are idle their parts of the queue."""
         for worker in list(self._workers):
             if not self._queue:
                 return
-            if not worker.sent and worker.start(0.0) and (items := self._batch()):
+            if not worker.sent and self._is_ready(worker, 0.0) and (items := self._batch()):
                 if not worker.send(items):
                     self._replace(worker)
 
@@ -267,11 +278,12 @@ class Grader:
         found, _, _ = select.select([w.stdout for w in waiting], [], [], wait_s)
         for worker in waiting:
             if not worker.sent:
-                worker.start(0.0)
+                self._is_ready(worker, 0.0)
             elif worker.stdout not in found:
                 worker.limit_s = self._hangs.limit_s
-                if worker.is_late() and not select.select([worker.stdout], [], [], 0)[0]:
-                    self._replace(worker, worker.late)
+                late, dead = worker.is_late(), worker.is_dead()  # its children may hold the pipe
+                if (late or dead) and not select.select([worker.stdout], [], [], 0)[0]:
+                    self._replace(worker, worker.end() if dead else worker.late)
             elif (values := worker.read()) is None:
                 self._replace(worker, worker.end())
             else:
@@ -283,19 +295,16 @@ class Grader:
                 print(printable(value["printed"]), end="", file=sys.stderr)
                 worker.is_late()
                 continue
-            if isinstance(value, str):  # an error that ended the worker
-                self._replace(worker, value)
+            if isinstance(value, str) or not worker.sent:  # its end, or what nobody asked for
+                self._replace(worker, str(value))
+                return
+            try:
+                graded = _of_value(worker.sent[0].key, worker.answered + 1, value)
+            except TypeError:
+                self._replace(worker, NO_VERDICT)
                 return
             item, spent = worker.done()
             self._hangs.graded(item.form, spent)
-            if isinstance(value, list):
-                graded = Graded(item.key, None, value[0])
-            elif not isinstance(value, dict):
-                graded = Graded(item.key, float(value))
-            elif "answer" in value:
-                graded = Graded(item.key, None, answer=value["answer"])
-            else:
-                graded = _of_result(item.key, Result(**value))
             self._graded[item.serial] = graded
 
 
@@ -305,40 +314,21 @@ def _spec(task: Task) -> tuple[str, dict[str, Any]]:
     return name, named.settings_of(task, f"task {name}")
 
 
+def _of_value(key: int, number: int, said: Any) -> Graded:
+    """What the worker said of its item of that number. Raises TypeError if that is no verdict."""
+    if not isinstance(said, list) or len(said) != 2 or said[0] != number:
+        raise TypeError(f"expected a verdict on item {number}, found {said!r}")
+    value = said[1]
+    if isinstance(value, bool):
+        return Graded(key, float(value))
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        return Graded(key, None, value[0])
+    if not isinstance(value, dict):
+        raise TypeError(f"expected a verdict, found {value!r}")
+    if "answer" in value:
+        return Graded(key, None, answer=value["answer"])
+    return _of_result(key, Result(**value))
+
+
 def _of_result(key: int, result: Result) -> Graded:
     return Graded(key, result.reward, result.reason, result.trace, tuple(result.parts))
-
-
-def _reward_spec(config: RewardConfig) -> dict[str, Any]:
-    """A reward as JSON, from which the worker makes it: functions given in Python are pickled."""
-    given = {}
-    for term in config.terms:
-        if term.function is not None and term.function.startswith(named.GIVEN):
-            function, _ = named.function("reward.function", term.function)
-            try:
-                given[term.function] = base64.b64encode(_pickled(function)).decode()
-            except Exception as error:  # of whatever the function holds
-                reason = " ".join(str(error).split())[:200]
-                raise ValueError(
-                    f"reward: {term.name} cannot be sent to the grading worker ({reason}); "
-                    "reward.process=trainer calls it in this process"
-                ) from error
-    return {"given": given, "reward": named.settings_of(config, "reward")}
-
-
-def _pickled(function: object) -> bytes:
-    """A function with the names of its files, whose lines the worker shows in tracebacks."""
-    import cloudpickle
-
-    known: dict[type, Any] = dict(cloudpickle.Pickler.dispatch_table)
-
-    def with_file(code: CodeType) -> tuple[Any, ...]:
-        make, arguments = known[CodeType](code)
-        return make, tuple(code.co_filename if x == "<dynamic-code>" else x for x in arguments)
-
-    class Pickler(cloudpickle.Pickler):
-        dispatch_table = known | {CodeType: with_file}
-
-    file = io.BytesIO()
-    Pickler(file).dump(function)
-    return file.getvalue()

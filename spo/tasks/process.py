@@ -1,7 +1,8 @@
 """One grading worker as its parent sees it: a process behind two pipes, and the time of its item.
 
-Time is what the worker spends: its processor time, and the time that it sleeps while the parent
-looks on. A machine that stands still, or gives the worker no core, makes no answer late.
+Time is what the worker spends: its processor time, and the time that it sleeps, or is stopped by a
+signal, while the parent looks on. A machine that stands still, or gives the worker no core, makes
+no answer late.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ START_TIMEOUT_S = 120.0  # a task may import torch from a slow disk
 MOST_WORKERS = 8
 TICK_S = 0.1  # between two looks at a busy worker
 LONGEST_TICK_S = 0.3  # of sleep that counts between two looks; the parent may have been held up
+NO_VERDICT = "the worker said what is no verdict"
+END_S = 1.0  # from the end of a worker's pipe to its own
 _CLOCK = os.sysconf("SC_CLK_TCK")
 
 
@@ -45,6 +48,10 @@ class Item:
     form: Form
 
 
+class Silent(RuntimeError):
+    """A worker ended before it was ready and did not say why, as one that was killed."""
+
+
 class Worker:
     """A process that grades items one by one.
 
@@ -56,7 +63,8 @@ class Worker:
     def __init__(self, arguments: list[Any], timeout_s: float):
         self.limit_s = timeout_s
         self.sent: deque[Item] = deque()  # with the worker, in order
-        self.ready = False
+        self.answered = 0  # items
+        self.ready, self.tries = False, 1  # starts in this worker's place since one was ready
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self.process = subprocess.Popen(
             [sys.executable, "-B", "-m", "spo.tasks.worker"],
@@ -79,7 +87,8 @@ class Worker:
     def start(self, wait_s: float) -> bool:
         """Wait for the worker to be ready; whether it is.
 
-        Raises RuntimeError, and ends it, if it says that it cannot start or says nothing for long.
+        Raises RuntimeError, and ends it, if it says that it cannot start or says nothing for long;
+        `Silent` if it is dead and has said nothing.
         """
         if self.ready:
             return True
@@ -89,9 +98,11 @@ class Worker:
             return False
         said = os.read(self.stdout.fileno(), 1 << 16) if found else b""
         if said != b"null\n":
+            silent = bool(found) and not said
+            why = f"nothing; {self.end()}" if silent else said.decode(errors="replace").strip()
             self.kill()
-            why = said.decode(errors="replace").strip() or "nothing"
-            raise RuntimeError(f"the grading worker did not start; it said: {why}")
+            kind = Silent if silent else RuntimeError
+            raise kind(f"the grading worker did not start; it said: {why or 'nothing'}")
         self.ready = True
         return True
 
@@ -116,27 +127,34 @@ class Worker:
         if not said:
             return None
         *lines, self._unread = (self._unread + said).split(b"\n")
-        return [json.loads(line) for line in lines]
+        return [_value(line) for line in lines]
 
     def done(self) -> tuple[Item, float]:
         """The item that it has answered, and the most that it spent; the next one's time begins."""
         spent = self._usage()[1] - self._processor[0] + self._asleep
         self._restart_clock()
+        self.answered += 1
         return self.sent.popleft(), spent
 
     def is_late(self) -> bool:
         """Whether it has spent too much on its item. To be asked every `TICK_S`."""
         now, (state, processor) = time.monotonic(), self._usage()
         worked = processor - self._processor[1]
-        if state in "SD":
+        if state in "SDTt":  # asleep, or stopped by a signal
             self._asleep += max(min(now - self._looked, LONGEST_TICK_S) - worked, 0.0)
         self._looked, self._processor = now, (self._processor[0], processor)
         return processor - self._processor[0] + self._asleep >= self.limit_s
 
+    def is_dead(self) -> bool:
+        return self._end() is not None
+
     def end(self) -> str:
-        """How a dead worker ended. Not reaped here, so that its group exists until `kill`."""
-        end = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        assert end is not None
+        """How a worker ended whose pipe is closed. A grader may have closed it: no long wait."""
+        give_up = time.monotonic() + END_S
+        while (end := self._end()) is None:
+            if time.monotonic() > give_up:
+                return "the worker closed its pipe"
+            time.sleep(0.001)
         if end.si_code != os.CLD_EXITED and end.si_status == signal.SIGXCPU:
             return self.late
         by = "exit code" if end.si_code == os.CLD_EXITED else "signal"
@@ -153,6 +171,10 @@ class Worker:
         self.process.wait()
         self._stdin.close()
         self.stdout.close()
+
+    def _end(self) -> Any:
+        """Not reaped here, so that its group exists until `kill`."""
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
 
     def _restart_clock(self) -> None:
         processor = self._usage()[1]
@@ -174,3 +196,10 @@ class Worker:
         message = memoryview(len(body).to_bytes(HEADER, "big") + body)
         while message:
             message = message[self._stdin.write(message) :]
+
+
+def _value(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):  # a grader has written to the pipe
+        return NO_VERDICT

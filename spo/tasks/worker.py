@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from spo import named
 from spo.reward import Reward, reward_of
@@ -31,16 +31,22 @@ NO_FILES = "the grading worker writes no files; a reward with process: trainer c
 def _serve() -> None:
     """The worker reads how to work, writes `null` when ready, then a line per item.
 
-    It says true, false or [the reason] of a task, {"answer": …} where that was asked, a `Result` of
-    the reward. {"printed": …} may come before. An error that ends the worker is a line with a str.
+    A line is [the item's number, what of it]: true, false or [the reason] of a task, {"answer": …}
+    where that was asked, a `Result` of the reward. {"printed": …} may come before. An error that
+    ends the worker is a line with a str.
     """
     answers = os.dup(1)  # what a grader prints must not look like a verdict
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    requests = os.fdopen(os.dup(0), "rb")  # nor may it read or close what is asked
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdout = sys.stderr
 
     lock = threading.Lock()  # threads of a grader print
+    process = os.getpid()
 
     def say(value: object) -> None:
+        if os.getpid() != process:  # a fork of a grader that came back: its parent answers
+            os._exit(0)
         line = json.dumps(value).encode() + b"\n"
         with lock:
             os.write(answers, line)
@@ -49,7 +55,7 @@ def _serve() -> None:
         return f"{kind.__name__}: {error}"[:1000]
 
     sys.excepthook = lambda kind, error, _: say(words(kind, error))
-    timeout_s, memory_mb, specs, rewarding = _message()
+    timeout_s, memory_mb, specs, rewarding = _message(requests)
     tasks = {name: _made(*spec) for name, spec in specs.items()}
     reward = None if rewarding is None else _made_reward(rewarding)
     for part in (*tasks.values(), *(reward.functions if reward else ())):
@@ -63,12 +69,14 @@ def _serve() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     say(None)
     printed = sys.stdout = sys.stderr = _Printed(say)
-    while batch := _message():
+    done = 0  # items, which a grader that writes to the pipe does not know
+    while batch := _message(requests):
         for name, *item in batch:
+            done += 1
             _limit_cpu(timeout_s)
             printed.left = PRINTED
             if reward is not None and name is None:
-                say(dataclasses.asdict(reward(Response(**item[0]))))
+                say([done, dataclasses.asdict(reward(Response(**item[0])))])
                 continue
             text, answer, *asked = item
             try:
@@ -77,7 +85,7 @@ def _serve() -> None:
                     raise TypeError(f"expected grade of {name} to return a bool, found {verdict!r}")
             except Exception as error:  # of the user's code; a new worker would take seconds
                 verdict = [words(type(error), error)]
-            say(verdict)
+            say([done, verdict])
 
 
 class _Printed(io.TextIOBase):
@@ -125,7 +133,7 @@ def _made(name: str, settings: dict[str, Any]) -> Task:
 
 
 def _made_reward(spec: dict[str, Any]) -> Reward:
-    """The reward of a `_reward_spec`, with what its rules prepare."""
+    """The reward of a `reward_spec`, with what its rules prepare."""
     from spo.config.reward import RewardConfig
 
     for name, pickled in spec["given"].items():
@@ -133,12 +141,12 @@ def _made_reward(spec: dict[str, Any]) -> Reward:
     return reward_of(named.build(RewardConfig, spec["reward"], "reward"))
 
 
-def _message() -> Any:
+def _message(requests: IO[bytes]) -> Any:
     """The next message of the parent, None at the end."""
-    header = sys.stdin.buffer.read(HEADER)
+    header = requests.read(HEADER)
     if not header:
         return None
-    return json.loads(sys.stdin.buffer.read(int.from_bytes(header, "big")))
+    return json.loads(requests.read(int.from_bytes(header, "big")))
 
 
 def _mapped() -> int:
