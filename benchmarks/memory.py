@@ -259,14 +259,14 @@ def main() -> int:
                 nothing = nothing or measure(None, f"{folder}/{size}")
             for name in [name for name in names if cases[name][0] == size]:
                 recipe = recipe_of(name, f"{folder}/{size}", folder, device)
-                rows.append(row_of(name, recipe, f"{folder}/{size}", nothing) | where)
+                rows.append(row_of(name, recipe, nothing) | where)
                 if arguments.json:
                     write_json(arguments.json, rows)
             shutil.rmtree(f"{folder}/{size}")
     return 0
 
 
-def row_of(name: str, recipe: Recipe, folder: str, nothing: int) -> dict:
+def row_of(name: str, recipe: Recipe, nothing: int) -> dict:
     """Measure a configuration, print it, and return its figures."""
     device = torch.device(recipe.policy.device).type
     size, settings = (CASES | CARDS)[name]
@@ -274,7 +274,7 @@ def row_of(name: str, recipe: Recipe, folder: str, nothing: int) -> dict:
     if device == "cuda":
         found = measure_on_gpu(recipe)
     else:
-        found = {"measured": float(measure(name, folder) - nothing)}
+        found = {"measured": float(measure(name, recipe.policy.source) - nothing)}
     row = {
         "configuration": name,
         "policy": size,

@@ -172,23 +172,25 @@ def _memory(recipe: Recipe, count: int | None, card: float | None) -> list[str]:
 def _disk(recipe: Recipe, count: int | None) -> list[str]:
     """What the run keeps, without the nodes of a replay buffer."""
     policy, train = recipe.policy, recipe.train
-    trained = BYTES["float32" if policy.lora else policy.dtype]
     kept = f"{train.keep_checkpoints} checkpoint{'s' * (train.keep_checkpoints > 1)}"
     if count is None:
         return [f"unknown until the policy's config.json is here: {kept}, and one being written"]
-    stored = trained if policy.lora else _stored(policy)
+    whole = count * BYTES[policy.dtype]
     if policy.lora:
-        count = parameters(policy, adapters=True) or 0
-    one = stored + 2 * trained  # with AdamW's two moments
-    one += trained if stored < trained else 0  # the bits that the policy's folder lacks
-    one += 3 * trained if recipe.credit.critic else 0
-    one += trained if train.reference_every else 0
+        stored = (parameters(policy, adapters=True) or 0) * BYTES["float32"]
+        one = 3 * stored  # with AdamW's two moments
+    else:
+        stored = count * _stored(policy)
+        one = stored + 2 * whole
+        one += whole if stored < whole else 0  # the bits that the policy's folder lacks
+    one += 3 * whole if recipe.credit.critic else 0
+    one += whole if train.reference_every else 0
     best = 3 * stored if train.keep_best else 0
     most = one * (train.keep_checkpoints + 1) + best
     return [
-        f"{size_of(count * one)}  a checkpoint",
-        *([f"{size_of(count * best)}  best policies, three at most for a moment"] if best else []),
-        f"{size_of(count * most)}  in all, at most: {kept}, and one being written",
+        f"{size_of(one)}  a checkpoint",
+        *([f"{size_of(best)}  best policies, three at most for a moment"] if best else []),
+        f"{size_of(most)}  in all, at most: {kept}, and one being written",
     ]
 
 

@@ -166,3 +166,16 @@ def test_a_dry_run_says_how_large_the_checkpoints_are(whole):
     weighed = sum(path.stat().st_size for path in whole.checkpoint.rglob("*") if path.is_file())
     assert float(one) == pytest.approx(weighed / 2**20, rel=0.02)
     assert any("in all, at most: 2 checkpoints, and one being written" in line for line in lines)
+
+
+def test_a_checkpoint_of_adapters_holds_them_and_a_whole_critic():
+    def mib(*settings):
+        lines = describe(load_recipe("ppo", ["engine.name=hf", *settings])).splitlines()
+        (one,) = (line.split()[0] for line in lines if line.endswith("  a checkpoint"))
+        return float(one)
+
+    lora = "policy.lora={rank: 4}"
+    adapters = mib(lora, "credit={type: values}")
+    whole = mib("credit={type: values}")
+    assert adapters < whole / 10
+    assert mib(lora) - adapters == pytest.approx(mib() - whole, abs=0.02)  # the critic

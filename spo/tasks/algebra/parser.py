@@ -16,7 +16,6 @@ _RELATIONS |= {"gt": ">", "in": "in", "notin": "notin", "equiv": "equiv", "appro
 _RELATIONS |= {"sim": "sim", "cong": "sim", "simeq": "approx", "doteq": "approx"}
 _SETS = {"cup": "union", "cap": "inter", "setminus": "minus", "backslash": "minus"}
 _CURRENCIES = ("dollar", "euro", "pound", "pounds", "yen", "rupee")
-_PAIRS = {"(": ")]", "[": "])"}
 _CALLED = frozenset("apqsuPQRSTV")  # P(2) = 5; x(2) may be a product
 _LONGEST = 64  # items of a list
 
